@@ -1,0 +1,60 @@
+"""Files that are whole or absent: atomic replacement, locks, and room on the disk before it is needed."""
+
+from __future__ import annotations
+
+import os
+import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+import filelock
+import numpy as np
+
+
+@contextmanager
+def replacing(path: Path | str) -> Iterator[Path]:
+    """Yield a temporary path beside `path`, with its suffix, that takes its place if the block ends without an error.
+
+    Folders are made as needed; the content reaches the disk before the name does. After an error the temporary file
+    is removed and `path` is as it was.
+    """
+    path = Path(path)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    temporary = path.with_name(f".{path.stem}.{os.getpid()}{path.suffix}")
+    try:
+        yield temporary
+        with open(temporary, "rb+") as file:
+            os.fsync(file.fileno())
+        os.replace(temporary, path)
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+def lock(path: Path) -> filelock.FileLock:
+    """Return the lock of `path` between processes; the system releases it when its holder dies."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    return filelock.FileLock(path.with_name(f".{path.name}.lock"))
+
+
+def allocate(path: Path, shape: tuple[int, ...], dtype: str) -> np.memmap:
+    """Create a .npy file of zeros with its disk space reserved, and map it for writing.
+
+    Reserving matters: writing to a sparse map on a full disk kills the process instead of raising.
+    """
+    array = np.lib.format.open_memmap(path, mode="w+", dtype=dtype, shape=shape)
+    if hasattr(os, "posix_fallocate"):
+        with open(path, "rb+") as file:
+            os.posix_fallocate(file.fileno(), 0, path.stat().st_size)
+    return array
+
+
+def require_space(folder: Path, needed: int, what: str) -> None:
+    """Raise OSError with the arithmetic if `needed` bytes (and 5 % more) do not fit on the folder's disk."""
+    folder.mkdir(parents=True, exist_ok=True)
+    free = shutil.disk_usage(folder).free
+    if needed * 1.05 > free:
+        raise OSError(
+            f"{what} needs {needed / 1e9:.2f} GB, but {folder} has {free / 1e9:.2f} GB free: free some space, "
+            "set PAPER_RUNS to a folder on a larger disk, or record fewer snapshots"
+        )
