@@ -1,0 +1,98 @@
+"""How figures look and where they go: one style, and PNG + SVG + the CSV behind them in one call."""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+
+import matplotlib as mpl
+import numpy as np
+import pandas as pd
+import seaborn as sns
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+
+from paper_lib.files import replacing
+
+PREDICTION = {"color": "black", "linestyle": "--", "linewidth": 2.0, "zorder": 5}
+"""Line style of everything the model predicts; measurements are coloured and solid."""
+
+
+def style() -> None:
+    """Set the style of every figure: colour-blind-safe, despined, and legible from the back of a room."""
+    sns.set_theme(context="notebook", style="ticks", palette="colorblind", font_scale=1.15)
+    mpl.rcParams.update(
+        {
+            "figure.figsize": (7.0, 4.5),  # inches
+            "figure.dpi": 100,
+            "savefig.dpi": 160,
+            "figure.constrained_layout.use": True,
+            "axes.spines.top": False,
+            "axes.spines.right": False,
+            "axes.titlesize": "medium",
+            "legend.frameon": False,
+            "lines.linewidth": 2.0,
+        }
+    )
+
+
+def save(fig: Figure, results: Path | str, name: str, data: pd.DataFrame) -> Path:
+    """Write <results>/figures/<name>.png, .svg and .csv, and return the PNG's path.
+
+    `data` holds the numbers that the figure shows, one row a point, kept to six significant digits. The same figure
+    gives the same bytes. Raises ValueError for no data, or a name that is not letters, digits, "-" and "_".
+    """
+    if not re.fullmatch(r"[\w-]+", name):
+        raise ValueError(f"figure name {name!r}: use letters, digits, '-' and '_' only, without a suffix")
+    if data.empty:
+        raise ValueError(f"figure {name!r} has no data: pass the numbers that it shows")
+    stem = Path(results) / "figures" / name
+    # A fixed salt and no date make the SVG's ids and header reproducible; text stays text, so it can be searched.
+    with mpl.rc_context({"svg.hashsalt": name, "svg.fonttype": "none"}):
+        for suffix, metadata in ((".png", {"Software": None}), (".svg", {"Date": None, "Creator": None})):
+            with replacing(stem.with_name(name + suffix)) as temporary:
+                fig.savefig(temporary, metadata=metadata)
+    with replacing(stem.with_name(name + ".csv")) as temporary:
+        data.to_csv(temporary, index=False, float_format="%.6g", lineterminator="\n")
+    return stem.with_name(name + ".png")
+
+
+def summarize(data: pd.DataFrame, y: str, by: str | list[str]) -> pd.DataFrame:
+    """Return mean, spread (sample standard deviation) and n of column `y` over the rows that share `by`."""
+    return data.groupby(by, sort=True)[y].agg(mean="mean", spread="std", n="size").reset_index()
+
+
+def band(ax: Axes, data: pd.DataFrame, x: str, y: str, hue: str | None = None, **line) -> pd.DataFrame:
+    """Draw the mean of `y` against `x` with a band of one spread either side, one line per value of `hue`.
+
+    `data` has one row per x, hue and seed. A single seed has a line and no band. Returns what was drawn: columns
+    x, mean, spread, n (and hue).
+    """
+    summary = summarize(data, y, [x] if hue is None else [hue, x])
+    groups = [(line.pop("label", None), summary)] if hue is None else summary.groupby(hue, sort=False)
+    for label, group in groups:
+        at, mean, spread = (group[column].to_numpy() for column in (x, "mean", "spread"))
+        (drawn,) = ax.plot(at, mean, label=label, **line)
+        if np.isfinite(spread).any():
+            ax.fill_between(at, mean - spread, mean + spread, color=drawn.get_color(), alpha=0.25, linewidth=0)
+    return summary
+
+
+def predicted(ax: Axes, x: np.ndarray, y: np.ndarray, label: str = "model", **line) -> None:
+    """Draw what the model predicts, y(x), in its own style (dashed black)."""
+    ax.plot(x, y, **{**PREDICTION, "label": label, **line})
+
+
+def annotate_n(ax: Axes, n: int, of: str = "seeds") -> None:
+    """Say in the corner how many repetitions a figure stands on, as "mean ± spread, n = 3 seeds"."""
+    ax.annotate(
+        f"mean ± spread, n = {n} {of}",
+        xy=(1, 0),
+        xycoords="axes fraction",
+        xytext=(-4, 4),
+        textcoords="offset points",
+        ha="right",
+        va="bottom",
+        fontsize="x-small",
+        color="0.35",
+    )

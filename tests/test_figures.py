@@ -1,0 +1,103 @@
+"""Figures: what is drawn is what is saved, the same bytes every time, or an error and no file."""
+
+import matplotlib
+
+matplotlib.use("Agg")
+
+import matplotlib.pyplot as plt
+import numpy as np
+import pandas as pd
+import pytest
+
+from paper_lib import figures
+
+
+@pytest.fixture
+def ax():
+    figures.style()
+    fig, ax = plt.subplots()
+    yield ax
+    plt.close(fig)
+
+
+@pytest.fixture
+def data():
+    rng = np.random.default_rng(0)
+    rows = [(x, seed, kind, rng.normal()) for x in range(5) for seed in range(3) for kind in "ab"]
+    return pd.DataFrame(rows, columns=["x", "seed", "kind", "y"])
+
+
+def test_band_draws_mean_and_sample_spread_per_group(ax, data):
+    summary = figures.band(ax, data, "x", "y", hue="kind")
+    assert [line.get_label() for line in ax.lines] == ["a", "b"]
+    part = data[data.kind == "b"].pivot(index="x", columns="seed", values="y").to_numpy()
+    np.testing.assert_allclose(ax.lines[1].get_ydata(), part.mean(axis=1))
+    drawn = ax.collections[1].get_paths()[0].vertices[:, 1]
+    np.testing.assert_allclose(drawn.max(), (part.mean(axis=1) + part.std(axis=1, ddof=1)).max())
+    assert summary.n.tolist() == [3] * 10
+
+
+def test_band_of_one_seed_is_a_line(ax, data):
+    figures.band(ax, data[(data.seed == 0) & (data.kind == "a")], "x", "y", label="only")
+    assert len(ax.lines) == 1
+    assert not ax.collections
+
+
+def test_predictions_have_their_own_style(ax):
+    figures.predicted(ax, np.arange(3), np.arange(3))
+    (line,) = ax.lines
+    assert (line.get_color(), line.get_linestyle(), line.get_label()) == ("black", "--", "model")
+
+
+def test_annotate_n(ax):
+    figures.annotate_n(ax, 3)
+    assert ax.texts[0].get_text() == "mean ± spread, n = 3 seeds"
+
+
+def test_save_writes_three_files_with_the_same_bytes_every_time(tmp_path, data):
+    def draw(folder):
+        figures.style()
+        fig, ax = plt.subplots()
+        figures.band(ax, data, "x", "y", hue="kind")
+        ax.set_title("a title to search for")
+        figures.save(fig, folder, "name", data)
+        plt.close(fig)
+        return {path.name: path.read_bytes() for path in (folder / "figures").iterdir()}
+
+    first, second = draw(tmp_path / "one"), draw(tmp_path / "two")
+    assert set(first) == {"name.png", "name.svg", "name.csv"}
+    assert first == second
+    assert b"a title to search for" in first["name.svg"]
+
+
+def test_saved_numbers_come_back(ax, tmp_path, data):
+    png = figures.save(ax.figure, tmp_path, "name", data)
+    assert png == tmp_path / "figures" / "name.png"
+    pd.testing.assert_frame_equal(pd.read_csv(png.with_suffix(".csv")), data, rtol=1e-5)
+
+
+@pytest.mark.parametrize("name", ["a/b", "a.png", ""])
+def test_bad_names(ax, tmp_path, data, name):
+    with pytest.raises(ValueError, match="letters, digits"):
+        figures.save(ax.figure, tmp_path, name, data)
+
+
+def test_a_figure_needs_its_data(ax, tmp_path, data):
+    with pytest.raises(ValueError, match="no data"):
+        figures.save(ax.figure, tmp_path, "name", data.iloc[:0])
+    assert not (tmp_path / "figures").exists()
+
+
+def test_an_interrupted_save_leaves_the_old_file(ax, tmp_path, data, monkeypatch):
+    png = figures.save(ax.figure, tmp_path, "name", data)
+    before = png.read_bytes()
+
+    def interrupted(path, **_):
+        path.write_bytes(b"half")
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(ax.figure, "savefig", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        figures.save(ax.figure, tmp_path, "name", data)
+    assert png.read_bytes() == before
+    assert len(list(png.parent.iterdir())) == 3
