@@ -1,0 +1,60 @@
+"""Large arrays made once and kept on disk: locked while made, checked when read, mapped into memory."""
+
+from __future__ import annotations
+
+import os
+import zlib
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+from filelock import FileLock
+
+
+def cached_array(
+    folder: Path,
+    key: str,
+    shape: tuple[int, ...],
+    dtype: type,
+    fill: Callable[[np.ndarray], None],
+) -> np.ndarray:
+    """The array that `fill` writes, from `folder`/`key`-<checksum>.npy, made first if absent or damaged.
+
+    The result is mapped copy-on-write: processes share the pages and writing never reaches the file.
+    """
+    folder.mkdir(parents=True, exist_ok=True)
+    with FileLock(folder / f"{key}.lock"):
+        for path in folder.glob(f"{key}-*.npy"):
+            array = _read(path, shape, dtype)
+            if array is not None:
+                return array
+            path.unlink()
+        return _read(_make(folder, key, shape, dtype, fill), shape, dtype)
+
+
+def _make(folder: Path, key: str, shape, dtype, fill) -> Path:
+    """Fill a temporary file, then move it to its name, so that a killed process leaves no half array."""
+    temporary = folder / f"{key}.tmp"
+    try:
+        array = np.lib.format.open_memmap(temporary, mode="w+", dtype=dtype, shape=shape)
+        fill(array)
+        array.flush()
+        path = folder / f"{key}-{_checksum(array)}.npy"
+        os.replace(temporary, path)
+    finally:
+        temporary.unlink(missing_ok=True)
+    return path
+
+
+def _read(path: Path, shape: tuple[int, ...], dtype: type) -> np.ndarray | None:
+    """The array, or None where the file is cut short, altered, or of another shape."""
+    try:
+        array = np.load(path, mmap_mode="c")
+    except (ValueError, OSError, EOFError):
+        return None
+    sound = array.shape == tuple(shape) and array.dtype == dtype and path.stem.endswith(_checksum(array))
+    return array if sound else None
+
+
+def _checksum(array: np.ndarray) -> str:
+    return f"{zlib.crc32(array.reshape(-1).view(np.uint8)):08x}"
