@@ -1,0 +1,101 @@
+"""The presets, each a study by name, and `study`, which applies overrides to one."""
+
+from __future__ import annotations
+
+import dataclasses
+from typing import Any
+
+from paper_lib.config import RunConfig, Study, cut_record
+from paper_lib.validate import check_names, field_names
+
+PRESETS: dict[str, Study] = {
+    "smoke": Study(
+        preset="smoke",
+        label="digits, smoke test",
+        run=RunConfig(width=4, steps=120, record="0-10,20-120/20"),
+        window=60,
+        decay=40,
+        probe_batches=6,
+        eval_batches=2,
+    ),
+    "digits": Study(
+        preset="digits",
+        label="digits, ResNet-8",
+        run=RunConfig(steps=1500, record="0-50,75-1500/25"),
+    ),
+    "cifar10": Study(
+        preset="cifar10",
+        label="CIFAR-10, ResNet-18",
+        run=RunConfig(
+            data="cifar10",
+            held_out=5000,
+            model="resnet18_cifar",
+            width=64,
+            batch_size=128,
+            lr=0.5,
+            steps=14_000,
+            record="0-50,250-14000/250",
+            precision="bfloat16",
+        ),
+        window=400,
+        decay=4000,
+    ),
+    "cifar100": Study(
+        preset="cifar100",
+        label="CIFAR-100, ResNet-18",
+        run=RunConfig(
+            data="cifar100",
+            held_out=5000,
+            model="resnet18_cifar",
+            width=64,
+            batch_size=128,
+            lr=0.5,
+            steps=14_000,
+            record="0-50,250-14000/250",
+            precision="bfloat16",
+        ),
+        window=400,
+        decay=4000,
+    ),
+    "imagenet": Study(
+        preset="imagenet",
+        label="ImageNet, ResNet-50",
+        run=RunConfig(
+            data="imagefolder",
+            held_out=10_000,
+            image_size=224,
+            model="resnet50",
+            width=64,
+            batch_size=256,
+            lr=0.1,
+            momentum=0.9,
+            weight_decay=1e-4,
+            steps=150_000,
+            precision="bfloat16",
+        ),
+        window=50,
+        decay=50_000,
+    ),
+}
+
+
+RUN_SETTINGS = [
+    name for name in field_names(RunConfig) if name not in ("parent", "start", "seed", "batch_seed")
+]
+STUDY_SETTINGS = [name for name in field_names(Study) if name not in ("preset", "run", "label")]
+
+
+def study(preset: str, **overrides: Any) -> Study:
+    """Return a preset with overrides, each by its name in `RunConfig` or `Study`.
+
+    A changed `steps` cuts the preset's windows to the shorter run unless `record` is given too.
+    Raises ConfigError for an unknown preset or setting (with the nearest match), a wrong type or a bad value.
+    """
+    check_names([preset], list(PRESETS), "preset")
+    base = PRESETS[preset]
+    check_names(overrides, [*RUN_SETTINGS, *STUDY_SETTINGS], "setting")
+    changes = {name: value for name, value in overrides.items() if name in RUN_SETTINGS}
+    if isinstance(changes.get("steps"), int):
+        changes.setdefault("record", cut_record(base.run.record, changes["steps"]))
+    changed = {name: value for name, value in overrides.items() if name in STUDY_SETTINGS}
+    return dataclasses.replace(base, run=base.run.replace(**changes), **changed)

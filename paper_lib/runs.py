@@ -1,0 +1,245 @@
+"""The run cache: a run is a pure function of its config; asking for one that exists loads it, others are trained.
+
+A run's folder is <data>-<model>-<key>, where key = the first 12 hex digits of the SHA-256 of the canonical JSON of
+every setting (parents nested, so a default added later changes the key), the dataset's fingerprint, the identity of a
+user's own model, and the syntax tree of the modules that decide the numbers (comments and docstrings left out).
+"""
+
+from __future__ import annotations
+
+import ast
+import contextlib
+import functools
+import hashlib
+import inspect
+import json
+import multiprocessing
+import os
+import queue
+import warnings
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import Future, ProcessPoolExecutor, wait
+from pathlib import Path
+
+import torch
+from torch import nn
+from tqdm.auto import tqdm
+
+from paper_lib import config as config_module
+from paper_lib import data, files, models, schedules, train
+from paper_lib.config import RunConfig, check_seeds
+from paper_lib.data import Dataset
+from paper_lib.models import FlatModel
+from paper_lib.trajectory import Recorder, Trajectory
+from paper_lib.validate import ConfigError
+
+DECISIVE = (data, models, schedules, train)  # modules whose code decides a run's numbers
+FORMAT = 1  # of the files in a run's folder
+
+
+def train_seeds(
+    config: RunConfig,
+    seeds: Sequence[int],
+    dataset: Dataset | None = None,
+    model: Callable[[], nn.Module] | None = None,
+    progress: bool = True,
+) -> list[Trajectory]:
+    """Return the runs of a config for several seeds, training those that do not exist yet, side by side.
+
+    `dataset` and `model` (a function or class without arguments that makes an nn.Module) bring a user's own.
+    """
+    check_seeds(seeds)
+    return train_all([config.replace(seed=seed) for seed in seeds], dataset, model, progress)
+
+
+def train_all(
+    configs: Sequence[RunConfig],
+    dataset: Dataset | None = None,
+    model: Callable[[], nn.Module] | None = None,
+    progress: bool = True,
+) -> list[Trajectory]:
+    """Return the runs of several configs, in order; parents are trained first, missing runs side by side."""
+    own = dataset is not None or model is not None
+
+    def absent(some: Sequence[RunConfig]) -> list[RunConfig]:
+        return [c for c in some if not run_folder(c, dataset, model).exists()]
+
+    for generation in _generations(absent(configs)):
+        missing = absent(generation)
+        if not missing:
+            continue
+        with _progress(missing, progress) as report:
+            if own or len(missing) == 1 or train.default_device().type == "cuda":
+                for c in missing:
+                    obtain(c, dataset, model, report)
+            else:
+                _train_in_processes(missing, report)
+    found = [Trajectory(run_folder(c, dataset, model)) for c in configs]
+    for run in found:
+        if run.diverged:
+            step = run.status["diverged_at"]
+            warnings.warn(f"the run {run.folder.name} (lr = {run.config.lr}) diverged at step {step}", stacklevel=2)
+    return found
+
+
+def obtain(
+    config: RunConfig,
+    dataset: Dataset | None = None,
+    model: Callable[[], nn.Module] | None = None,
+    report: train.Report = lambda steps, loss, lr: None,
+) -> Trajectory:
+    """Load one run, or train it in this process (and its parents first) while other processes wait for it."""
+    folder = run_folder(config, dataset, model)
+    if folder.exists():
+        return Trajectory(folder)
+    with files.lock(folder):
+        if folder.exists():
+            return Trajectory(folder)
+        begin = None
+        if config.parent is not None:
+            begin = obtain(config.parent, dataset, model).state(config.start)
+
+        def recorder(net: FlatModel) -> Recorder:
+            return Recorder(folder, config, net.weights.numel(), net.buffers.numel())
+
+        return train.train_run(config, dataset or load_dataset(config), recorder, begin, model, report)
+
+
+# --- identity ---------------------------------------------------------------------------------------------------
+
+
+@functools.lru_cache(maxsize=4)
+def _load(name: str, held_out: int, image_size: int, root: Path, device: str) -> Dataset:
+    return data.load(name, root, held_out=held_out, image_size=image_size or None, device=device)
+
+
+def load_dataset(config: RunConfig) -> Dataset:
+    """Return the dataset that a config names, on the device that trains; loaded once per process."""
+    root = config_module.folder("data")
+    return _load(config.data, config.held_out, config.image_size, root, str(train.default_device()))
+
+
+def run_folder(
+    config: RunConfig, dataset: Dataset | None = None, model: Callable[[], nn.Module] | None = None
+) -> Path:
+    """Return the folder of a run, whether it exists or not."""
+    dataset = dataset or load_dataset(config)
+    name = "own" if model is not None else config.model
+    return config_module.folder("runs") / f"{dataset.name}-{name}-{run_key(config, dataset, model)}"
+
+
+def run_key(config: RunConfig, dataset: Dataset, model: Callable[[], nn.Module] | None = None) -> str:
+    """Return the 12 hex digits that identify a run (see the head of this module)."""
+    identity = {
+        "config": config.to_dict(),
+        "data": dataset.fingerprint,
+        "model": _model_identity(config, dataset, model),
+        "code": code_fingerprint(),
+        "format": FORMAT,
+    }
+    return hashlib.sha256(json.dumps(identity, sort_keys=True).encode()).hexdigest()[:12]
+
+
+def _model_identity(config: RunConfig, dataset: Dataset, model: Callable[[], nn.Module] | None) -> str:
+    """Hash of a user's module: its printed structure, its source where there is one, and its initial weights."""
+    if model is None:
+        return config.model
+    net = train.initial_model(config, dataset, model)
+    source = ""
+    with contextlib.suppress(OSError, TypeError):
+        source = inspect.getsource(type(net.module))
+    weights = net.weights.cpu().numpy().tobytes()
+    return hashlib.sha256(repr(net.module).encode() + source.encode() + weights).hexdigest()
+
+
+@functools.cache
+def code_fingerprint() -> str:
+    """Hash of the syntax trees of the decisive modules, without docstrings."""
+    digest = hashlib.sha256()
+    for module in DECISIVE:
+        tree = ast.parse(Path(module.__file__).read_text())
+        for node in ast.walk(tree):
+            body = getattr(node, "body", None)
+            if isinstance(body, list) and body and _is_text(body[0]):
+                del body[0]
+        digest.update(ast.dump(tree).encode())
+    return digest.hexdigest()[:16]
+
+
+def _is_text(node: ast.stmt) -> bool:
+    return isinstance(node, ast.Expr) and isinstance(node.value, ast.Constant) and isinstance(node.value.value, str)
+
+
+# --- several runs -----------------------------------------------------------------------------------------------
+
+
+def _generations(configs: Sequence[RunConfig]) -> list[list[RunConfig]]:
+    """Group configs and all their ancestors by depth, without repeats, parents first."""
+    depths: dict[RunConfig, int] = {}
+
+    def depth(c: RunConfig) -> int:
+        if c not in depths:
+            depths[c] = 0 if c.parent is None else depth(c.parent) + 1
+        return depths[c]
+
+    for c in configs:
+        depth(c)
+    return [[c for c in depths if depths[c] == d] for d in range(max(depths.values(), default=-1) + 1)]
+
+
+@contextlib.contextmanager
+def _progress(configs: Sequence[RunConfig], show: bool) -> Iterator[train.Report]:
+    total = sum(c.steps - c.start for c in configs)
+    images = configs[0].batch_size
+    title = f"training {len(configs)} run{'s' * (len(configs) > 1)} of {configs[0].model}"
+    with tqdm(total=total, desc=title, unit="step", disable=not show, mininterval=0.5) as bar:
+
+        def report(steps: int, loss: float, lr: float) -> None:
+            bar.update(steps)
+            rate = (bar.format_dict["rate"] or 0) * images
+            bar.set_postfix_str(f"loss {loss:.3f}, lr {lr:.3g}, {rate:,.0f} images/s", refresh=False)
+
+        yield report
+
+
+def _train_in_processes(configs: Sequence[RunConfig], report: train.Report) -> None:
+    """Train runs in one process each: a small network does not use two threads, two processes do use two cores."""
+    context = multiprocessing.get_context("forkserver" if os.name == "posix" else "spawn")
+    if os.name == "posix":
+        context.set_forkserver_preload([__name__])  # torch is imported once, not once per run
+    cores = max(1, (os.cpu_count() or 1) // max(c.threads for c in configs))
+    n_workers = len(configs) if len(configs) <= 2 * cores else cores  # 3 on 2 cores: share them, do not queue
+    channel = context.Queue()
+    with ProcessPoolExecutor(n_workers, context, _connect, (channel,)) as pool:
+        futures = [pool.submit(_work, c) for c in configs]
+        try:
+            _relay(futures, channel, report)
+        except BaseException:
+            pool.shutdown(cancel_futures=True)
+            raise
+
+
+def _relay(futures: list[Future], channel: multiprocessing.Queue, report: train.Report) -> None:
+    """Pass on the workers' reports until all have finished; raise the first error at once."""
+    while not all(f.done() for f in futures):
+        with contextlib.suppress(queue.Empty):
+            report(*channel.get(timeout=0.2))
+        for f in futures:
+            if f.done():
+                f.result()
+    while not channel.empty():
+        report(*channel.get())
+    wait(futures)
+
+
+_channel: multiprocessing.Queue | None = None
+
+
+def _connect(channel: multiprocessing.Queue) -> None:
+    global _channel
+    _channel = channel
+
+
+def _work(config: RunConfig) -> None:
+    torch.set_num_threads(config.threads)
+    obtain(config, report=lambda *message: _channel.put(message))

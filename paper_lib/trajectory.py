@@ -1,0 +1,203 @@
+"""A recorded run on disk: the matrix of snapshots, buffers, per-step log and states to branch from, without pickle.
+
+A run's folder holds config.json, status.json, steps.npy (n,), weights.npy (n, P) float32, buffers.npy (n, Q),
+log.npy (n_steps, 2) with the loss of batch t at x_t and the learning rate of step t, and state-<step>.npz (weights,
+buffers, momentum). While it is being trained the folder is called <name>.part and also holds resume.npz.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from paper_lib import files
+from paper_lib.config import RunConfig, describe
+
+State = dict[str, np.ndarray]  # weights (P,), buffers (Q,), momentum (P,) or (0,)
+
+
+class SnapshotError(KeyError):
+    """A step was asked for that the run did not keep."""
+
+    def __str__(self) -> str:
+        return str(self.args[0])
+
+
+class DivergedError(RuntimeError):
+    """A diverged run was used as if it had finished."""
+
+
+@dataclass(frozen=True, eq=False)
+class Trajectory:
+    """A finished (or diverged) run. Arrays are mapped from disk, read-only."""
+
+    folder: Path
+
+    @cached_property
+    def config(self) -> RunConfig:
+        """The run's settings."""
+        return RunConfig.from_dict(json.loads((self.folder / "config.json").read_text()))
+
+    @cached_property
+    def status(self) -> dict[str, Any]:
+        """`diverged_at` (a step, or None), wall_s, device, torch, parameters."""
+        return json.loads((self.folder / "status.json").read_text())
+
+    @cached_property
+    def steps(self) -> np.ndarray:
+        """Steps of the snapshots, (n,), ascending."""
+        return np.load(self.folder / "steps.npy")
+
+    @cached_property
+    def weights(self) -> np.ndarray:
+        """The trajectory matrix X, (n, P) float32: row i is x at `steps[i]`."""
+        return np.load(self.folder / "weights.npy", mmap_mode="r")[: len(self.steps)]
+
+    @cached_property
+    def buffers(self) -> np.ndarray:
+        """Float buffers (BatchNorm's running statistics) of the snapshots, (n, Q)."""
+        return np.load(self.folder / "buffers.npy", mmap_mode="r")[: len(self.steps)]
+
+    @cached_property
+    def loss(self) -> np.ndarray:
+        """Loss of batch t at x_t for t = start, start + 1, ..., (n_steps,)."""
+        return self._log[:, 0]
+
+    @cached_property
+    def lr(self) -> np.ndarray:
+        """Learning rate of the step from x_t to x_{t+1}, (n_steps,)."""
+        return self._log[:, 1]
+
+    @cached_property
+    def _log(self) -> np.ndarray:
+        log = np.load(self.folder / "log.npy")
+        return log[: self.status["diverged_at"] - self.config.start + 1] if self.diverged else log
+
+    @property
+    def diverged(self) -> bool:
+        """Whether the loss became non-finite (at step status["diverged_at"])."""
+        return self.status["diverged_at"] is not None
+
+    def rows(self, steps: np.ndarray | list[int] | int) -> np.ndarray:
+        """Row numbers of snapshots by step. Raises SnapshotError for steps that were not recorded."""
+        wanted = np.atleast_1d(np.asarray(steps, dtype=np.int64))
+        rows = np.searchsorted(self.steps, wanted)
+        found = rows < len(self.steps)
+        found[found] = self.steps[rows[found]] == wanted[found]
+        if not found.all():
+            raise SnapshotError(self._missing(wanted[~found]))
+        return rows
+
+    def at(self, step: int) -> np.ndarray:
+        """Weights x_step, (P,), from a snapshot or a kept state."""
+        path = self.folder / f"state-{step}.npz"
+        return self.state(step)["weights"] if path.exists() else self.weights[self.rows(step)[0]]
+
+    def window(self, first: int, last: int) -> np.ndarray:
+        """Every iterate x_first..x_last, (last - first + 1, P), without copying."""
+        rows = self.rows(np.arange(first, last + 1))
+        return self.weights[rows[0] : rows[-1] + 1]
+
+    def state(self, step: int | None = None) -> State:
+        """Weights, buffers and momentum at a step (default: the last), to branch from.
+
+        Raises DivergedError for the end of a diverged run, SnapshotError where the state is not known.
+        """
+        step = self.config.steps if step is None else step
+        if self.diverged and step >= self.status["diverged_at"]:
+            raise DivergedError(
+                f"the run {self.folder.name} diverged at step {self.status['diverged_at']} with "
+                f"lr = {self.config.lr}: lower the learning rate, or use an earlier step than {step}"
+            )
+        path = self.folder / f"state-{step}.npz"
+        if path.exists():
+            with np.load(path, allow_pickle=False) as stored:
+                return dict(stored)
+        if self.config.momentum > 0:
+            raise SnapshotError(
+                f"no momentum was kept at step {step} of {self.folder.name}: add {step} to `checkpoints`"
+            )
+        row = self.rows(step)[0]
+        return {"weights": self.weights[row], "buffers": self.buffers[row], "momentum": np.zeros(0, np.float32)}
+
+    def _missing(self, steps: np.ndarray) -> str:
+        have = f"{describe(self.steps)}" if len(self.steps) else "none"
+        return (
+            f"the run {self.folder.name} kept no snapshot of step {describe(steps)}; it has {have}. "
+            f"Record it by adding e.g. '{steps[0]}-{steps[-1]}' to the run's `record`"
+        )
+
+
+class Recorder:
+    """Writes a run into <folder>.part and moves it to <folder> when it is whole; a killed run finds its place again."""
+
+    def __init__(self, folder: Path, config: RunConfig, n_weights: int, n_buffers: int):
+        self.final, self.part, self.config = folder, folder.with_name(folder.name + ".part"), config
+        self.steps = config.snapshot_steps
+        self.keep = {*config.checkpoints, config.steps}
+        self.resumed = self._resume(n_weights)
+        if self.resumed is None:
+            self._create(n_weights, n_buffers)
+        self.weights, self.buffers, self.log = (
+            np.load(self.part / f"{name}.npy", mmap_mode="r+") for name in ("weights", "buffers", "log")
+        )
+
+    def _resume(self, n_weights: int) -> State | None:
+        try:
+            with np.load(self.part / "resume.npz", allow_pickle=False) as stored:
+                state = dict(stored)
+            return state if state["weights"].size == n_weights else None
+        except (OSError, ValueError, KeyError):
+            return None
+
+    def _create(self, n_weights: int, n_buffers: int) -> None:
+        shutil.rmtree(self.part, ignore_errors=True)
+        n, n_steps = len(self.steps), self.config.steps - self.config.start
+        size = 4 * n * (n_weights + n_buffers) + 16 * n_steps + 3 * 4 * n_weights * (len(self.keep) + 2)
+        what = f"recording {n} snapshots of {n_weights:,} weights (4 bytes each)"
+        files.require_space(self.part.parent, size, what)
+        self.part.mkdir(parents=True)
+        for name, shape, dtype in (
+            ("weights", (n, n_weights), "float32"),
+            ("buffers", (n, n_buffers), "float32"),
+            ("log", (n_steps, 2), "float64"),
+        ):
+            files.allocate(self.part / f"{name}.npy", shape, dtype)
+
+    def snapshot(self, step: int, weights: np.ndarray, buffers: np.ndarray) -> None:
+        """Record x_step if it belongs to a window."""
+        row = np.searchsorted(self.steps, step)
+        self.weights[row], self.buffers[row] = weights, buffers
+
+    def save_state(self, step: int, state: State) -> None:
+        """Keep a full state to branch from."""
+        with files.replacing(self.part / f"state-{step}.npz") as path:
+            np.savez(path, **state)
+
+    def save_resume(self, step: int, wall_s: float, state: State) -> None:
+        """Make everything up to `step` durable: a killed run goes on from here."""
+        for array in (self.weights, self.buffers, self.log):
+            array.flush()
+        with files.replacing(self.part / "resume.npz") as path:
+            np.savez(path, step=step, wall_s=wall_s, **state)
+
+    def finish(self, status: dict[str, Any]) -> Trajectory:
+        """Describe the run, forget what a diverged one did not reach, and move the folder into place."""
+        end = self.config.steps if status["diverged_at"] is None else status["diverged_at"]
+        for array in (self.weights, self.buffers, self.log):
+            array.flush()
+        with files.replacing(self.part / "steps.npy") as path:
+            np.save(path, self.steps[self.steps <= end])
+        for name, values in (("config", self.config.to_dict()), ("status", status)):
+            with files.replacing(self.part / f"{name}.json") as path:
+                path.write_text(json.dumps(values, indent=1) + "\n")
+        os.rename(self.part, self.final)  # the moment at which the run exists
+        (self.final / "resume.npz").unlink(missing_ok=True)
+        return Trajectory(self.final)
