@@ -1,0 +1,95 @@
+# Start with `make help`. The logic is in paper_lib/environment.py and paper_lib/notebooks.py; this file names the tasks.
+
+CONFIG ?= digits
+SEEDS ?=
+JOBS ?=
+PYTHON ?= python3
+DATA := $(or $(PAPER_DATA),data)
+RESULTS := $(or $(PAPER_RESULTS),results)
+RUNS := $(or $(PAPER_RUNS),runs)
+
+export PAPER_DATA := $(abspath $(DATA))
+export PAPER_RESULTS := $(abspath $(RESULTS))
+export PAPER_RUNS := $(abspath $(RUNS))
+export PYTHONPATH := $(CURDIR)
+MAKEFLAGS += $(if $(JOBS),-j$(JOBS))
+
+# The interpreter: PY if given, else that of an activated conda environment made from environment.yml, else .venv.
+ifndef PY
+ifeq ($(CONDA_DEFAULT_ENV),$(shell sed -n 's/^name: *//p' environment.yml))
+PY := python
+else
+PY := .venv/bin/python
+BUILD_ENV := $(PYTHON) paper_lib/environment.py build .venv
+endif
+endif
+
+NOTEBOOKS := $(sort $(basename $(notdir $(wildcard notebooks/[0-9][0-9]_*.ipynb))))
+
+.DEFAULT_GOAL := help
+.PHONY: help env config train figures $(NOTEBOOKS) compare report test lint bench lab refresh lock clean distclean
+
+help: ## list the tasks and settings
+	@awk -F ':.*## ' '/^[a-z]+:.*## / {printf "  make %-12s%s\n", $$1, $$2}' Makefile
+	@echo "  make NN_name     run one notebook, as figures would"
+	@echo
+	@echo "Settings, as in 'make figures CONFIG=cifar10 SEEDS=\"0 1 2\"':"
+	@echo "  CONFIG=digits    preset: smoke, digits, cifar10, cifar100, imagenet"
+	@echo "  SEEDS=\"0 1 2\"    seeds, instead of the preset's own"
+	@echo "  JOBS=2           notebooks (or tasks) at a time"
+	@echo "  DATA=data        where datasets are; likewise RESULTS=results and RUNS=runs"
+	@echo "  PYTHON=python3   Python 3.11 or newer that .venv is built with; an activated conda environment"
+	@echo "                   made from environment.yml is used instead; PY=... names another that has everything"
+
+env: ## build .venv from environment.yml, if it is not there or out of date
+	@$(BUILD_ENV)
+
+config: env
+	@$(PY) -m paper_lib.notebooks check --preset $(CONFIG) $(if $(SEEDS),--seeds $(SEEDS))
+
+train: config ## train a preset's runs ahead of time (figures train what they need)
+	$(PY) -m paper_lib train --preset $(CONFIG) $(if $(SEEDS),--seeds "$(SEEDS)")
+
+figures: $(NOTEBOOKS) ## run every notebook whose result is out of date, into results/CONFIG
+	@echo "$(words $(NOTEBOOKS)) notebooks are up to date in $(RESULTS)/$(CONFIG)"
+
+$(NOTEBOOKS): config
+	@$(PY) -m paper_lib.notebooks run $@ --preset $(CONFIG) $(if $(SEEDS),--seeds $(SEEDS))
+
+compare: env ## compare results/CONFIG with what is committed, within stated tolerances
+	@$(PY) -m paper_lib.compare $(RESULTS)/$(CONFIG)
+
+report: config figures ## turn the executed notebooks into HTML pages
+	$(PY) -m nbconvert --log-level WARN --to html --output-dir .build/$(CONFIG)/report "$(RESULTS)/$(CONFIG)"/notebooks/*.ipynb
+	@echo "see .build/$(CONFIG)/report"
+
+# A folder of its own, so that the tests train for real and never touch results/ or runs/; one thread per worker.
+test: lint ## lint, unit tests, and every notebook on the smoke preset
+	@mkdir -p .build && work=$$(mktemp -d "$(CURDIR)/.build/test.XXXXXX") && trap 'rm -rf "$$work"' EXIT && \
+	export PAPER_RUNS="$$work/runs" PAPER_RESULTS="$$work/results" OMP_NUM_THREADS=1 && \
+	$(PY) -m pytest -q -n 2 tests && \
+	$(PY) -m paper_lib.notebooks prepare "$$work/notebooks" && \
+	$(if $(NOTEBOOKS),$(PY) -m pytest -q -n 2 --dist loadfile --nbval-lax --nbval-current-env "$$work/notebooks",:)
+
+lint: env ## ruff, for style and format
+	$(PY) -m ruff check .
+	$(PY) -m ruff format --check .
+
+bench: env ## time training and averaging against plain PyTorch
+	$(PY) -m paper_lib bench
+
+lab: env ## open JupyterLab
+	$(PY) -m jupyterlab notebooks
+
+refresh: env ## store the checked outputs of the notebooks again, after changing one
+	$(PY) -m paper_lib.notebooks refresh
+
+lock: env ## resolve the transitive pins of environment.yml again, after changing a direct one
+	$(PY) paper_lib/environment.py lock "$$(dirname "$$($(PY) -c 'import sys; print(sys.executable)')")/uv"
+
+clean: ## forget what is up to date, and remove caches
+	rm -rf .build .pytest_cache .ruff_cache .hypothesis *.egg-info
+	find paper_lib tests notebooks -name __pycache__ -o -name .ipynb_checkpoints | xargs rm -rf
+
+distclean: clean ## remove .venv and the trained runs too (datasets stay)
+	rm -rf .venv "$(PAPER_RUNS)"
