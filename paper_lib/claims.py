@@ -10,9 +10,8 @@ from pathlib import Path
 
 import numpy as np
 import pandas as pd
-from filelock import FileLock
 
-from paper_lib.files import replacing
+from paper_lib.files import lock, replacing
 from paper_lib.validate import check_names
 
 COLUMNS = "claim quantity predicted measured spread seeds criterion holds notebook reason".split()
@@ -213,8 +212,7 @@ def _values(values: float | Sequence[float] | np.ndarray | None) -> np.ndarray |
 def _write(results: Path, rows: pd.DataFrame, notebook: str) -> None:
     """Put `rows` in the place of the notebook's earlier ones, under a lock, in one atomic step."""
     path = results / "claims.csv"
-    results.mkdir(parents=True, exist_ok=True)
-    with FileLock(results / ".claims.lock"):
+    with lock(path):
         if path.exists():
             kept = table(results).query("notebook != @notebook")
             rows = pd.concat([kept, rows]) if len(kept) else rows
