@@ -1,4 +1,4 @@
-"""Augmentation from given random numbers: what is drawn for a batch, and how it is applied."""
+"""Augmentation from given random numbers: what is drawn for a batch, and what becomes of it."""
 
 from __future__ import annotations
 
@@ -8,6 +8,8 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+
+Box = tuple[float, float, float, float]  # left, top, right, bottom in pixels
 
 
 @dataclass(frozen=True)
@@ -31,3 +33,48 @@ class FlipCrop:
         index = (rows[:, :, None] * (w + 2 * self.pad) + columns[:, None, :]).view(n, 1, h * w)
         padded = F.pad(x, (self.pad,) * 4).view(n, c, -1)
         return padded.gather(2, index.expand(n, c, h * w)).view(n, c, h, w)
+
+
+@dataclass(frozen=True)
+class ResizedCrop:
+    """Horizontal flip and a crop of random area and aspect ratio, for images decoded one by one."""
+
+    area: tuple[float, float] = (0.08, 1.0)
+    ratio: tuple[float, float] = (3 / 4, 4 / 3)
+    attempts: int = 10
+
+    def draw(self, rng: np.random.Generator, size: int) -> np.ndarray:
+        """Numbers in 0..1 for `size` images, (size, 1 + 4 * attempts): flip; area, ratio, left and top."""
+        return rng.random((size, 1 + 4 * self.attempts))
+
+    def flips(self, draws: np.ndarray) -> np.ndarray:
+        """Which images are mirrored, (N,) bool, by draws (N, ...)."""
+        return draws[:, 0] < 0.5
+
+    def box(self, width: int, height: int, draw: np.ndarray) -> Box:
+        """The crop of an image: the first attempt that fits in it, else the largest central one."""
+        log_ratio = np.log(self.ratio)
+        for area, ratio, left, top in draw[1:].reshape(-1, 4):
+            target = width * height * (self.area[0] + area * (self.area[1] - self.area[0]))
+            aspect = np.exp(log_ratio[0] + ratio * (log_ratio[1] - log_ratio[0]))
+            w, h = round(np.sqrt(target * aspect)), round(np.sqrt(target / aspect))
+            if 0 < w <= width and 0 < h <= height:
+                x, y = int(left * (width - w + 1)), int(top * (height - h + 1))
+                return x, y, x + w, y + h
+        return _central(width, height, *self._widest(width, height))
+
+    def _widest(self, width: int, height: int) -> tuple[float, float]:
+        """Width and height of the largest crop whose aspect ratio is allowed."""
+        aspect = min(max(width / height, self.ratio[0]), self.ratio[1])
+        return min(width, height * aspect), min(height, width / aspect)
+
+
+def central_square(width: int, height: int, part: float = 1.0) -> Box:
+    """The square in the middle of an image whose side is `part` of the image's shorter side."""
+    side = part * min(width, height)
+    return _central(width, height, side, side)
+
+
+def _central(width: int, height: int, w: float, h: float) -> Box:
+    x, y = (width - w) / 2, (height - h) / 2
+    return x, y, x + w, y + h

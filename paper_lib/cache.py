@@ -8,22 +8,22 @@ from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
-from filelock import FileLock
+
+from paper_lib.files import allocate, lock
 
 
 def cached_array(
     folder: Path,
     key: str,
     shape: tuple[int, ...],
-    dtype: type,
+    dtype: str,
     fill: Callable[[np.ndarray], None],
 ) -> np.ndarray:
     """The array that `fill` writes, from `folder`/`key`-<checksum>.npy, made first if absent or damaged.
 
     The result is mapped copy-on-write: processes share the pages and writing never reaches the file.
     """
-    folder.mkdir(parents=True, exist_ok=True)
-    with FileLock(folder / f"{key}.lock"):
+    with lock(folder / key):
         for path in folder.glob(f"{key}-*.npy"):
             array = _read(path, shape, dtype)
             if array is not None:
@@ -33,10 +33,10 @@ def cached_array(
 
 
 def _make(folder: Path, key: str, shape, dtype, fill) -> Path:
-    """Fill a temporary file, then move it to its name, so that a killed process leaves no half array."""
+    """Fill a temporary file, then move it to its name: the checksum in it is known only then."""
     temporary = folder / f"{key}.tmp"
     try:
-        array = np.lib.format.open_memmap(temporary, mode="w+", dtype=dtype, shape=shape)
+        array = allocate(temporary, shape, dtype)
         fill(array)
         array.flush()
         path = folder / f"{key}-{_checksum(array)}.npy"
@@ -46,7 +46,7 @@ def _make(folder: Path, key: str, shape, dtype, fill) -> Path:
     return path
 
 
-def _read(path: Path, shape: tuple[int, ...], dtype: type) -> np.ndarray | None:
+def _read(path: Path, shape: tuple[int, ...], dtype: str) -> np.ndarray | None:
     """The array, or None where the file is cut short, altered, or of another shape."""
     try:
         array = np.load(path, mmap_mode="c")

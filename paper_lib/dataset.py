@@ -232,5 +232,11 @@ class TensorDataset(Dataset):
 def normalize(x: Tensor, mean: tuple[float, ...], std: tuple[float, ...]) -> Tensor:
     """uint8 images (N, C, H, W) as float32 (x / 255 - mean) / std, the same bits on every device."""
     # One subtraction and one division, each correctly rounded: no fused multiply-add to differ in.
-    scale = torch.tensor([mean, std], dtype=torch.float32).mul(255).view(2, -1, 1, 1).to(x.device)
+    scale = _scale(mean, std, x.device)
     return x.float().sub_(scale[0]).div_(scale[1])
+
+
+@lru_cache(maxsize=8)
+def _scale(mean: tuple[float, ...], std: tuple[float, ...], device: torch.device) -> Tensor:
+    """Mean and standard deviation in units of 0..255, on the device: copied once, as each copy waits for a GPU."""
+    return torch.tensor([mean, std], dtype=torch.float32).mul(255).view(2, -1, 1, 1).to(device)

@@ -46,9 +46,9 @@ def load(root: Path, *, held_out: int, seed: int, progress: bool) -> TensorDatas
     cut = RECIPE["train_originals"] * RECIPE["train_variants"]
     total = cut + RECIPE["test_originals"] * RECIPE["test_variants"]
     folder, fill = Path(root) / "digits", partial(_generate, seed=seed)
-    images = cached_array(folder, f"images-{key}", (total, 1, 8, 8), np.float32, fill)
+    images = cached_array(folder, f"images-{key}", (total, 1, 8, 8), "float32", fill)
     fill = partial(_label, seed=seed)
-    labels = cached_array(folder, f"labels-{key}", (total,), np.int64, fill)
+    labels = cached_array(folder, f"labels-{key}", (total,), "int64", fill)
     images, labels = torch.from_numpy(images), torch.from_numpy(labels)
     return TensorDataset(
         "digits",

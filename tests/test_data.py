@@ -1,0 +1,222 @@
+import random
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+
+from paper_lib import data
+from paper_lib.augment import FlipCrop
+from paper_lib.dataset import TensorDataset
+
+
+def numbered(n=103, n_test=17, **kwargs):
+    """A dataset whose images are their own row numbers; test images count from 1000."""
+    x, x_test = torch.arange(n).float().view(-1, 1, 1, 1), 1000 + torch.arange(n_test).float().view(-1, 1, 1, 1)
+    return data.from_tensors(x, torch.arange(n) % 5, x_test, torch.arange(n_test) % 5, **kwargs)
+
+
+def augmented(n=60, held_out=20, seed=0):
+    """Random uint8 images, flipped and cropped."""
+    rng = np.random.default_rng(7)
+    images = {k: torch.from_numpy(rng.integers(0, 256, (n, 3, 8, 8), dtype=np.uint8)) for k in ("train", "test")}
+    labels = {k: torch.from_numpy(rng.integers(0, 4, n)) for k in images}
+    return TensorDataset(
+        "toy", images, labels, 4, held_out=held_out, seed=seed, mean=(0.5,) * 3, std=(0.2,) * 3, augment=FlipCrop(2)
+    )
+
+
+def ids(x):
+    return x.flatten().int().tolist()
+
+
+def equal(a, b):
+    return all(torch.equal(s, t) for s, t in zip(a, b, strict=True))
+
+
+def test_an_epoch_is_a_permutation_without_its_ragged_tail():
+    dataset = numbered(103)
+    epochs = [[i for step in range(10) for i in ids(dataset.batch(10 * e + step, 10, seed=0)[0])] for e in (0, 1)]
+    for epoch in epochs:
+        assert len(epoch) == len(set(epoch)) == 100
+    assert epochs[0] != epochs[1]
+    assert set(epochs[0]) != set(epochs[1])  # another tail is dropped
+
+
+def test_labels_belong_to_their_images():
+    x, y = numbered().batch(3, 50, seed=1)
+    assert y.dtype == torch.int64
+    assert y.tolist() == [i % 5 for i in ids(x)]
+
+
+def test_the_order_is_pinned():
+    """Finished runs rely on it: a change of the order of batches must be a decision, not an accident."""
+    assert ids(numbered().batch(0, 4, seed=0)[0]) == [88, 100, 17, 28]
+
+
+def test_held_out_images_are_never_trained_on():
+    dataset = numbered(103, held_out=20, seed=5)
+    train = {i for step in range(30) for i in ids(dataset.batch(step, 8, seed=0)[0])}
+    held = {i for step in range(10) for i in ids(dataset.batch(step, 8, seed=0, split="held")[0])}
+    assert dataset.sizes == {"train": 83, "held": 20, "test": 17}
+    assert train | held == set(range(103)) and not train & held
+    other = {i for x, _ in numbered(103, held_out=20, seed=6).evaluation("held") for i in ids(x)}
+    assert other != held
+
+
+@given(step=st.integers(0, 10**6), seed=st.integers(0, 2**40), world=st.sampled_from([1, 2, 3, 4, 6, 12]))
+def test_processes_share_the_global_batch(step, seed, world):
+    dataset = augmented()
+    x, y = dataset.batch(step, 12, seed)
+    for rank in range(world):
+        part = dataset.batch(step, 12, seed, rank=rank, world=world)
+        assert equal(part, (x[rank::world], y[rank::world]))
+
+
+@pytest.mark.parametrize("split", ["train", "held", "test"])
+def test_a_batch_does_not_depend_on_what_was_asked_before(split):
+    fresh = [augmented().batch(step, 8, 3, split) for step in range(12)]
+    dataset = augmented()
+    for step in reversed(range(12)):
+        dataset.batch(step + 100, 5, seed=9)
+        assert equal(dataset.batch(step, 8, 3, split), fresh[step])
+    assert all(equal(a, b) for a, b in zip(dataset.stream(4, 12, 8, 3, split), fresh[4:], strict=True))
+    x, y = dataset.batches([2, 7], 8, 3, split)
+    assert equal((x[1], y[1]), fresh[7]) and x.shape == (2, 8, 3, 8, 8) and y.shape == (2, 8)
+    assert torch.equal(dataset.batches(3, 8, 3, split)[0][2], fresh[2][0])
+
+
+def test_seeds_steps_and_splits_augment_differently():
+    dataset = augmented()
+    draws = [
+        dataset._plan(step, 20, seed, split, 0, 1)[2].tobytes()
+        for step in (0, 1)
+        for seed in (0, 1)
+        for split in ("train", "held")
+    ]
+    assert len(set(draws)) == len(draws)
+
+
+def test_the_global_random_numbers_are_untouched():
+    before = random.getstate(), np.random.get_state()[1].copy(), torch.get_rng_state()  # noqa: NPY002
+    dataset = augmented()
+    list(dataset.stream(0, 20, 8, 0))
+    dataset.batches(3, 8, 0, "held")
+    list(dataset.evaluation())
+    assert random.getstate() == before[0]
+    assert np.array_equal(np.random.get_state()[1], before[1])  # noqa: NPY002
+    assert torch.equal(torch.get_rng_state(), before[2])
+
+
+def test_the_global_random_numbers_change_nothing():
+    torch.manual_seed(0)
+    first = augmented().batch(3, 8, 0)
+    torch.manual_seed(1)
+    assert equal(augmented().batch(3, 8, 0), first)
+
+
+def test_evaluation_shows_every_image_once_as_it_is():
+    dataset = augmented(n=60, held_out=0)
+    chunks = list(dataset.evaluation("train", size=25))
+    assert [len(y) for _, y in chunks] == [25, 25, 10]
+    shown = torch.cat([x for x, _ in chunks]).mul(0.2).add(0.5).mul(255).round().to(torch.uint8)
+    original = dataset._images["train"]
+    assert sorted(shown.flatten(1).tolist()) == sorted(original.flatten(1).tolist())
+    again = list(dataset.evaluation("train", size=25))
+    assert all(equal(a, b) for a, b in zip(chunks, again, strict=True))
+
+
+def test_evaluation_with_a_limit_is_a_fair_sample():
+    x = torch.arange(1000).view(-1, 1)
+    dataset = data.from_tensors(x.float(), x[:, 0] // 100, x.float(), x[:, 0] // 100)  # sorted by class
+    chunks = list(dataset.evaluation("train", size=120, limit=300))
+    labels = torch.cat([y for _, y in chunks])
+    assert [len(y) for _, y in chunks] == [120, 120, 60]
+    assert torch.bincount(labels, minlength=10).min() > 10
+    assert sum(len(y) for _, y in dataset.evaluation(limit=5000)) == 1000
+
+
+def test_uint8_tensors_are_normalized_by_the_training_images():
+    x = torch.from_numpy(np.random.default_rng(0).integers(0, 200, (500, 2, 4, 4), dtype=np.uint8))
+    y = torch.zeros(500, dtype=torch.int32)
+    dataset = data.from_tensors(x, y, x[:10] // 2, y[:10])
+    (shown, _), *_ = dataset.evaluation("train", size=500)
+    assert shown.dtype == torch.float32
+    torch.testing.assert_close(shown.mean((0, 2, 3)), torch.zeros(2), atol=1e-5, rtol=0)
+    torch.testing.assert_close(shown.std((0, 2, 3), unbiased=False), torch.ones(2), atol=1e-5, rtol=0)
+
+
+def test_arrays_are_accepted():
+    x, y = np.zeros((6, 3), dtype=np.float64), np.arange(6)
+    dataset = data.from_tensors(x, y, x, y, name="mine")
+    assert (dataset.name, dataset.n_classes, dataset.shape) == ("mine", 6, (3,))
+    assert dataset.batch(0, 2, 0)[0].dtype == torch.float32
+
+
+def test_the_fingerprint_is_that_of_the_content():
+    first = augmented().fingerprint
+    assert augmented().fingerprint == first == augmented().to("cpu").fingerprint
+    others = [augmented(held_out=19), augmented(seed=1), augmented(n=61)]
+    pixel = augmented()
+    pixel._images["train"][3, 1, 4, 4] ^= 1
+    label = augmented()
+    label._labels["test"][5] += 1
+    prints = [dataset.fingerprint for dataset in (*others, pixel, label)]
+    assert first not in prints and len(set(prints)) == len(prints)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ({"size": 84}, "batch size 84: must be from 1 to the 83 images of split 'train'"),
+        ({"size": 0}, "batch size 0"),
+        ({"size": 9, "world": 2}, "world must divide it"),
+        ({"rank": 2, "world": 2}, "rank 2 of 2"),
+        ({"step": -1}, "step=-1"),
+        ({"seed": -1}, "seed=-1"),
+        ({"split": "valid"}, "unknown split 'valid': choose one of train, held, test"),
+    ],
+)
+def test_impossible_batches_are_refused(arguments, message):
+    with pytest.raises(ValueError, match=message):
+        numbered(held_out=20).batch(**{"step": 0, "size": 8, "seed": 0} | arguments)
+
+
+def test_an_empty_split_says_what_to_do():
+    with pytest.raises(ValueError, match="held_out > 0"):
+        numbered().batch(0, 8, 0, split="held")
+
+
+@pytest.mark.parametrize("held_out", [-1, 103])
+def test_impossible_held_out_is_refused(held_out):
+    with pytest.raises(ValueError, match=f"held_out={held_out}: must be at least 0 and less than the 103"):
+        numbered(held_out=held_out)
+
+
+X, Y = torch.zeros(4, 1, 2, 2), torch.arange(4)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ((X, Y[:3], X, Y), "train: 4 images with labels of shape"),
+        ((X, Y, X[:0], Y[:0]), "test: 0 images"),
+        ((X, Y.float(), X, Y), "labels must be integers"),
+        ((X, Y - 1, X, Y), "labels must be integers from 0 up"),
+        ((X.int(), Y, X, Y), "floating-point or uint8, not torch.int32"),
+        ((X, Y, X[:, :, :1], Y), "make them equal"),
+        ((X.byte(), Y, X, Y), "both be uint8 or both floating-point"),
+        ((X.byte()[:, 0], Y, X, Y), r"must be \(N, C, H, W\)"),
+    ],
+)
+def test_tensors_that_do_not_fit_are_refused(arguments, message):
+    with pytest.raises(ValueError, match=message):
+        data.from_tensors(*arguments)
+
+
+def test_unknown_names_and_options_are_refused(tmp_path):
+    with pytest.raises(ValueError, match="unknown dataset 'mnist': choose one of digits, cifar10"):
+        data.load("mnist", tmp_path)
+    with pytest.raises(ValueError, match="'digits' takes no image_size"):
+        data.load("digits", tmp_path, image_size=32)

@@ -1,0 +1,201 @@
+import os
+import shutil
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from paper_lib import data, imagefolder
+from paper_lib.augment import central_square
+from paper_lib.decode import decode, decode_all
+from paper_lib.streaming import MEAN, STD, StreamedImages
+
+CLASSES = ("ant", "bee", "cat")
+KINDS = (("jpg", "RGB"), ("JPEG", "L"), ("png", "RGBA"), ("png", "P"))
+
+
+@pytest.fixture(scope="module")
+def original(tmp_path_factory):
+    """3 classes x (12 to train on, 5 to test) noise images of several sizes, formats and modes, and clutter."""
+    root, rng = tmp_path_factory.mktemp("tree"), np.random.default_rng(0)
+    for split, n in (("train", 12), ("val", 5)):
+        for name in CLASSES:
+            (root / split / name).mkdir(parents=True)
+            for i in range(n):
+                kind, mode = KINDS[i % len(KINDS)]
+                pixels = rng.integers(0, 256, (20 + 3 * i, 50 - 2 * i, 3), dtype=np.uint8)
+                Image.fromarray(pixels).convert(mode).save(root / split / name / f"{i:02}.{kind}")
+            (root / split / name / ".hidden.jpg").write_bytes(b"not an image")
+            (root / split / name / "notes.txt").write_text("not an image")
+        (root / split / ".cache").mkdir()
+    return root
+
+
+@pytest.fixture
+def tree(original, tmp_path):
+    return shutil.copytree(original, tmp_path / "tree")
+
+
+def load(root, **options):
+    return data.load("imagefolder", root, **{"image_size": 16, "progress": False} | options)
+
+
+def equal(a, b):
+    return all(torch.equal(s, t) for s, t in zip(a, b, strict=True))
+
+
+@pytest.mark.parametrize("streaming", [False, True])
+def test_sizes_shapes_and_labels(tree, streaming):
+    dataset = load(tree, held_out=6, streaming=streaming)
+    assert dataset.sizes == {"train": 30, "held": 6, "test": 15}
+    assert (dataset.shape, dataset.n_classes) == ((3, 16, 16), 3)
+    x, y = dataset.batch(0, 8, 0)
+    assert x.shape == (8, 3, 16, 16) and x.dtype == torch.float32 and y.dtype == torch.int64
+    labels = torch.cat([y for _, y in dataset.evaluation("test", size=4)])
+    assert torch.bincount(labels).tolist() == [5, 5, 5]
+
+
+@pytest.mark.parametrize("streaming", [False, True])
+def test_batches_are_pure_functions_of_seed_and_step(tree, streaming):
+    dataset = load(tree, streaming=streaming)
+    states = torch.get_rng_state(), np.random.get_state()[1].copy()  # noqa: NPY002
+    streamed = list(dataset.stream(2, 12, 8, seed=3))  # crosses epochs of 4 steps
+    assert torch.equal(states[0], torch.get_rng_state())
+    assert np.array_equal(states[1], np.random.get_state()[1])  # noqa: NPY002
+    resumed = load(tree, streaming=streaming)
+    for step in (11, 2, 5):
+        assert equal(resumed.batch(step, 8, 3), streamed[step - 2])
+    halves = [list(dataset.stream(4, 6, 8, 3, rank=rank, world=2)) for rank in (0, 1)]
+    for rank in (0, 1):
+        for (x, y), whole in zip(halves[rank], streamed[2:4], strict=True):
+            assert equal((x, y), (whole[0][rank::2], whole[1][rank::2]))
+
+
+def test_streamed_evaluation_is_the_resized_center(tree):
+    dataset = load(tree, streaming=True)
+    pixels = {}
+    for name in CLASSES:
+        for path in imagefolder._images(tree / "val" / name):
+            pixels[decode(path.path, 16, lambda w, h: central_square(w, h, 224 / 256)).tobytes()] = CLASSES.index(name)
+    mean, std = (torch.tensor(values).view(3, 1, 1) for values in (MEAN, STD))
+    for x, y in dataset.evaluation("test", size=4):
+        shown = ((x * std + mean) * 255).round().to(torch.uint8)
+        assert [pixels[image.numpy().tobytes()] for image in shown] == y.tolist()
+
+
+def test_the_memory_limit_chooses(tree):
+    size = 51 * 3 * 16 * 16
+    assert not isinstance(load(tree, in_memory_limit=size), StreamedImages)
+    assert isinstance(load(tree, in_memory_limit=size - 1), StreamedImages)
+
+
+def test_images_of_the_right_size_keep_their_pixels(tmp_path):
+    pixels = np.random.default_rng(0).integers(0, 256, (16, 16, 3), dtype=np.uint8)
+    Image.fromarray(pixels).save(tmp_path / "x.png")
+    assert np.array_equal(decode(str(tmp_path / "x.png"), 16, central_square), pixels.transpose(2, 0, 1))
+
+
+def test_a_jpeg_decoded_at_a_fraction_is_nearly_the_same(tmp_path):
+    """Against a crop and a resize of the whole image, on smooth content."""
+    y, x = np.mgrid[0:256, 0:320] / 50
+    pixels = (127 + 120 * np.stack([np.sin(x), np.cos(y), np.sin(x + y)], axis=-1)).astype(np.uint8)
+    path = tmp_path / "x.jpg"
+    Image.fromarray(pixels).save(path, quality=95)
+    box = (40, 16, 296, 240)
+    whole = Image.open(path).crop(box).resize((32, 32), Image.Resampling.BILINEAR)
+    fast = decode(str(path), 32, lambda w, h: box).transpose(1, 2, 0)
+    assert np.abs(fast.astype(int) - np.asarray(whole)).max() <= 8
+
+
+def test_threads_change_nothing(tree):
+    paths = [entry.path for entry in imagefolder._images(tree / "train" / "ant")]
+    crops = [central_square] * len(paths)
+    assert np.array_equal(decode_all(paths, 16, crops, threads=1), decode_all(paths, 16, crops, threads=4))
+
+
+def test_decoding_happens_once_and_again_when_the_tree_changes(tree, monkeypatch):
+    first = load(tree)
+    (cached,) = (tree / ".decoded").glob("*.npy")
+    with monkeypatch.context() as patch:
+        patch.setattr(imagefolder, "in_workers", lambda *_: pytest.fail("decoded again"))
+        assert load(tree).fingerprint == first.fingerprint
+    changed = tree / "train" / "bee" / "00.jpg"
+    Image.new("RGB", (30, 30), "red").save(changed)
+    again = load(tree)
+    assert again.fingerprint != first.fingerprint
+    assert not cached.exists() and len(list((tree / ".decoded").glob("*.npy"))) == 1
+    os.utime(changed, (1, 1))  # an edit that keeps the size shows in the time alone
+    with monkeypatch.context() as patch, pytest.raises(pytest.fail.Exception, match="decoded again"):
+        patch.setattr(imagefolder, "in_workers", lambda *_: pytest.fail("decoded again"))
+        load(tree)
+
+
+def test_a_damaged_cache_is_decoded_again(tree):
+    expected = load(tree).batch(0, 8, 0)
+    (cached,) = (tree / ".decoded").glob("*.npy")
+    content = cached.read_bytes()
+    cached.unlink()
+    cached.write_bytes(content[:-5] + b"12345")
+    assert equal(load(tree).batch(0, 8, 0), expected)
+    assert cached.read_bytes() == content
+
+
+def test_a_copy_of_the_tree_has_the_same_fingerprint(tree, tmp_path):
+    copy = tmp_path / "copy"
+    for path in tree.rglob("*.*"):
+        if path.is_file():
+            (copy / path.relative_to(tree)).parent.mkdir(parents=True, exist_ok=True)
+            (copy / path.relative_to(tree)).write_bytes(path.read_bytes())
+    assert load(copy, streaming=True).fingerprint == load(tree, streaming=True).fingerprint
+    assert load(copy).fingerprint == load(tree).fingerprint != load(tree, image_size=24).fingerprint
+
+
+@pytest.mark.parametrize("streaming", [False, True])
+def test_an_unreadable_image_is_named(tree, streaming):
+    bad = tree / "train" / "cat" / "03.png"
+    bad.write_bytes(bad.read_bytes()[:100])
+    with pytest.raises(data.DataError, match=f"^unreadable image {bad} "):
+        for _ in load(tree, streaming=streaming).stream(0, 3, 12, 0):
+            pass
+    assert not list(tree.glob(".decoded/*.npy")) and not list(tree.glob(".decoded/*.tmp"))
+
+
+def test_test_is_used_where_there_is_no_val(tree):
+    (tree / "val").rename(tree / "test")
+    assert load(tree).sizes["test"] == 15
+
+
+def test_nested_folders_and_upper_case_names_count(tree):
+    nested = tree / "train" / "ant" / "images"
+    nested.mkdir()
+    (tree / "train" / "ant" / "00.jpg").rename(nested / "A.JPG")
+    assert load(tree).sizes["train"] == 36
+
+
+def empty(path):
+    shutil.rmtree(path)
+    path.mkdir()
+
+
+@pytest.mark.parametrize(
+    ("spoil", "message"),
+    [
+        (lambda root: shutil.rmtree(root / "train"), "train is missing"),
+        (lambda root: shutil.rmtree(root / "val"), "val/<class>/ or test/<class>/: .*test is missing"),
+        (lambda root: empty(root / "train"), "train has no class folders"),
+        (lambda root: empty(root / "train" / "bee"), "bee has no images"),
+        (lambda root: (root / "train" / "dog").mkdir(), r"classes differ: only in .*train: \['dog'\], .*val: \[\]"),
+        (lambda root: shutil.rmtree(root / "train" / "ant"), r"only in .*train: \[\], .*val: \['ant'\]"),
+        (lambda root: (root / ".decoded").write_text(""), "cannot keep decoded images in .*streaming=True"),
+    ],
+)
+def test_a_tree_that_cannot_be_used_says_why(tree, spoil, message):
+    spoil(tree)
+    with pytest.raises(data.DataError, match=message):
+        load(tree)
+
+
+def test_a_tiny_image_size_is_refused(tree):
+    with pytest.raises(ValueError, match="image_size=4"):
+        load(tree, image_size=4)

@@ -1,0 +1,82 @@
+import hashlib
+import io
+import pickle
+import tarfile
+import urllib.error
+
+import numpy as np
+import pytest
+import torch
+from torchvision import datasets
+from torchvision.datasets import utils
+
+from paper_lib import data, vision
+
+
+def offline(*args, **kwargs):
+    raise urllib.error.URLError("no network")
+
+
+@pytest.fixture
+def archive(tmp_path, monkeypatch):
+    """A CIFAR-10 archive of 5 x 8 and 6 images, its images, and torchvision told to expect it, without network."""
+    rng = np.random.default_rng(0)
+    monkeypatch.setattr(utils.urllib.request, "urlopen", offline)
+    sizes = {f"data_batch_{i}": 8 for i in range(1, 6)} | {"test_batch": 6}
+    images = {name: rng.integers(0, 256, (n, 3072), dtype=np.uint8) for name, n in sizes.items()}
+    files = {name: {"data": x, "labels": [i % 10 for i in range(len(x))]} for name, x in images.items()}
+    files["batches.meta"] = {"label_names": [f"class {i}" for i in range(10)]}
+    files = {name: pickle.dumps(content) for name, content in files.items()}
+    sums = {name: hashlib.md5(content).hexdigest() for name, content in files.items()}
+    path = tmp_path / "cifar-10-python.tar.gz"
+    with tarfile.open(path, "w:gz") as tar:
+        for name, content in files.items():
+            member = tarfile.TarInfo(f"cifar-10-batches-py/{name}")
+            member.size = len(content)
+            tar.addfile(member, io.BytesIO(content))
+    monkeypatch.setattr(datasets.CIFAR10, "tgz_md5", hashlib.md5(path.read_bytes()).hexdigest())
+    monkeypatch.setattr(datasets.CIFAR10, "train_list", [[name, sums[name]] for name in sizes if name != "test_batch"])
+    monkeypatch.setattr(datasets.CIFAR10, "test_list", [["test_batch", sums["test_batch"]]])
+    meta = {"filename": "batches.meta", "key": "label_names", "md5": sums["batches.meta"]}
+    monkeypatch.setattr(datasets.CIFAR10, "meta", meta)
+    return path, images
+
+
+def test_an_archive_that_lies_there_is_used(archive):
+    path, images = archive
+    dataset = data.load("cifar10", path.parent, held_out=10)
+    assert dataset.sizes == {"train": 30, "held": 10, "test": 6}
+    assert (dataset.shape, dataset.n_classes) == ((3, 32, 32), 10)
+    (x, _), *_ = dataset.evaluation("test", size=6)
+    mean, std = (torch.tensor(values["cifar10"]).view(3, 1, 1) for values in (vision.MEAN, vision.STD))
+    shown = ((x * std + mean) * 255).round().to(torch.uint8)
+    assert sorted(shown.flatten(1).tolist()) == sorted(images["test_batch"].tolist())
+
+
+def test_training_batches_are_augmented_and_test_batches_are_not(archive):
+    dataset = data.load("cifar10", archive[0].parent)
+    x, y = dataset.batch(0, 8, 0)
+    assert x.shape == (8, 3, 32, 32) and x.dtype == torch.float32 and y.dtype == torch.int64
+    stored = {row.numpy().tobytes() for chunk, _ in dataset.evaluation("train") for row in chunk}
+    assert sum(row.numpy().tobytes() in stored for row in x) <= 1
+    stored = {row.numpy().tobytes() for chunk, _ in dataset.evaluation("test") for row in chunk}
+    assert all(row.numpy().tobytes() in stored for row in dataset.batch(0, 6, 0, split="test")[0])
+
+
+@pytest.mark.parametrize("content", [None, b"cut short"])
+def test_offline_says_which_file_and_where(archive, content):
+    path, _ = archive
+    path.unlink()
+    if content is not None:
+        path.write_bytes(content)
+    with pytest.raises(data.DataError, match=r"put the archive cifar-10-python.tar.gz \(MD5 [0-9a-f]{32}\) into") as e:
+        data.load("cifar10", path.parent)
+    assert str(path.parent) in str(e.value) and "no network" in str(e.value)
+
+
+def test_unpacked_files_that_are_damaged_are_unpacked_again(archive):
+    path, _ = archive
+    first = data.load("cifar10", path.parent)
+    damaged = path.parent / "cifar-10-batches-py" / "data_batch_3"
+    damaged.write_bytes(damaged.read_bytes()[:-10])
+    assert data.load("cifar10", path.parent).fingerprint == first.fingerprint
