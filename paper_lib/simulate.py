@@ -1,0 +1,62 @@
+"""Simulates SGD on quadratics with scattered minima: the reference for every closed form.
+
+Time is the last axis: minima are (..., T), iterates (..., T+1), and `x @ a` is an average of them.
+Leading axes are seeds and directions in any number.
+"""
+
+from __future__ import annotations
+
+import numpy as np
+
+
+def sample_minima(rng: np.random.Generator, s2, steps: int, seeds: int = 1) -> np.ndarray:
+    """Gaussian batch minima around x* = 0 with variances s2 (d,): shape (seeds, d, steps)."""
+    s2 = np.atleast_1d(np.asarray(s2, dtype=np.float64))
+    if np.any(s2 < 0):
+        raise ValueError(f"the variances s2 cannot be negative, got {s2.min():g}")
+    return rng.standard_normal((seeds, s2.size, steps)) * np.sqrt(s2)[:, None]
+
+
+def sgd(minima: np.ndarray, lr, curvature=1.0, start=0.0, momentum: float = 0.0) -> np.ndarray:
+    """Iterates (..., T+1) of v_t = m v_(t-1) + h_t (x_(t-1) - c_t), x_t = x_(t-1) - lr_t v_t.
+
+    minima (..., T); lr and curvature broadcast to them: a scalar, a schedule (T,), one value per
+    direction (d, 1), both (d, T), one per seed and batch (seeds, d, T). start is x_0, (...) or scalar.
+    """
+    c = np.asarray(minima, dtype=np.float64)
+    lr, h = np.broadcast_to(lr, c.shape), np.broadcast_to(curvature, c.shape)
+    return _run(lambda t, x: h[..., t] * (x - c[..., t]), c.shape, lr, start, momentum)
+
+
+def sgd_matrix(minima: np.ndarray, hessians: np.ndarray, lr, start=0.0, momentum: float = 0.0) -> np.ndarray:
+    """As sgd, for coupled directions: iterates (..., d, T+1) from minima (..., d, T).
+
+    hessians is one matrix (d, d) or one per batch (T, d, d); lr a scalar or (T,).
+    """
+    c = np.asarray(minima, dtype=np.float64)
+    H = np.broadcast_to(hessians, (c.shape[-1], c.shape[-2], c.shape[-2]))
+    lr = np.broadcast_to(lr, c.shape)
+    return _run(lambda t, x: (x - c[..., t]) @ H[t].T, c.shape, lr, start, momentum)
+
+
+def _run(gradient, shape: tuple[int, ...], lr: np.ndarray, start, momentum: float) -> np.ndarray:
+    """Heavy-ball SGD from rest at `start` over the T = shape[-1] steps of gradient(t, x)."""
+    x = np.empty((shape[-1] + 1, *shape[:-1]))  # time first while it runs: contiguous steps
+    x[0], velocity = start, 0.0
+    for t in range(shape[-1]):
+        velocity = momentum * velocity + gradient(t, x[t])
+        x[t + 1] = x[t] - lr[..., t] * velocity
+    return np.moveaxis(x, 0, -1)
+
+
+def wishart_hessians(rng: np.random.Generator, h, dof: int, steps: int) -> np.ndarray:
+    """One Hessian per batch, (steps, d, d): mean diag(h), relative spread falling as 1/sqrt(dof).
+
+    H^(1/2) W H^(1/2) with W the second moment of dof standard normal vectors: the Gauss-Newton
+    matrix of a batch of dof samples. A single curvature has relative variance 2/dof.
+    """
+    h = np.asarray(h, dtype=np.float64)
+    if dof < 1 or np.any(h < 0):
+        raise ValueError(f"need dof >= 1 and curvatures >= 0, got dof {dof} and h {h.tolist()}")
+    factors = rng.standard_normal((steps, dof, h.size)) * np.sqrt(h)
+    return np.einsum("tni,tnj->tij", factors, factors) / dof

@@ -1,0 +1,213 @@
+"""Closed forms of the quadratic model, each against simulation and against one another.
+
+A simulated mean must lie within 5 standard errors of its closed form (fixed seeds, many independent
+runs, burnt in until the start is forgotten).
+"""
+
+import numpy as np
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+from strategies import averages, decays, momenta
+
+from paper_lib import averaging, quadratic, simulate
+
+SEEDS, WINDOW, S2, H = 4000, 41, 2.0, 0.7
+CASES = [(0.05, 0.0), (0.3, 0.0), (1.0, 0.0), (1.6, 0.0), (0.05, 0.5), (0.4, 0.9), (2.5, 0.5)]
+
+
+@pytest.fixture(scope="module", params=CASES, ids=lambda case: f"eta{case[0]}-m{case[1]}")
+def run(request):
+    """Stationary iterates x (SEEDS, WINDOW + 1) and the batch minima c (SEEDS, WINDOW) between."""
+    eta, momentum = request.param
+    c = simulate.sample_minima(np.random.default_rng(0), S2, 300 + WINDOW, SEEDS)[:, 0]
+    x = simulate.sgd(c, eta / H, curvature=H, momentum=momentum)
+    return eta, momentum, x[:, 300:], c[:, 300:]
+
+
+def assert_mean(samples, expected):
+    """The mean over the first axis, seeds, lies within 5 standard errors of expected."""
+    error = samples.std(0, ddof=1) / np.sqrt(len(samples))
+    np.testing.assert_array_less(np.abs(samples.mean(0) - expected), 5 * error + 1e-12)
+
+
+def cosines(f, g):
+    """Per-seed samples whose mean is E[f g] relative to the root mean squares of both."""
+    return f * g / np.sqrt((f**2).mean() * (g**2).mean())
+
+
+def test_stationary_variance_and_autocorrelation(run):
+    eta, m, x, _ = run
+    v = quadratic.stationary_variance(eta, S2, m)
+    assert_mean(x**2, v)
+    assert_mean(x[:, :1] * x, v * quadratic.autocorrelation(eta, WINDOW + 1, m))
+
+
+def test_probe_losses(run):
+    eta, m, x, c = run
+    best = quadratic.batch_batch_cosine(eta, m)
+    for p in (0.0, best, eta, 1.0):
+        after = x[:, 0] - p * (x[:, 0] - c[:, 0])
+        assert_mean(H / 2 * (after - c[:, 0]) ** 2, quadratic.own_batch_loss(p, eta, H, S2, m))
+        assert_mean(H / 2 * after**2, quadratic.held_out_loss(p, eta, H, S2, m))
+
+
+def test_gradient_alignment(run):
+    eta, m, x, c = run
+    at_start, own = x[:, 0], x[:, :-1] - c
+    assert_mean(cosines(own[:, 0], at_start), quadratic.batch_full_cosine(eta, m))
+    assert_mean(cosines(own[:, 0], at_start - c[:, 20]), quadratic.batch_batch_cosine(eta, m))
+    assert_mean(cosines(own[:, :1], own), quadratic.gradient_cosine(eta, WINDOW, m))
+
+
+def test_fixed_batch_along_the_run(run):
+    eta, m, x, c = run
+    expected = quadratic.own_batch_distance(eta, WINDOW, S2, m)
+    assert_mean((x[:, 1:] - c[:, :1]) ** 2, expected)
+
+
+def test_averages_of_iterates(run):
+    eta, m, x, _ = run
+    v, n = quadratic.stationary_variance(eta, S2, m), WINDOW + 1
+    rho = quadratic.autocorrelation(eta, n, m)
+    for a in (averaging.ema(n, 0.9), averaging.uniform(n, 20), averaging.two_point(n, 7)):
+        assert_mean((x @ a) ** 2, v * quadratic.variance_ratio(a, rho))
+
+
+@pytest.mark.parametrize("eta", [0.02, 0.5, 1.5])
+def test_two_runs(eta):
+    rng, steps = np.random.default_rng(1), 30
+    first, second = (simulate.sample_minima(rng, S2, 500 + steps, SEEDS)[:, 0] for _ in range(2))
+    start = simulate.sgd(first[:, :500], eta)[:, -1]
+    one = simulate.sgd(first[:, 500:], eta, start=start)
+    other = simulate.sgd(second[:, 500:], eta, start=start)
+    times = np.arange(steps + 1)
+    assert_mean((one - other) ** 2, quadratic.different_batches_distance(eta, times, S2))
+    shifted = simulate.sgd(first[:, 500:], eta, start=start + 1)
+    contraction = quadratic.same_batches_distance(eta, times)
+    np.testing.assert_allclose(np.abs(shifted - one)[0], contraction, atol=1e-12)
+
+
+@pytest.mark.parametrize(("eta", "dof"), [(0.1, 2), (0.5, 4), (0.5, 50)])
+def test_curvature_that_varies_from_batch_to_batch(eta, dof):
+    rng = np.random.default_rng(2)
+    c = simulate.sample_minima(rng, S2, 200, SEEDS)[:, 0]
+    curvature = rng.chisquare(dof, c.shape) / dof
+    x = simulate.sgd(c, eta, curvature)
+    v = quadratic.varying_curvature_variance(eta, np.sqrt(2 / dof), S2)
+    assert_mean(x[:, -1] ** 2, v)
+    assert_mean(x[:, -11] * x[:, -1], v * (1 - eta) ** 10)
+
+
+@given(st.floats(0.01, 1.99), st.floats(0, 0.95), st.integers(1, 60))
+def test_named_averages_agree_with_the_general_form(eta, decay, k):
+    n = 1200
+    rho = quadratic.autocorrelation(eta, n)
+    exact = {
+        quadratic.ema_ratio(eta, decay): averaging.ema(n, decay, debias=True),
+        quadratic.uniform_ratio(eta, k): averaging.uniform(n, k),
+        quadratic.two_point_ratio(eta, k): averaging.two_point(n, k),
+    }
+    for closed_form, a in exact.items():
+        assert quadratic.variance_ratio(a, rho) == pytest.approx(closed_form, rel=1e-9, abs=1e-13)
+
+
+@given(averages(), st.floats(0.01, 1.9), momenta)
+def test_variance_ratio_is_the_double_sum(a, eta, momentum):
+    rho = quadratic.autocorrelation([eta, eta / 2], a.size, momentum)
+    t = np.arange(a.size)
+    for got, correlation in zip(quadratic.variance_ratio(a, rho), rho, strict=True):
+        assert got == pytest.approx(a @ correlation[np.abs(t[:, None] - t)] @ a, rel=1e-10, abs=1e-14)
+
+
+@given(st.floats(0.001, 1.99), st.integers(1, 300))
+def test_recurrences_reduce_to_powers_without_momentum(eta, n):
+    q = (1 - eta) ** np.arange(n)
+    for momentum in (0.0, 1e-300):  # the fast path and the recurrence
+        np.testing.assert_allclose(quadratic.autocorrelation(eta, n, momentum), q, atol=1e-13)
+        np.testing.assert_allclose(quadratic.impulse_response(eta, n, momentum), eta * q, atol=1e-13)
+    cosine = quadratic.gradient_cosine(eta, n)
+    np.testing.assert_allclose(cosine[1:], -eta / 2 * q[:-1], atol=1e-13)
+    assert quadratic.stationary_variance(eta) == pytest.approx(eta / (2 - eta))
+    assert quadratic.batch_full_cosine(eta) == pytest.approx(np.sqrt(eta / 2))
+
+
+@given(st.floats(0.01, 1.99))
+def test_held_out_loss_is_least_at_half_the_training_step(eta):
+    loss = quadratic.held_out_loss(np.array([0.0, 0.499, 0.5, 0.501, 1.0]) * eta, eta)
+    assert loss.argmin() == 2
+    assert loss[4] == pytest.approx(loss[0])
+
+
+@given(st.floats(0.01, 1.99))
+def test_effective_eta_inverts_the_stationary_variance(eta):
+    assert quadratic.effective_eta(quadratic.stationary_variance(eta, S2), S2) == pytest.approx(eta)
+    far = quadratic.stationary_variance(eta, S2) * quadratic.two_point_ratio(0.5, 2000)
+    assert quadratic.effective_eta(far, S2) == pytest.approx(2 * eta / (4 - eta))  # about eta / 2
+
+
+@given(st.floats(1e-4, 0.19), st.floats(0, 0.9))
+def test_momentum_is_a_larger_lr_in_slow_directions(eta, momentum):
+    plain = quadratic.stationary_variance(quadratic.slow_direction_eta(eta, momentum))
+    exact = quadratic.stationary_variance(eta, 1.0, momentum)
+    error = quadratic.slow_direction_error(eta, momentum)
+    assert plain / exact - 1 == pytest.approx(error, rel=1e-6, abs=1e-12)
+
+
+def test_the_slow_direction_error_is_first_order():
+    error = quadratic.slow_direction_error(1e-5, 0.9)
+    assert error == pytest.approx(0.9 / 1.9 * quadratic.slow_direction_eta(1e-5, 0.9), rel=1e-3)
+
+
+def test_uniform_ratio_of_slow_directions_does_not_cancel():
+    assert quadratic.uniform_ratio(1e-5, 100) == pytest.approx(1 - 1e-5 * (100**2 - 1) / 300, abs=1e-6)
+    np.testing.assert_allclose(quadratic.uniform_ratio([1e-4, 1.5], 1), 1)
+
+
+@given(decays)
+def test_forms_broadcast_over_directions_and_settings(decay):
+    eta = np.array([0.1, 0.2, 1.2])
+    assert quadratic.ema_ratio(eta, np.array([[decay], [0.5]])).shape == (2, 3)
+    assert quadratic.gradient_cosine(eta[:, None], 5, 0.9).shape == (3, 1, 5)
+    assert quadratic.own_batch_distance(eta, 5, s2=np.ones(3)).shape == (3, 5)
+
+
+@pytest.mark.parametrize("eta", [0.0, -0.1, 2.0, np.nan, [0.5, 2.5]])
+def test_eta_outside_its_range_is_refused_everywhere(eta):
+    with_eta = [
+        quadratic.stationary_variance,
+        quadratic.batch_batch_cosine,
+        quadratic.batch_full_cosine,
+        lambda e: quadratic.varying_curvature_variance(e, 0.1),
+        lambda e: quadratic.autocorrelation(e, 5),
+        lambda e: quadratic.gradient_cosine(e, 5),
+        lambda e: quadratic.own_batch_distance(e, 5),
+        lambda e: quadratic.own_batch_loss(0.1, e),
+        lambda e: quadratic.held_out_loss(0.1, e),
+        lambda e: quadratic.same_batches_distance(e, 5),
+        lambda e: quadratic.different_batches_distance(e, 5),
+        lambda e: quadratic.two_point_ratio(e, 5),
+        lambda e: quadratic.ema_ratio(e, 0.9),
+        lambda e: quadratic.uniform_ratio(e, 5),
+    ]
+    for function in with_eta:
+        with pytest.raises(ValueError, match=r"must lie in \(0, 2\)"):
+            function(eta)
+
+
+@pytest.mark.parametrize(
+    ("call", "message"),
+    [
+        (lambda: quadratic.stationary_variance(3.9, 1.0, 0.9), r"\(0, 3.8\) at momentum 0.9"),
+        (lambda: quadratic.stationary_variance(0.1, 1.0, 1.0), r"momentum must lie in \[0, 1\)"),
+        (lambda: quadratic.varying_curvature_variance(1.5, 1.0), r"got values from 3 to 3"),
+        (lambda: quadratic.slow_direction_error(0.3, 0.9), r"got values from 3 to 3"),
+        (lambda: quadratic.ema_ratio(0.1, 1.0), r"decay must lie in \[0, 1\), got 1.0"),
+        (lambda: quadratic.uniform_ratio(0.1, 0), r"at least 1, got 0"),
+        (lambda: quadratic.variance_ratio(averaging.last(5), np.ones(4)), r"lags 0\.\.4, got 4"),
+        (lambda: quadratic.effective_eta(-1.0), r"negative, got -1"),
+    ],
+)
+def test_errors_name_the_value_and_the_range(call, message):
+    with pytest.raises(ValueError, match=message):
+        call()
