@@ -12,7 +12,9 @@ export PAPER_DATA := $(abspath $(DATA))
 export PAPER_RESULTS := $(abspath $(RESULTS))
 export PAPER_RUNS := $(abspath $(RUNS))
 export PYTHONPATH := $(CURDIR)
+ifeq ($(MAKELEVEL),0)
 MAKEFLAGS += $(if $(JOBS),-j$(JOBS))
+endif
 
 # The interpreter: PY if given, else that of an activated conda environment made from environment.yml, else .venv.
 ifndef PY
@@ -27,7 +29,7 @@ endif
 NOTEBOOKS := $(sort $(basename $(notdir $(wildcard notebooks/[0-9][0-9]_*.ipynb))))
 
 .DEFAULT_GOAL := help
-.PHONY: help env config train figures $(NOTEBOOKS) compare report test lint bench lab refresh lock clean distclean
+.PHONY: help env train figures $(NOTEBOOKS) compare report test lint bench lab refresh lock clean distclean
 
 help: ## list the tasks and settings
 	@awk -F ':.*## ' '/^[a-z]+:.*## / {printf "  make %-12s%s\n", $$1, $$2}' Makefile
@@ -44,22 +46,23 @@ help: ## list the tasks and settings
 env: ## build .venv from environment.yml, if it is not there or out of date
 	@$(BUILD_ENV)
 
-config: env
-	@$(PY) -m paper_lib.notebooks check --preset $(CONFIG) $(if $(SEEDS),--seeds $(SEEDS))
-
-train: config ## train a preset's runs ahead of time (figures train what they need)
+train: env ## train a preset's runs ahead of time (figures trains what it needs)
 	$(PY) -m paper_lib train --preset $(CONFIG) $(if $(SEEDS),--seeds "$(SEEDS)")
 
-figures: $(NOTEBOOKS) ## run every notebook whose result is out of date, into results/CONFIG
-	@echo "$(words $(NOTEBOOKS)) notebooks are up to date in $(RESULTS)/$(CONFIG)"
+ON := --preset $(CONFIG) $(if $(SEEDS),--seeds $(SEEDS))
 
-$(NOTEBOOKS): config
-	@$(PY) -m paper_lib.notebooks run $@ --preset $(CONFIG) $(if $(SEEDS),--seeds $(SEEDS))
+figures: env ## run every notebook whose result is out of date, into results/CONFIG
+	@names=$$($(PY) -m paper_lib.notebooks outdated $(ON)) && \
+	{ test -z "$$names" || $(MAKE) --no-print-directory $$names; } && \
+	echo "$(words $(NOTEBOOKS)) notebooks are up to date in $(RESULTS)/$(CONFIG)"
+
+$(NOTEBOOKS): env
+	@$(PY) -m paper_lib.notebooks run $@ $(ON)
 
 compare: env ## compare results/CONFIG with what is committed, within stated tolerances
 	@$(PY) -m paper_lib.compare $(RESULTS)/$(CONFIG)
 
-report: config figures ## turn the executed notebooks into HTML pages
+report: figures ## turn the executed notebooks into HTML pages
 	$(PY) -m nbconvert --log-level WARN --to html --output-dir .build/$(CONFIG)/report "$(RESULTS)/$(CONFIG)"/notebooks/*.ipynb
 	@echo "see .build/$(CONFIG)/report"
 
@@ -68,7 +71,7 @@ test: lint ## lint, unit tests, and every notebook on the smoke preset
 	@mkdir -p .build && work=$$(mktemp -d "$(CURDIR)/.build/test.XXXXXX") && trap 'rm -rf "$$work"' EXIT && \
 	export PAPER_RUNS="$$work/runs" PAPER_RESULTS="$$work/results" OMP_NUM_THREADS=1 && \
 	$(PY) -m pytest -q -n 2 tests && \
-	$(PY) -m paper_lib.notebooks prepare "$$work/notebooks" && \
+	$(PY) -m paper_lib.notebooks smoke "$$work/notebooks" && \
 	$(if $(NOTEBOOKS),$(PY) -m pytest -q -n 2 --dist loadfile --nbval-lax --nbval-current-env "$$work/notebooks",:)
 
 lint: env ## ruff, for style and format

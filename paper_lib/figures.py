@@ -36,8 +36,8 @@ def style() -> None:
     )
 
 
-def save(fig: Figure, results: Path | str, name: str, data: pd.DataFrame) -> Path:
-    """Write <results>/figures/<name>.png, .svg and .csv, and return the PNG's path.
+def save(fig: Figure, results: Path | str, name: str, data: pd.DataFrame) -> None:
+    """Write <results>/figures/<name>.png, .svg and .csv.
 
     `data` holds the numbers that the figure shows, one row a point, kept to six significant digits. The same figure
     gives the same bytes. Raises ValueError for no data, or a name that is not letters, digits, "-" and "_".
@@ -54,7 +54,6 @@ def save(fig: Figure, results: Path | str, name: str, data: pd.DataFrame) -> Pat
                 fig.savefig(temporary, metadata=metadata)
     with replacing(stem.with_name(name + ".csv")) as temporary:
         data.to_csv(temporary, index=False, float_format="%.6g", lineterminator="\n")
-    return stem.with_name(name + ".png")
 
 
 def summarize(data: pd.DataFrame, y: str, by: str | list[str]) -> pd.DataFrame:

@@ -1,4 +1,8 @@
-"""Running the notebooks: what each depends on, whether its result is current, and what of an execution is kept."""
+"""Which notebooks are out of date, and running those: `python -m paper_lib.notebooks`, as the Makefile calls it.
+
+Only files that nobody commits say what is up to date, so that a fresh clone runs everything. Papermill is imported
+where something runs, not before: finding that nothing is to be done takes a fraction of a second.
+"""
 
 from __future__ import annotations
 
@@ -9,11 +13,9 @@ import os
 import sys
 import time
 from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
-
-import nbformat
-from nbformat import NotebookNode
 
 from paper_lib import environment
 from paper_lib.config import ROOT, folder
@@ -23,25 +25,20 @@ from paper_lib.validate import ConfigError
 
 SOURCES = ROOT / "notebooks"
 BUILD = ROOT / ".build"
-CHECKED = "NBVAL_CHECK_OUTPUT"  # the comment that makes nbval compare a cell's output with the stored one
-KERNEL = {"kernelspec": {"display_name": "Python 3", "language": "python", "name": "python3"}}
 
 
 class NotebookError(ValueError):
     """A notebook that does not run to its end."""
 
 
-# --- reading ----------------------------------------------------------------------------------------------------
+def sources() -> list[Path]:
+    """Return the notebooks in reading order."""
+    return sorted(SOURCES.glob("[0-9][0-9]_*.ipynb"))
 
 
-def read(path: Path) -> NotebookNode:
-    """Return a notebook."""
-    return nbformat.read(path, as_version=4)
-
-
-def code(cell: NotebookNode) -> str:
+def code(cell: dict[str, Any]) -> str:
     """Return a code cell as plain Python, without IPython's magics; "" for any other cell."""
-    lines = cell.source.splitlines() if cell.cell_type == "code" else []
+    lines = "".join(cell["source"]).splitlines() if cell["cell_type"] == "code" else []
     return "\n".join(line for line in lines if not line.lstrip().startswith(("%", "!")))
 
 
@@ -59,7 +56,8 @@ def imported_modules(source: str) -> set[Path]:
 
 def prerequisites(notebook: Path) -> set[Path]:
     """Return the files that a notebook's result depends on: itself, the pins, and all it imports, transitively."""
-    pending = imported_modules("\n".join(code(cell) for cell in read(notebook).cells))
+    cells = json.loads(notebook.read_text())["cells"]
+    pending = imported_modules("\n".join(code(cell) for cell in cells))
     found = {notebook, environment.PINS}
     while pending:
         module = pending.pop()
@@ -68,157 +66,138 @@ def prerequisites(notebook: Path) -> set[Path]:
     return found
 
 
-# --- keeping ----------------------------------------------------------------------------------------------------
+@dataclass(frozen=True)
+class Task:
+    """One notebook on one preset; `seeds` () stands for the preset's own. ConfigError if they cannot work."""
+
+    name: str
+    preset: str
+    seeds: tuple[int, ...] = ()
+
+    def __post_init__(self) -> None:
+        study(**self.parameters)
+
+    @property
+    def parameters(self) -> dict[str, Any]:
+        """What the notebook's parameters cell is given."""
+        return {"preset": self.preset, **({"seeds": list(self.seeds)} if self.seeds else {})}
+
+    @property
+    def source(self) -> Path:
+        """The notebook that people edit."""
+        return SOURCES / f"{self.name}.ipynb"
+
+    @property
+    def results(self) -> Path:
+        """The preset's results."""
+        return folder("results").resolve() / self.preset
+
+    @property
+    def target(self) -> Path:
+        """The executed notebook, committed for readers."""
+        return self.results / "notebooks" / self.source.name
+
+    @property
+    def stamp(self) -> Path:
+        """The uncommitted file whose content says how the target was made, and whose time says from what state."""
+        return BUILD / self.preset / f"{self.name}.json"
+
+    @property
+    def settings(self) -> dict[str, Any]:
+        """What, besides files, the result depends on."""
+        return {**self.parameters, "results": str(self.results), "data": str(folder("data").resolve())}
+
+    def is_current(self) -> bool:
+        """Whether the target was made with these settings after the last change of everything it depends on."""
+        if not (self.target.exists() and self.stamp.exists()):
+            return False
+        newest = max(path.stat().st_mtime_ns for path in prerequisites(self.source))
+        return json.loads(self.stamp.read_text()) == self.settings and self.stamp.stat().st_mtime_ns >= newest
 
 
-def publishable(notebook: NotebookNode) -> NotebookNode:
-    """Return an executed notebook without what changes from run to run or from machine to machine.
+def run(task: Task) -> None:
+    """Execute a notebook into results/<preset>/notebooks unless that is current.
 
-    Removed: times, progress (stderr and widgets), papermill's paths and random cell id, and the repository's own path.
-    """
-    text = nbformat.writes(notebook).replace(str(ROOT), ".")
-    notebook = nbformat.reads(text, as_version=4)
-    notebook.metadata = NotebookNode(KERNEL)
-    for cell in notebook.cells:
-        tags = cell.metadata.get("tags", [])
-        cell.metadata = NotebookNode({"tags": tags} if tags else {})
-        cell.id = "injected-parameters" if "injected-parameters" in tags else cell.id
-        if cell.cell_type == "code":
-            cell.outputs = [output for output in cell.outputs if not _is_progress(output)]
-    return notebook
-
-
-def _is_progress(output: NotebookNode) -> bool:
-    widget = "application/vnd.jupyter.widget-view+json"
-    return output.get("name") == "stderr" or widget in output.get("data", {})
-
-
-def refreshed(source: NotebookNode, executed: NotebookNode) -> NotebookNode:
-    """Return a source notebook with the outputs of its checked cells taken from an execution, and no others."""
-    outputs = {cell.id: cell.outputs for cell in executed.cells if cell.cell_type == "code"}
-    for cell in source.cells:
-        if cell.cell_type == "code":
-            cell.outputs = outputs[cell.id] if CHECKED in cell.source else []
-            for output in cell.outputs:
-                if "execution_count" in output:
-                    output.execution_count = None
-            cell.execution_count = None
-    return publishable(source)
-
-
-# --- running ----------------------------------------------------------------------------------------------------
-
-
-def check(preset: str, seeds: Sequence[int]) -> dict[str, Any]:
-    """Return the parameters that a notebook gets; ConfigError if the preset or the seeds cannot work."""
-    parameters = {"preset": preset, **({"seeds": list(seeds)} if seeds else {})}
-    study(**parameters)
-    return parameters
-
-
-def execute(source: Path, output: Path, parameters: dict[str, Any], **options: Any) -> NotebookNode:
-    """Run a notebook with papermill, its stderr (progress) passed through; what ran is left in `output`.
-
+    Nothing is taken for finished before it is: the result moves into place whole, then the stamp, dated when the
+    run began, since what changed meanwhile it may not have seen. Two that want the same notebook run it once.
     Raises NotebookError with the failing cell and its traceback.
     """
-    import papermill
-
-    output.parent.mkdir(parents=True, exist_ok=True)
-    shared = {"kernel_name": "python3", "cwd": source.parent, "progress_bar": False, "stderr_file": sys.stderr}
-    try:
-        return papermill.execute_notebook(source, output, parameters, **shared, **options)
-    except papermill.PapermillExecutionError as error:
-        raise NotebookError(f"{source.name} failed; what ran is in {output}\n{error}") from error
-
-
-def is_current(stamp: Path, settings: dict[str, Any], needed: set[Path]) -> bool:
-    """Whether `stamp` was made with these settings, by a run that began after every needed file's last change."""
-    if not stamp.exists() or json.loads(stamp.read_text()) != settings:
-        return False
-    return stamp.stat().st_mtime_ns >= max(path.stat().st_mtime_ns for path in needed)
-
-
-def run(name: str, preset: str, seeds: Sequence[int]) -> None:
-    """Execute notebooks/<name>.ipynb into results/<preset>/notebooks unless that is current.
-
-    Nothing is taken for finished before it is: the result moves into place whole, then the stamp in .build is set.
-    Two that want the same notebook run it once.
-    """
-    parameters = check(preset, seeds)
-    source, stamp = SOURCES / f"{name}.ipynb", BUILD / preset / f"{name}.json"
-    results = folder("results").resolve() / preset
-    target = results / "notebooks" / source.name
-    settings = {**parameters, "results": str(results), "data": str(folder("data").resolve())}
-    with lock(stamp):
-        if target.exists() and is_current(stamp, settings, prerequisites(source)):
+    with lock(task.stamp):
+        if task.is_current():
             return
-        print(f"{name}: running on {preset}", flush=True)
+        from paper_lib import execution
+
+        print(f"{task.name}: running on {task.preset}", flush=True)
         began = time.time_ns()
-        executed = execute(source, stamp.with_suffix(".ipynb"), parameters)
-        with replacing(target) as temporary:
-            nbformat.write(publishable(executed), temporary)
+        draft = task.stamp.with_suffix(".ipynb")
+        try:
+            executed = execution.execute(task.source, draft, task.parameters)
+        except execution.ExecutionError as error:
+            raise NotebookError(f"{task.name} failed, see {draft}\n{error}") from error
+        execution.publish(executed, task.target)
         seconds = (time.time_ns() - began) / 1e9
-        record(results, name, seconds)
-        with replacing(stamp) as temporary:
-            temporary.write_text(json.dumps(settings))
+        record(task.results, task.name, seconds)
+        with replacing(task.stamp) as temporary:
+            temporary.write_text(json.dumps(task.settings))
             os.utime(temporary, ns=(began, began))
-    print(f"{name}: done in {seconds:.0f} s", flush=True)
+    print(f"{task.name}: done in {seconds:.0f} s", flush=True)
 
 
 def record(results: Path, name: str, seconds: float) -> None:
     """Write results/environment.json: what the latest run was made with, and each notebook's commit and wall time."""
     path = results / "environment.json"
     with lock(path):
-        earlier = json.loads(path.read_text())["notebooks"] if path.exists() else {}
+        notebooks = json.loads(path.read_text())["notebooks"] if path.exists() else {}
         described = environment.describe()
-        earlier[name] = {"seconds": round(seconds), "commit": described["commit"]}
-        described["notebooks"] = dict(sorted(earlier.items()))
+        notebooks[name] = {"seconds": round(seconds), "commit": described["commit"]}
+        described["notebooks"] = dict(sorted(notebooks.items()))
         with replacing(path) as temporary:
             temporary.write_text(json.dumps(described, indent=2) + "\n")
 
 
-def prepare(into: Path) -> None:
-    """Copy every notebook into a folder with the smoke preset in place and its stored outputs kept, for nbval."""
-    for source in sources():
-        execute(source, into / source.name, {"preset": "smoke"}, prepare_only=True)
-
-
-def refresh(names: Sequence[str]) -> None:
-    """Run notebooks on the smoke preset and store the outputs of their checked cells in the sources."""
-    for source in sources():
-        if not names or source.stem in names:
-            executed = execute(source, BUILD / "refresh" / source.name, {"preset": "smoke"})
-            with replacing(source) as temporary:
-                nbformat.write(refreshed(read(source), executed), temporary)
-
-
-def sources() -> list[Path]:
-    """Return the notebooks in reading order."""
-    return sorted(SOURCES.glob("[0-9][0-9]_*.ipynb"))
-
-
 def main(argv: Sequence[str] | None = None) -> int:
-    """Run the command that the Makefile asks for; return the exit code."""
+    """Run a command; return the exit code (2 for settings that cannot work and for a notebook that fails)."""
     parser = argparse.ArgumentParser(prog="python -m paper_lib.notebooks", description=__doc__)
     commands = parser.add_subparsers(dest="command", required=True)
-    setting = argparse.ArgumentParser(add_help=False)
-    setting.add_argument("--preset", required=True)
-    setting.add_argument("--seeds", type=int, nargs="*", default=[])
-    commands.add_parser("check", parents=[setting], help="fail if a preset or seeds cannot work")
-    runner = commands.add_parser("run", parents=[setting], help="execute one notebook, unless its result is current")
-    runner.add_argument("name")
-    commands.add_parser("prepare", help="make copies for nbval").add_argument("into", type=Path)
+    for command, what in (("outdated", "print the names of those out of date"), ("run", "run those out of date")):
+        settings = commands.add_parser(command, help=what)
+        settings.add_argument("names", nargs="*", help="default: all")
+        settings.add_argument("--preset", required=True)
+        settings.add_argument("--seeds", type=int, nargs="+", default=[])
+    commands.add_parser("smoke", help="write copies on the smoke preset, for nbval").add_argument("into", type=Path)
     commands.add_parser("refresh", help="store the checked outputs").add_argument("names", nargs="*")
-    args = vars(parser.parse_args(argv))
+    args = parser.parse_args(argv)
     try:
-        {"check": check, "run": run, "prepare": prepare, "refresh": refresh}[args.pop("command")](**args)
+        carry_out(args)
     except (ConfigError, NotebookError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
     except KeyboardInterrupt:
-        print("interrupted: nothing unfinished was kept as a result", file=sys.stderr)
+        print("interrupted: nothing unfinished is taken for a result", file=sys.stderr)
         return 130
     return 0
+
+
+def carry_out(args: argparse.Namespace) -> None:
+    """Run one command."""
+    if args.command in ("outdated", "run"):
+        study(args.preset)  # an unknown preset is an error even where there are no notebooks
+        names = args.names or [path.stem for path in sources()]
+        for task in [Task(name, args.preset, tuple(args.seeds)) for name in names]:
+            if args.command == "run":
+                run(task)
+            elif not task.is_current():
+                print(task.name)
+        return
+    from paper_lib import execution
+
+    if args.command == "smoke":
+        for source in sources():
+            execution.write_smoke(source, args.into)
+    else:
+        for source in sources():
+            if not args.names or source.stem in args.names:
+                execution.refresh(source, BUILD / "refresh")
 
 
 if __name__ == "__main__":
