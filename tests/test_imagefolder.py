@@ -7,7 +7,7 @@ import torch
 from PIL import Image
 
 from paper_lib import data, imagefolder
-from paper_lib.augment import central_square
+from paper_lib.augment import ResizedCrop, central_square
 from paper_lib.decode import decode, decode_all
 from paper_lib.streaming import MEAN, STD, StreamedImages
 
@@ -82,6 +82,20 @@ def test_streamed_evaluation_is_the_resized_center(tree):
     for x, y in dataset.evaluation("test", size=4):
         shown = ((x * std + mean) * 255).round().to(torch.uint8)
         assert [pixels[image.numpy().tobytes()] for image in shown] == y.tolist()
+
+
+def test_streamed_training_images_are_resized_crops_of_which_half_are_mirrored(tree):
+    dataset = load(tree, streaming=True)
+    _, rows, draws = dataset._plan(3, 32, 0, "train", 0, 1)
+    x, _ = dataset.batch(3, 32, 0)
+    mean, std = (torch.tensor(values).view(3, 1, 1) for values in (MEAN, STD))
+    files = imagefolder.scan(tree).files["train"]
+    for image, row, draw in zip((x * std + mean) * 255, rows, draws, strict=True):
+        expected = decode(files[row], 16, lambda w, h, draw=draw: ResizedCrop().box(w, h, draw))
+        if draw[0] < 0.5:
+            expected = expected[:, :, ::-1]
+        assert np.array_equal(image.round().to(torch.uint8), expected)
+    assert 0 < (draws[:, 0] < 0.5).sum() < 32
 
 
 def test_the_memory_limit_chooses(tree):
