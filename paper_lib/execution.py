@@ -26,8 +26,8 @@ def execute(source: Path, output: Path, parameters: dict[str, Any]) -> NotebookN
     Raises ExecutionError with the failing cell and its traceback.
     """
     output.parent.mkdir(parents=True, exist_ok=True)
-    options = {"kernel_name": "python3", "cwd": source.parent, "progress_bar": False, "stderr_file": sys.stderr}
-    return papermill.execute_notebook(source, output, parameters, **options)
+    kernel = {"kernel_name": "python3", "cwd": source.parent, "extra_arguments": ["--log-level=ERROR"]}
+    return papermill.execute_notebook(source, output, parameters, progress_bar=False, stderr_file=sys.stderr, **kernel)
 
 
 def write_smoke(source: Path, into: Path) -> None:
@@ -66,14 +66,12 @@ def publishable(notebook: NotebookNode) -> NotebookNode:
 
 def with_checked_outputs(source: NotebookNode, executed: NotebookNode) -> NotebookNode:
     """Return `source` with the outputs that its checked cells had in an execution, and no others."""
-    outputs = {cell.id: cell.outputs for cell in executed.cells if cell.cell_type == "code"}
+    ran = {cell.id: cell for cell in executed.cells}
     for cell in source.cells:
         if cell.cell_type == "code":
-            cell.execution_count = None
-            cell.outputs = outputs[cell.id] if CHECKED in cell.source else []
-            for output in cell.outputs:
-                if "execution_count" in output:
-                    output.execution_count = None
+            checked = CHECKED in cell.source
+            cell.outputs = ran[cell.id].outputs if checked else []
+            cell.execution_count = ran[cell.id].execution_count if checked else None  # nbval wants one beside outputs
     return source
 
 
