@@ -55,6 +55,7 @@ class RunConfig:
     threads: int = 1  # CPU threads of the run: other last bits
     parent: RunConfig | None = None
     start: int = 0
+    perturbation: float = 0.0  # random displacement of the start, relative to the norm of its weights
 
     def __post_init__(self) -> None:
         check_types(self)
@@ -80,10 +81,11 @@ class RunConfig:
     def branch(self, n_steps: int, at: int | None = None, **changes: Any) -> RunConfig:
         """Return the run that leaves this one at step `at` (default: its end) and takes n_steps more.
 
-        It inherits every setting but `schedule` ("constant"), `record` and `checkpoints` (nothing), unless changed.
+        It inherits every setting but `schedule` ("constant"), `record`, `checkpoints` and `perturbation` (nothing),
+        unless changed.
         """
         at = self.steps if at is None else at
-        base = {"schedule": "constant", "record": "", "checkpoints": ()}
+        base = {"schedule": "constant", "record": "", "checkpoints": (), "perturbation": 0.0}
         return self.replace(**{**base, "parent": self, "start": at, "steps": at + n_steps, **changes})
 
     def to_dict(self) -> dict[str, Any]:
@@ -108,8 +110,8 @@ class Study:
     window: int = 800  # steps after the warm-up, every iterate recorded
     decay: int = 800  # steps in which a decayed run takes the learning rate to zero
     seeds: tuple[int, ...] = (0, 1, 2)
-    probe_batches: int = 24  # batches per seed in a probe
-    eval_batches: int = 16  # batches of 500 (training distribution) in an evaluation
+    probe_batches: int = 16  # snapshots, or batches, per seed in a probe
+    eval_batches: int = 128  # batches in an estimate of the training loss
     label: str = field(default="", repr=False)  # how figures name the setting
 
     def __post_init__(self) -> None:
@@ -134,11 +136,12 @@ class Study:
 
 def check_run(c: RunConfig) -> None:
     """Raise ConfigError where a run's settings cannot work."""
-    for name in ("lr", "momentum", "weight_decay", "label_smoothing"):
+    for name in ("lr", "momentum", "weight_decay", "label_smoothing", "perturbation"):
         require(math.isfinite(getattr(c, name)), name, getattr(c, name), "it must be finite")
     require(c.lr > 0, "lr", c.lr, "the learning rate must be > 0")
     require(0 <= c.momentum < 1, "momentum", c.momentum, "it must lie in [0, 1)")
-    require(c.weight_decay >= 0, "weight_decay", c.weight_decay, "it must be >= 0")
+    for name in ("weight_decay", "perturbation"):
+        require(getattr(c, name) >= 0, name, getattr(c, name), "it must be >= 0")
     require(0 <= c.label_smoothing < 1, "label_smoothing", c.label_smoothing, "it must lie in [0, 1)")
     for name in ("width", "batch_size", "threads"):
         require(getattr(c, name) >= 1, name, getattr(c, name), "it must be at least 1")
@@ -149,9 +152,7 @@ def check_run(c: RunConfig) -> None:
     require(c.steps > c.start, "steps", c.steps, f"the run starts at step {c.start} and must take at least one")
     require(c.start == 0 or c.parent is not None, "start", c.start, "only a branch (see `branch`) starts later")
     if c.parent is not None:
-        require(
-            c.start <= c.parent.steps, "start", c.start, f"the parent run ends at step {c.parent.steps}"
-        )
+        require(c.start <= c.parent.steps, "start", c.start, f"the parent run ends at step {c.parent.steps}")
     if not isinstance(c.schedule, str):
         n, expected = len(c.schedule), c.steps - c.start
         require(n == expected, "schedule of length", n, f"it needs one factor for each of {expected} steps")

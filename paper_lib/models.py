@@ -8,7 +8,6 @@ from collections.abc import Iterator
 
 import torch
 import torch.nn.functional as F
-import torchvision
 from torch import Tensor, nn
 
 from paper_lib.validate import require
@@ -94,6 +93,8 @@ def build(name: str, in_channels: int, n_classes: int, width: int = 16, norm: st
     if name in TORCHVISION_MODELS:
         require(norm != "none", "norm", norm, f"{name} is torchvision's and needs batch or group")
         require(in_channels == 3, "in_channels", in_channels, f"{name} is torchvision's and needs 3")
+        import torchvision  # slow to import, and only these networks need it
+
         layer = None if norm == "batch" else lambda channels: normalization(norm, channels)
         return getattr(torchvision.models, name)(num_classes=n_classes, norm_layer=layer)
     match = re.fullmatch(r"resnet(\d+)", name)
@@ -118,7 +119,7 @@ class FlatModel:
                 sub.num_batches_tracked = None  # an integer that only matters for momentum=None
         self.module = module.to(device)
         self.device = torch.device(device)
-        params = [p for p in module.parameters() if p.requires_grad]
+        self.parameters = params = [p for p in module.parameters() if p.requires_grad]
         floats = [b for b in module.buffers() if b.is_floating_point()]
         require(bool(params), "module", type(module).__name__, "it needs at least one trainable parameter")
         self.weights, self.grad, self.buffers = _flatten(params), _flatten(params), _flatten(floats)
@@ -136,6 +137,13 @@ class FlatModel:
         """Replace `grad` by the gradient of `loss`."""
         self.grad.zero_()
         loss.backward()
+
+    def hessian_product(self, loss: Tensor, direction: Tensor) -> Tensor:
+        """Return the Hessian of `loss` times a direction, (P,); `grad` is left alone."""
+        gradients = torch.autograd.grad(loss, self.parameters, create_graph=True)
+        parts = _views(direction.to(self.device), self.parameters)
+        slope = sum((g * d).sum() for g, d in zip(gradients, parts, strict=True))
+        return _flatten(list(torch.autograd.grad(slope, self.parameters)))
 
     @contextlib.contextmanager
     def preserved(self, train: bool) -> Iterator[FlatModel]:

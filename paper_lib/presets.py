@@ -12,11 +12,11 @@ PRESETS: dict[str, Study] = {
     "smoke": Study(
         preset="smoke",
         label="digits, smoke test",
-        run=RunConfig(width=4, steps=120, record="0-10,20-120/20"),
+        run=RunConfig(width=4, steps=120, record="0-120"),
         window=60,
         decay=40,
         probe_batches=6,
-        eval_batches=2,
+        eval_batches=8,
     ),
     "digits": Study(
         preset="digits",
@@ -80,7 +80,7 @@ PRESETS: dict[str, Study] = {
 
 
 RUN_SETTINGS = [
-    name for name in field_names(RunConfig) if name not in ("parent", "start", "seed", "batch_seed")
+    name for name in field_names(RunConfig) if name not in ("parent", "start", "perturbation", "seed", "batch_seed")
 ]
 STUDY_SETTINGS = [name for name in field_names(Study) if name not in ("preset", "run", "label")]
 
@@ -88,11 +88,14 @@ STUDY_SETTINGS = [name for name in field_names(Study) if name not in ("preset", 
 def study(preset: str, **overrides: Any) -> Study:
     """Return a preset with overrides, each by its name in `RunConfig` or `Study`.
 
-    A changed `steps` cuts the preset's windows to the shorter run unless `record` is given too.
+    Empty `seeds` stand for the preset's own. A changed `steps` cuts the preset's windows to the shorter run, unless
+    `record` is given too.
     Raises ConfigError for an unknown preset or setting (with the nearest match), a wrong type or a bad value.
     """
     check_names([preset], list(PRESETS), "preset")
     base = PRESETS[preset]
+    if not overrides.get("seeds", True):
+        del overrides["seeds"]
     check_names(overrides, [*RUN_SETTINGS, *STUDY_SETTINGS], "setting")
     changes = {name: value for name, value in overrides.items() if name in RUN_SETTINGS}
     if isinstance(changes.get("steps"), int):

@@ -13,27 +13,21 @@ import functools
 import hashlib
 import inspect
 import json
-import multiprocessing
-import os
-import queue
 import warnings
-from collections.abc import Callable, Iterator, Sequence
-from concurrent.futures import Future, ProcessPoolExecutor, wait
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 
-import torch
-from torch import nn
 from tqdm.auto import tqdm
 
 from paper_lib import config as config_module
-from paper_lib import data, files, models, schedules, train
+from paper_lib import data, files, train, workers
 from paper_lib.config import RunConfig, check_seeds
 from paper_lib.data import Dataset
 from paper_lib.models import FlatModel
-from paper_lib.trajectory import Recorder, Trajectory
-from paper_lib.validate import ConfigError
+from paper_lib.train import ModelFactory
+from paper_lib.trajectory import Recorder, State, Trajectory
 
-DECISIVE = (data, models, schedules, train)  # modules whose code decides a run's numbers
+DECISIVE = """augment data dataset decode digits imagefolder models schedules streaming train vision""".split()
 FORMAT = 1  # of the files in a run's folder
 
 
@@ -41,7 +35,7 @@ def train_seeds(
     config: RunConfig,
     seeds: Sequence[int],
     dataset: Dataset | None = None,
-    model: Callable[[], nn.Module] | None = None,
+    model: ModelFactory | None = None,
     progress: bool = True,
 ) -> list[Trajectory]:
     """Return the runs of a config for several seeds, training those that do not exist yet, side by side.
@@ -55,7 +49,7 @@ def train_seeds(
 def train_all(
     configs: Sequence[RunConfig],
     dataset: Dataset | None = None,
-    model: Callable[[], nn.Module] | None = None,
+    model: ModelFactory | None = None,
     progress: bool = True,
 ) -> list[Trajectory]:
     """Return the runs of several configs, in order; parents are trained first, missing runs side by side."""
@@ -73,7 +67,9 @@ def train_all(
                 for c in missing:
                     obtain(c, dataset, model, report)
             else:
-                _train_in_processes(missing, report)
+                for c in missing:
+                    _begin(c)  # a parent that diverged or kept too little: say so here, not in a worker
+                workers.train_parallel([(c, run_folder(c)) for c in missing], report)
     found = [Trajectory(run_folder(c, dataset, model)) for c in configs]
     for run in found:
         if run.diverged:
@@ -85,7 +81,7 @@ def train_all(
 def obtain(
     config: RunConfig,
     dataset: Dataset | None = None,
-    model: Callable[[], nn.Module] | None = None,
+    model: ModelFactory | None = None,
     report: train.Report = lambda steps, loss, lr: None,
 ) -> Trajectory:
     """Load one run, or train it in this process (and its parents first) while other processes wait for it."""
@@ -95,14 +91,17 @@ def obtain(
     with files.lock(folder):
         if folder.exists():
             return Trajectory(folder)
-        begin = None
-        if config.parent is not None:
-            begin = obtain(config.parent, dataset, model).state(config.start)
+        begin = _begin(config, dataset, model)
 
         def recorder(net: FlatModel) -> Recorder:
             return Recorder(folder, config, net.weights.numel(), net.buffers.numel())
 
         return train.train_run(config, dataset or load_dataset(config), recorder, begin, model, report)
+
+
+def _begin(config: RunConfig, dataset: Dataset | None = None, model: ModelFactory | None = None) -> State | None:
+    """The state of the parent that a run starts from, if it has one."""
+    return None if config.parent is None else obtain(config.parent, dataset, model).state(config.start)
 
 
 # --- identity ---------------------------------------------------------------------------------------------------
@@ -119,28 +118,31 @@ def load_dataset(config: RunConfig) -> Dataset:
     return _load(config.data, config.held_out, config.image_size, root, str(train.default_device()))
 
 
-def run_folder(
-    config: RunConfig, dataset: Dataset | None = None, model: Callable[[], nn.Module] | None = None
-) -> Path:
+def network(run: Trajectory, dataset: Dataset, model: ModelFactory | None = None) -> FlatModel:
+    """Return a network of the run's architecture on the dataset's device, to probe with; its weights are arbitrary."""
+    return train.initial_model(run.config, dataset, model)
+
+
+def run_folder(config: RunConfig, dataset: Dataset | None = None, model: ModelFactory | None = None) -> Path:
     """Return the folder of a run, whether it exists or not."""
     dataset = dataset or load_dataset(config)
     name = "own" if model is not None else config.model
     return config_module.folder("runs") / f"{dataset.name}-{name}-{run_key(config, dataset, model)}"
 
 
-def run_key(config: RunConfig, dataset: Dataset, model: Callable[[], nn.Module] | None = None) -> str:
+def run_key(config: RunConfig, dataset: Dataset, model: ModelFactory | None = None) -> str:
     """Return the 12 hex digits that identify a run (see the head of this module)."""
     identity = {
         "config": config.to_dict(),
         "data": dataset.fingerprint,
         "model": _model_identity(config, dataset, model),
-        "code": code_fingerprint(),
+        "code": CODE,
         "format": FORMAT,
     }
     return hashlib.sha256(json.dumps(identity, sort_keys=True).encode()).hexdigest()[:12]
 
 
-def _model_identity(config: RunConfig, dataset: Dataset, model: Callable[[], nn.Module] | None) -> str:
+def _model_identity(config: RunConfig, dataset: Dataset, model: ModelFactory | None) -> str:
     """Hash of a user's module: its printed structure, its source where there is one, and its initial weights."""
     if model is None:
         return config.model
@@ -152,12 +154,11 @@ def _model_identity(config: RunConfig, dataset: Dataset, model: Callable[[], nn.
     return hashlib.sha256(repr(net.module).encode() + source.encode() + weights).hexdigest()
 
 
-@functools.cache
 def code_fingerprint() -> str:
     """Hash of the syntax trees of the decisive modules, without docstrings."""
     digest = hashlib.sha256()
     for module in DECISIVE:
-        tree = ast.parse(Path(module.__file__).read_text())
+        tree = ast.parse((Path(__file__).parent / f"{module}.py").read_text())
         for node in ast.walk(tree):
             body = getattr(node, "body", None)
             if isinstance(body, list) and body and _is_text(body[0]):
@@ -168,6 +169,9 @@ def code_fingerprint() -> str:
 
 def _is_text(node: ast.stmt) -> bool:
     return isinstance(node, ast.Expr) and isinstance(node.value, ast.Constant) and isinstance(node.value.value, str)
+
+
+CODE = code_fingerprint()  # of what was imported, not of what an editor has saved since
 
 
 # --- several runs -----------------------------------------------------------------------------------------------
@@ -200,46 +204,3 @@ def _progress(configs: Sequence[RunConfig], show: bool) -> Iterator[train.Report
             bar.set_postfix_str(f"loss {loss:.3f}, lr {lr:.3g}, {rate:,.0f} images/s", refresh=False)
 
         yield report
-
-
-def _train_in_processes(configs: Sequence[RunConfig], report: train.Report) -> None:
-    """Train runs in one process each: a small network does not use two threads, two processes do use two cores."""
-    context = multiprocessing.get_context("forkserver" if os.name == "posix" else "spawn")
-    if os.name == "posix":
-        context.set_forkserver_preload([__name__])  # torch is imported once, not once per run
-    cores = max(1, (os.cpu_count() or 1) // max(c.threads for c in configs))
-    n_workers = len(configs) if len(configs) <= 2 * cores else cores  # 3 on 2 cores: share them, do not queue
-    channel = context.Queue()
-    with ProcessPoolExecutor(n_workers, context, _connect, (channel,)) as pool:
-        futures = [pool.submit(_work, c) for c in configs]
-        try:
-            _relay(futures, channel, report)
-        except BaseException:
-            pool.shutdown(cancel_futures=True)
-            raise
-
-
-def _relay(futures: list[Future], channel: multiprocessing.Queue, report: train.Report) -> None:
-    """Pass on the workers' reports until all have finished; raise the first error at once."""
-    while not all(f.done() for f in futures):
-        with contextlib.suppress(queue.Empty):
-            report(*channel.get(timeout=0.2))
-        for f in futures:
-            if f.done():
-                f.result()
-    while not channel.empty():
-        report(*channel.get())
-    wait(futures)
-
-
-_channel: multiprocessing.Queue | None = None
-
-
-def _connect(channel: multiprocessing.Queue) -> None:
-    global _channel
-    _channel = channel
-
-
-def _work(config: RunConfig) -> None:
-    torch.set_num_threads(config.threads)
-    obtain(config, report=lambda *message: _channel.put(message))

@@ -1,0 +1,110 @@
+"""Several runs at once on a CPU: one-thread worker processes, because a small network cannot use two threads.
+
+A worker is `python -m paper_lib.workers`: it reads one run per line, {"config", "folder"}, trains it through the run
+cache, and writes its progress as lines of JSON. (Plain subprocesses, not multiprocessing: that would import the
+caller's script again.)
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import queue
+import subprocess
+import sys
+import threading
+from collections.abc import Sequence
+from pathlib import Path
+from typing import IO, Any
+
+from paper_lib.config import ROOT, RunConfig
+from paper_lib.train import Report
+
+
+def train_parallel(jobs: Sequence[tuple[RunConfig, Path]], report: Report) -> None:
+    """Train (config, folder) jobs in worker processes; raise RuntimeError with a worker's message if one fails.
+
+    Leaving early, by an error or an interrupt, ends the workers; what they saved is where they go on next time.
+    """
+    cores = max(1, (os.cpu_count() or 1) // max(config.threads for config, _ in jobs))
+    n_workers = len(jobs) if len(jobs) <= 2 * cores else cores  # 3 runs on 2 cores: share them rather than queue
+    waiting: queue.SimpleQueue = queue.SimpleQueue()
+    for config, folder in jobs:
+        waiting.put(json.dumps({"config": config.to_dict(), "folder": str(folder)}))
+    messages: queue.SimpleQueue = queue.SimpleQueue()
+    workers = [_start() for _ in range(n_workers)]
+    try:
+        for worker in workers:
+            threading.Thread(target=_serve, args=(worker, waiting, messages), daemon=True).start()
+        finished = 0
+        while finished < len(jobs):
+            message = messages.get()
+            if "error" in message:
+                raise RuntimeError(message["error"])
+            finished += "done" in message
+            if "steps" in message:
+                report(message["steps"], message["loss"], message["lr"])
+    finally:
+        for worker in workers:
+            worker.terminate()
+        for worker in workers:
+            worker.wait()
+
+
+def _start() -> subprocess.Popen:
+    path = os.pathsep.join(filter(None, [str(ROOT), os.environ.get("PYTHONPATH")]))
+    return subprocess.Popen(
+        [sys.executable, "-m", "paper_lib.workers"],
+        stdin=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+        env={**os.environ, "PYTHONPATH": path},
+        text=True,
+    )
+
+
+def _serve(worker: subprocess.Popen, waiting: queue.SimpleQueue, messages: queue.SimpleQueue) -> None:
+    """Hand jobs to one worker until none is left, passing on what it says."""
+    while not waiting.empty():
+        try:
+            job = waiting.get_nowait()
+            worker.stdin.write(job + "\n")
+            worker.stdin.flush()
+        except queue.Empty:
+            return
+        except OSError:
+            messages.put({"error": f"a training process died (exit code {worker.wait()})"})
+            return
+        for line in worker.stdout:
+            message = json.loads(line)
+            messages.put(message)
+            if "done" in message:
+                break
+        else:
+            messages.put({"error": f"a training process died (exit code {worker.wait()}); the same call resumes"})
+            return
+
+
+def work(jobs: IO[str], out: IO[str]) -> None:
+    """Train the runs named on `jobs`, one a line; write progress, and "done" or "error" for each, to `out`."""
+    from paper_lib import runs
+
+    def say(**message: Any) -> None:
+        out.write(json.dumps(message) + "\n")
+        out.flush()
+
+    for line in jobs:
+        job = json.loads(line)
+        config = RunConfig.from_dict(job["config"])
+        try:
+            if runs.run_folder(config) != Path(job["folder"]):
+                raise RuntimeError("the code or data changed since this session began: restart it (or its kernel)")
+            runs.obtain(config, report=lambda steps, loss, lr: say(steps=steps, loss=loss, lr=lr))
+        except Exception as error:
+            say(error=f"{type(error).__name__}: {error}")
+            raise
+        say(done=True)
+
+
+if __name__ == "__main__":
+    protocol, sys.stdout = sys.stdout, sys.stderr  # anything that prints must not disturb the protocol
+    work(sys.stdin, protocol)
