@@ -37,10 +37,10 @@ def compare_claims(old: pd.DataFrame, new: pd.DataFrame) -> list[str]:
     """Return a line for each claim that does not agree."""
     key = ["notebook", "claim", "quantity"]
     lines = []
-    for row in old.merge(new, on=key, how="outer", suffixes=("", "_new"), indicator=True).itertuples():
+    for row in old.merge(new, on=key, how="outer", suffixes=("", "_new"), indicator="side").itertuples():
         name = f"{row.notebook}, {row.claim}, {row.quantity}"
-        if row._merge != "both":
-            lines.append(f"{name}: only in the {'committed' if row._merge == 'left_only' else 'new'} results")
+        if row.side != "both":
+            lines.append(f"{name}: only in the {'committed' if row.side == 'left_only' else 'new'} results")
             continue
         if row.criterion != row.criterion_new:
             lines.append(f"{name}: criterion was {row.criterion!r}, is {row.criterion_new!r}")
