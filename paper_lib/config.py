@@ -112,6 +112,7 @@ class Study:
     seeds: tuple[int, ...] = (0, 1, 2)
     probe_batches: int = 16  # snapshots, or batches, per seed in a probe
     eval_batches: int = 128  # batches in an estimate of the training loss
+    eval_images: int = 2500  # training images, and test images, in an evaluation of weights
     label: str = field(default="", repr=False)  # how figures name the setting
 
     def __post_init__(self) -> None:
@@ -164,7 +165,7 @@ def check_run(c: RunConfig) -> None:
 
 def check_study(s: Study) -> None:
     """Raise ConfigError where a study's settings cannot work."""
-    for name in ("window", "decay", "probe_batches", "eval_batches"):
+    for name in ("window", "decay", "probe_batches", "eval_batches", "eval_images"):
         require(getattr(s, name) >= 1, name, getattr(s, name), "it must be at least 1")
     check_seeds(s.seeds)
 

@@ -17,6 +17,7 @@ PRESETS: dict[str, Study] = {
         decay=40,
         probe_batches=6,
         eval_batches=8,
+        eval_images=500,
     ),
     "digits": Study(
         preset="digits",
