@@ -85,7 +85,7 @@ lab: env ## open JupyterLab
 	$(PY) -m jupyterlab notebooks
 
 refresh: env ## store the checked outputs of the notebooks again, after changing one
-	$(PY) -m paper_lib.notebooks refresh
+	PAPER_RESULTS="$(CURDIR)/.build/refresh" $(PY) -m paper_lib.notebooks refresh
 
 lock: env ## resolve the transitive pins of environment.yml again, after changing a direct one
 	$(PY) paper_lib/environment.py lock "$$(dirname "$$($(PY) -c 'import sys; print(sys.executable)')")/uv"

@@ -17,7 +17,10 @@ from paper_lib.files import replacing
 __all__ = ["ExecutionError", "execute", "publish", "publishable", "refresh", "with_checked_outputs", "write_smoke"]
 
 CHECKED = "NBVAL_CHECK_OUTPUT"  # the comment that makes nbval compare a cell's output with the stored one
-KERNEL = {"kernelspec": {"display_name": "Python 3", "language": "python", "name": "python3"}}
+METADATA = {
+    "kernelspec": {"display_name": "Python 3", "language": "python", "name": "python3"},
+    "language_info": {"name": "python"},
+}
 
 
 def execute(source: Path, output: Path, parameters: dict[str, Any]) -> NotebookNode:
@@ -54,7 +57,7 @@ def publishable(notebook: NotebookNode) -> NotebookNode:
     Removed: times, progress (stderr and widgets), papermill's paths and random cell id, and the repository's own path.
     """
     notebook = nbformat.reads(nbformat.writes(notebook).replace(str(ROOT), "."), as_version=4)
-    notebook.metadata = NotebookNode(KERNEL)
+    notebook.metadata = nbformat.from_dict(METADATA)
     for cell in notebook.cells:
         tags = cell.metadata.get("tags", [])
         cell.metadata = NotebookNode({"tags": tags} if tags else {})

@@ -79,7 +79,7 @@ def small_notebook():
     work = new_code_cell("from paper_lib import claims\n\nprint(preset, seeds)")
     check = new_code_cell(f"# {execution.CHECKED}\nprint(1)", outputs=[new_output("stream", name="stdout", text="1\n")])
     cells = [new_markdown_cell("# Small"), parameters, work, check]
-    return new_notebook(cells=cells, metadata=execution.KERNEL)
+    return new_notebook(cells=cells, metadata=execution.METADATA)
 
 
 def test_the_small_notebook_has_no_problems():
@@ -266,7 +266,7 @@ def executed_notebook():
 def test_published_notebooks_hold_no_times_progress_or_machine_paths():
     kept = execution.publishable(executed_notebook())
     nbformat.validate(kept)
-    assert dict(kept.metadata) == execution.KERNEL
+    assert kept.metadata == execution.METADATA
     assert [output.get("text") for output in kept.cells[3].outputs] == ["./results/x"]
     assert kept.cells[3].metadata == {}
     assert kept.cells[1].metadata == {"tags": ["parameters"]}
