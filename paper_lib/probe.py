@@ -3,6 +3,10 @@
 Batches are stacked: x (K, B, ...) and y (K, B) are K batches of B samples. Weights are rows of a matrix, (n, P), or one
 vector, (P,). Everything comes back as NumPy arrays. All losses are mean cross-entropies in nats, in float32, without
 label smoothing or weight decay.
+
+Statistics are chosen by `buffers`. Without them BatchNorm normalizes each batch by its own statistics, as in training.
+With buffers, (Q,), e.g. those of a snapshot or of `statistics`, it uses these. Everything else is in evaluation mode
+either way (no dropout), so that a loss is a function of weights and batch alone.
 """
 
 from __future__ import annotations
@@ -13,14 +17,16 @@ from collections.abc import Iterable, Iterator
 import numpy as np
 import torch
 import torch.nn.functional as F
-from torch import Tensor, nn
+from torch import Tensor
 from tqdm.auto import tqdm
 
+from paper_lib import batchnorm
 from paper_lib.data import Dataset
 from paper_lib.models import FlatModel
 from paper_lib.validate import require
 
-IMAGES_AT_ONCE = 256  # forward passes are cut into pieces of about this many samples
+SAMPLES_AT_ONCE = {"cpu": 256, "cuda": 4096}  # per forward pass: what fits a core's cache; what fills a GPU
+GRAM_BYTES = 2**30  # memory that gradients may take while their inner products are formed
 
 
 def losses(
@@ -31,76 +37,52 @@ def losses(
     buffers: np.ndarray | None = None,
     progress: str = "",
 ) -> np.ndarray:
-    """Loss of each batch at each of the weights, (n, K), or (K,) for one vector.
-
-    Without `buffers` each batch is normalized by its own statistics, as in training. With buffers, (Q,) or (n, Q),
-    the network is in evaluation mode with those running statistics.
-    """
+    """Loss of each batch at each of the weights, (n, K), or (K,) for one vector; `buffers` may be (n, Q) too."""
     rows = np.atleast_2d(weights)
     _check_batches(x, y)
     found = np.empty((len(rows), len(x)), np.float32)
-    with net.preserved(train=buffers is None), torch.no_grad():
+    with _probing(net, buffers), torch.no_grad():
         for i, row in enumerate(tqdm(rows, desc=progress, disable=not progress)):
-            net.weights.copy_(_tensor(row))
-            if buffers is not None:
-                net.buffers.copy_(_tensor(buffers if buffers.ndim == 1 else buffers[i]))
-            found[i] = _stacked_losses(net, x, y, separate=buffers is None)
+            _load(net, row, buffers if np.ndim(buffers) < 2 else buffers[i])
+            parts = [F.cross_entropy(*piece, reduction="none") for piece in _passes(net, x, y)]
+            found[i] = torch.cat(parts).view(y.shape).mean(1).cpu().numpy()
     return found if np.ndim(weights) == 2 else found[0]
 
 
-def _stacked_losses(net: FlatModel, x: Tensor, y: Tensor, separate: bool) -> np.ndarray:
-    """Losses of K batches at the current weights, (K,): many batches in one forward pass."""
-    at_once = max(1, IMAGES_AT_ONCE // x.shape[1])
-    parts = []
+def _passes(net: FlatModel, x: Tensor, y: Tensor) -> Iterator[tuple[Tensor, Tensor]]:
+    """Yield logits (n, classes) and labels (n,) at the current weights: several batches to a forward pass."""
+    at_once = max(1, SAMPLES_AT_ONCE[net.device.type] // y.shape[1])
     for xs, ys in zip(x.split(at_once), y.split(at_once), strict=True):
-        with batchwise_statistics(net.module, len(xs)) if separate else contextlib.nullcontext():
+        with batchnorm.batchwise_statistics(net.module, len(xs)):
             logits = net.forward(xs.flatten(0, 1))
-        each = F.cross_entropy(logits.float(), ys.flatten(), reduction="none")
-        parts.append(each.view(len(xs), -1).mean(1))
-    return torch.cat(parts).cpu().numpy()
+        yield logits.float(), ys.flatten()
 
 
 def losses_reference(net: FlatModel, weights: np.ndarray, x: Tensor, y: Tensor) -> np.ndarray:
     """What `losses` computes with batch statistics, one batch and one forward pass at a time: slow and plain."""
     found = np.empty((len(weights), len(x)), np.float32)
-    with net.preserved(train=True), torch.no_grad():
+    with _probing(net, None), torch.no_grad():
         for i, row in enumerate(weights):
-            net.weights.copy_(_tensor(row))
+            _load(net, row, None)
             found[i] = [F.cross_entropy(net.forward(xs), ys).item() for xs, ys in zip(x, y, strict=True)]
     return found
 
 
 @contextlib.contextmanager
-def batchwise_statistics(module: nn.Module, n_batches: int) -> Iterator[None]:
-    """Let a concatenation of n equal batches be normalized batch by batch, as if each went through alone.
-
-    Concerns BatchNorm layers in train mode; running statistics are not updated.
-    """
-    layers = [m for m in module.modules() if isinstance(m, nn.modules.batchnorm._BatchNorm) and m.training]
-    for layer in layers:
-        layer.forward = _BatchwiseNorm(layer, n_batches)
-    try:
+def _probing(net: FlatModel, buffers: np.ndarray | None) -> Iterator[None]:
+    """Leave no trace; BatchNorm uses batch statistics unless there are buffers, all else is in evaluation mode."""
+    with net.preserved(train=False):
+        for layer in batchnorm.layers(net.module):
+            layer.training = buffers is None
         yield
-    finally:
-        for layer in layers:
-            del layer.forward
 
 
-class _BatchwiseNorm:
-    """Forward pass of one BatchNorm layer over a concatenation of batches."""
-
-    def __init__(self, layer: nn.Module, n_batches: int):
-        self.layer, self.n_batches = layer, n_batches
-
-    def __call__(self, x: Tensor) -> Tensor:
-        last = x.movedim(1, -1)  # channels last: a view of memory that is laid out so
-        flat = last.reshape(self.n_batches, -1, x.shape[1])
-        centered = flat - flat.mean(1, keepdim=True)
-        scale = (centered.square().mean(1, keepdim=True) + self.layer.eps).rsqrt()  # torch.var_mean: 5 times slower
-        if not self.layer.affine:
-            return (centered * scale).view(last.shape).movedim(-1, 1)
-        out = torch.addcmul(self.layer.bias, centered, scale * self.layer.weight)
-        return out.view(last.shape).movedim(-1, 1)
+def _load(net: FlatModel, weights: np.ndarray, buffers: np.ndarray | None) -> None:
+    for name, vector, values in (("weights", net.weights, weights), ("buffers", net.buffers, buffers)):
+        if values is not None:
+            expected = f"this network needs {tuple(vector.shape)}"
+            require(np.shape(values) == vector.shape, f"shape of {name}", np.shape(values), expected)
+            vector.copy_(_tensor(values))
 
 
 def line(
@@ -120,7 +102,7 @@ def line(
 def gradients(
     net: FlatModel, weights: np.ndarray, x: Tensor, y: Tensor, buffers: np.ndarray | None = None
 ) -> np.ndarray:
-    """Gradient of each batch's loss at one weight vector, (K, P); statistics as in `losses`."""
+    """Gradient of each batch's loss at one weight vector, (K, P)."""
     return np.stack(list(each_gradient(net, weights, x, y, buffers)))
 
 
@@ -130,31 +112,74 @@ def each_gradient(
     """Yield what `gradients` stacks, one batch at a time, where only sums or inner products are needed."""
     _check_batches(x, y)
     for xs, ys in zip(x, y, strict=True):
-        with net.preserved(train=buffers is None):
-            net.weights.copy_(_tensor(weights))
-            if buffers is not None:
-                net.buffers.copy_(_tensor(buffers))
+        with _probing(net, buffers):
+            _load(net, weights, buffers)
             net.backward(F.cross_entropy(net.forward(xs).float(), ys))
             found = net.grad.cpu().numpy().copy()
         yield found
 
 
-def curvature(net: FlatModel, weights: np.ndarray, direction: np.ndarray, x: Tensor, y: Tensor) -> np.ndarray:
-    """Second derivative d^T H_k d / |d|^2 of each batch's loss along a direction, (K,), batch statistics."""
-    products = hessian_vector_products(net, weights, direction, x, y)
+def mean_gradient(
+    net: FlatModel, weights: np.ndarray, x: Tensor, y: Tensor, buffers: np.ndarray | None = None
+) -> np.ndarray:
+    """Mean of the batches' gradients at one weight vector, (P,): several batches to a pass."""
+    _check_batches(x, y)
+    with _probing(net, buffers):
+        _load(net, weights, buffers)
+        total = torch.zeros_like(net.grad)
+        for piece in _passes(net, x, y):
+            net.backward(F.cross_entropy(*piece, reduction="sum"))
+            total += net.grad
+        return (total / y.numel()).cpu().numpy()
+
+
+def gram(net: FlatModel, weights: np.ndarray, x: Tensor, y: Tensor, buffers: np.ndarray | None = None) -> np.ndarray:
+    """Inner products of all pairs of the batches' gradients at one weight vector, (K, K) float64.
+
+    As many gradients as GRAM_BYTES holds are kept; the others are computed again for each such block.
+    """
+    _check_batches(x, y)
+    n = len(x)
+    block = max(1, GRAM_BYTES // (4 * net.weights.numel()))
+    found = np.empty((n, n))
+    for i in range(0, n, block):
+        kept = gradients(net, weights, x[i : i + block], y[i : i + block], buffers)
+        found[i : i + block, i : i + block] = kept @ kept.T
+        if i + block < n:
+            for j, g in enumerate(each_gradient(net, weights, x[i + block :], y[i + block :], buffers), i + block):
+                found[i : i + block, j] = found[j, i : i + block] = kept @ g
+    return found
+
+
+def curvature(
+    net: FlatModel,
+    weights: np.ndarray,
+    direction: np.ndarray,
+    x: Tensor,
+    y: Tensor,
+    buffers: np.ndarray | None = None,
+) -> np.ndarray:
+    """Second derivative d^T H_k d / |d|^2 of each batch's loss along a direction, (K,)."""
+    products = hessian_vector_products(net, weights, direction, x, y, buffers)
     return products @ direction / np.dot(direction, direction)
 
 
 def hessian_vector_products(
-    net: FlatModel, weights: np.ndarray, direction: np.ndarray, x: Tensor, y: Tensor
+    net: FlatModel,
+    weights: np.ndarray,
+    direction: np.ndarray,
+    x: Tensor,
+    y: Tensor,
+    buffers: np.ndarray | None = None,
 ) -> np.ndarray:
     """Exact products H_k d of each batch's Hessian with a direction, (K, P), by differentiating twice."""
     _check_batches(x, y)
     found = np.empty((len(x), len(direction)), np.float32)
     for k in range(len(x)):
-        with net.preserved(train=True):
-            net.weights.copy_(_tensor(weights))
-            found[k] = net.hessian_product(F.cross_entropy(net.forward(x[k]).float(), y[k]), _tensor(direction))
+        with _probing(net, buffers):
+            _load(net, weights, buffers)
+            loss = F.cross_entropy(net.forward(x[k]).float(), y[k])
+            found[k] = net.hessian_product(loss, _tensor(direction)).cpu().numpy()
     return found
 
 
@@ -163,10 +188,10 @@ def statistics(net: FlatModel, weights: np.ndarray, x: Tensor) -> np.ndarray:
 
     An averaged network needs this, and so does every network that it is compared with. (Q,)
     """
-    layers = [m for m in net.module.modules() if isinstance(m, nn.modules.batchnorm._BatchNorm)]
+    layers = batchnorm.layers(net.module)
     rates = [layer.momentum for layer in layers]
-    with net.preserved(train=True), torch.no_grad():
-        net.weights.copy_(_tensor(weights))
+    with _probing(net, None), torch.no_grad():
+        _load(net, weights, None)
         try:
             for i, batch in enumerate(x):
                 for layer in layers:
@@ -183,9 +208,8 @@ def evaluate(
 ) -> tuple[float, float]:
     """Mean loss and accuracy over chunks (x, y) of samples, in evaluation mode with the given buffers."""
     loss, correct, n = 0.0, 0, 0
-    with net.preserved(train=False), torch.no_grad():
-        net.weights.copy_(_tensor(weights))
-        net.buffers.copy_(_tensor(buffers))
+    with _probing(net, buffers), torch.no_grad():
+        _load(net, weights, buffers)
         for x, y in chunks:
             logits = net.forward(x).float()
             loss += F.cross_entropy(logits, y, reduction="sum").item()

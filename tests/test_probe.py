@@ -1,0 +1,243 @@
+"""Probes: fast paths against readable references, exact derivatives, and no trace left behind."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+from paper_lib import data, probe, runs
+from paper_lib.config import RunConfig
+from paper_lib.models import FlatModel
+from paper_lib.validate import ConfigError
+
+
+class Net(nn.Module):
+    """Convolution, BatchNorm, dropout: everything that a careless probe would disturb."""
+
+    def __init__(self, norm: nn.Module | None = None, activation: nn.Module | None = None):
+        super().__init__()
+        self.body = nn.Sequential(
+            nn.Conv2d(1, 6, 3), norm or nn.BatchNorm2d(6), activation or nn.ReLU(), nn.Flatten(), nn.Dropout(0.5)
+        )
+        self.head = nn.Linear(6 * 4, 3)
+
+    def forward(self, x):
+        return self.head(self.body(x))
+
+
+def make(seed: int = 0, **parts) -> FlatModel:
+    torch.manual_seed(seed)
+    return FlatModel(Net(**parts))
+
+
+def batches(k: int = 5, size: int = 8) -> tuple[torch.Tensor, torch.Tensor]:
+    generator = torch.Generator().manual_seed(1)
+    x = torch.randn(k, size, 1, 4, 4, generator=generator)
+    return x, torch.randint(3, (k, size), generator=generator)
+
+
+def points(net: FlatModel, n: int = 3) -> np.ndarray:
+    rng = np.random.default_rng(0)
+    return net.weights.numpy() + 0.3 * rng.standard_normal((n, net.weights.numel())).astype(np.float32)
+
+
+NORMS = {
+    "batch": lambda: nn.BatchNorm2d(6),
+    "no affine": lambda: nn.BatchNorm2d(6, affine=False),
+    "untracked": lambda: nn.BatchNorm2d(6, track_running_stats=False),
+    "group": lambda: nn.GroupNorm(2, 6),
+}
+
+
+@pytest.mark.parametrize("norm", NORMS)
+@pytest.mark.parametrize("samples", [1, 20, 1000])  # one batch to a pass, two, all
+def test_losses_agree_with_the_reference(norm, samples, monkeypatch):
+    monkeypatch.setitem(probe.SAMPLES_AT_ONCE, "cpu", samples)
+    net = make(norm=NORMS[norm]())
+    x, y = batches()
+    weights = points(net)
+    found = probe.losses(net, weights, x, y)
+    np.testing.assert_allclose(found, probe.losses_reference(net, weights, x, y), rtol=2e-5)
+    np.testing.assert_array_equal(found[1], probe.losses(net, weights[1], x, y))
+
+
+def test_losses_with_buffers_do_not_depend_on_the_rest_of_the_batch():
+    net = make()
+    x, y = batches()
+    weights = points(net)
+    buffers = np.stack([probe.statistics(net, row, x) for row in weights])
+    each = probe.losses(net, weights, x, y, buffers)
+    regrouped = probe.losses(net, weights, x.flatten(0, 1)[:, None], y.flatten()[:, None], buffers)
+    np.testing.assert_allclose(each, regrouped.reshape(3, 5, 8).mean(2), rtol=2e-5)
+    np.testing.assert_allclose(each[2], probe.losses(net, weights[2], x, y, buffers[2]), rtol=1e-6)
+    assert np.abs(each - probe.losses(net, weights, x, y)).max() > 1e-3  # batch statistics are another thing
+
+
+def all_probes(net: FlatModel) -> None:
+    x, y = batches()
+    weights = points(net)[0]
+    buffers = probe.statistics(net, weights, x)
+    for chosen in (None, buffers):
+        probe.losses(net, weights, x, y, chosen)
+        probe.line(net, weights, weights, np.array([0.0, 0.1]), x, y, chosen)
+        probe.gradients(net, weights, x, y, chosen)
+        next(probe.each_gradient(net, weights, x, y, chosen))  # and leave it half way
+        probe.mean_gradient(net, weights, x, y, chosen)
+        probe.gram(net, weights, x, y, chosen)
+        probe.curvature(net, weights, weights, x, y, chosen)
+    probe.evaluate(net, weights, buffers, zip(x, y, strict=True))
+    with pytest.raises(ConfigError):
+        probe.losses(net, weights[:-1], x, y)
+
+
+@pytest.mark.parametrize("train", [True, False])
+def test_probes_leave_no_trace(train):
+    net = make()
+    net.module.train(train)
+    net.module.body[4].train(not train)
+    net.grad.fill_(3.0)
+    modes = [m.training for m in net.module.modules()]
+    rates = [m.momentum for m in net.module.modules() if isinstance(m, nn.BatchNorm2d)]
+    before = [v.clone() for v in (net.weights, net.grad, net.buffers, torch.get_rng_state())]
+    all_probes(net)
+    for old, new in zip(before, (net.weights, net.grad, net.buffers, torch.get_rng_state()), strict=True):
+        assert torch.equal(old, new)
+    assert [m.training for m in net.module.modules()] == modes
+    assert [m.momentum for m in net.module.modules() if isinstance(m, nn.BatchNorm2d)] == rates
+    assert not any("forward" in vars(m) for m in net.module.modules())
+
+
+def test_training_gives_the_same_bits_with_and_without_probes():
+    def train(probing: bool) -> torch.Tensor:
+        net = make()
+        net.module.train()
+        x, y = batches(4)
+        for xs, ys in zip(x, y, strict=True):
+            net.backward(F.cross_entropy(net.forward(xs), ys))  # dropout draws from the global generator
+            net.weights.add_(net.grad, alpha=-0.1)
+            if probing:
+                all_probes(net)
+        return torch.cat([net.weights, net.buffers])
+
+    assert torch.equal(train(False), train(True))
+
+
+def test_a_recorded_run_has_the_same_bits_with_probes_between_its_batches(tmp_path, monkeypatch):
+    dataset = data.from_tensors(*(t.flatten(0, 1) for t in batches(20)), *(t.flatten(0, 1) for t in batches(2)))
+    config = RunConfig(data="tensors", batch_size=8, lr=0.1, steps=4, record="0-4", held_out=0)
+
+    def weights(name: str) -> np.ndarray:
+        monkeypatch.setenv("PAPER_RUNS", str(tmp_path / name))
+        return np.array(runs.train_seeds(config, [0], dataset, Net, progress=False)[0].weights)
+
+    plain, stream = weights("plain"), dataset.stream
+
+    def probed(*args):
+        for batch in stream(*args):
+            all_probes(make())
+            yield batch
+
+    monkeypatch.setattr(dataset, "stream", probed)
+    np.testing.assert_array_equal(weights("probed"), plain)
+
+
+@pytest.mark.parametrize("frozen", [False, True])
+def test_gradients_are_slopes_of_losses(frozen):
+    net = make(activation=nn.Tanh())
+    x, y = batches()
+    weights, direction = points(net, 2)
+    direction /= np.linalg.norm(direction)
+    buffers = probe.statistics(net, weights, x) if frozen else None
+    slopes = probe.gradients(net, weights, x, y, buffers) @ direction
+    ahead, behind = probe.line(net, weights, direction, np.array([0.01, -0.01]), x, y, buffers)
+    np.testing.assert_allclose(slopes, (ahead - behind) / 0.02, atol=2e-4)
+
+
+@pytest.mark.parametrize("samples", [1, 20, 1000])
+def test_sums_and_inner_products_agree_with_stored_gradients(samples, monkeypatch):
+    net = make()
+    x, y = batches()
+    weights = points(net)[0]
+    stored = probe.gradients(net, weights, x, y)
+    monkeypatch.setitem(probe.SAMPLES_AT_ONCE, "cpu", samples)
+    np.testing.assert_allclose(probe.mean_gradient(net, weights, x, y), stored.mean(0), atol=1e-6)
+    for kept in (1, 2, 5):  # gradients that the memory holds
+        monkeypatch.setattr(probe, "GRAM_BYTES", 4 * kept * net.weights.numel())
+        np.testing.assert_allclose(probe.gram(net, weights, x, y), stored @ stored.T, rtol=1e-5)
+
+
+@pytest.mark.parametrize("frozen", [False, True])
+def test_hessian_products_are_differences_of_gradients(frozen):
+    net = make(activation=nn.Tanh())
+    x, y = batches()
+    weights, direction = points(net, 2)
+    buffers = probe.statistics(net, weights, x) if frozen else None
+    exact = probe.hessian_vector_products(net, weights, direction, x, y, buffers)
+    step = np.float32(2e-3)
+    ahead = probe.gradients(net, weights + step * direction, x, y, buffers)
+    behind = probe.gradients(net, weights - step * direction, x, y, buffers)
+    np.testing.assert_allclose(exact, (ahead - behind) / (2 * step), atol=0.01 * np.abs(exact).max())
+    along = probe.curvature(net, weights, direction, x, y, buffers)
+    np.testing.assert_allclose(along, exact @ direction / (direction @ direction), rtol=1e-5)
+
+
+def test_statistics_are_those_of_update_bn():
+    net = make()
+    x, _ = batches()
+    weights = points(net)[0]
+    found = probe.statistics(net, weights, x)
+    plain = make()
+    plain.weights.copy_(torch.from_numpy(weights))
+    plain.module.body[1].num_batches_tracked = torch.tensor(0)  # FlatModel has it removed; update_bn counts with it
+    torch.optim.swa_utils.update_bn(list(x), plain.module)
+    np.testing.assert_allclose(found, plain.buffers.numpy(), rtol=1e-5)
+
+
+def test_evaluate_weighs_samples_not_chunks():
+    net = make()
+    x, y = (t.flatten(0, 1) for t in batches())
+    weights = points(net)[0]
+    buffers = probe.statistics(net, weights, x[None])
+    chunks = [(x[:33], y[:33]), (x[33:], y[33:])]
+    loss, accuracy = probe.evaluate(net, weights, buffers, chunks)
+    each = probe.losses(net, weights, x[:, None], y[:, None], buffers)
+    assert loss == pytest.approx(each.mean(), rel=1e-5)
+    assert accuracy * 40 == pytest.approx(round(accuracy * 40))
+    with pytest.raises(ConfigError, match="at least one sample"):
+        probe.evaluate(net, weights, buffers, [])
+
+
+def test_networks_without_buffers_can_be_probed():
+    net = make(norm=nn.GroupNorm(2, 6))
+    x, y = batches()
+    weights = points(net)[0]
+    buffers = probe.statistics(net, weights, x)
+    assert buffers.shape == (0,)
+    np.testing.assert_array_equal(probe.losses(net, weights, x, y, buffers), probe.losses(net, weights, x, y))
+
+
+def test_fixed_batches_are_not_those_of_a_run():
+    x, y = (t.flatten(0, 1) for t in batches(40))
+    dataset = data.from_tensors(x, y, x, y)
+    probing, labels = probe.fixed_batches(dataset, 2, 8, seed=0)
+    assert probing.shape == (2, 8, 1, 4, 4) and labels.shape == (2, 8)
+    assert not torch.equal(probing, dataset.batches(2, 8, 0)[0])
+    assert torch.equal(probing, probe.fixed_batches(dataset, 2, 8, seed=0)[0])
+
+
+@pytest.mark.parametrize("probing", [probe.losses, probe.gradients, probe.gram, probe.mean_gradient])
+def test_what_does_not_fit_is_refused(probing):
+    net = make()
+    x, y = batches()
+    weights = points(net)[0]
+    with pytest.raises(ConfigError, match="stacked as"):
+        probing(net, weights, x[:0], y[:0])
+    with pytest.raises(ConfigError, match=r"\(5, 8\)"):
+        probing(net, weights, x, y.flatten())
+    with pytest.raises(ConfigError, match="shape of weights"):
+        probing(net, weights[:1], x, y)  # one number would be spread over all weights
+    with pytest.raises(ConfigError, match="shape of buffers"):
+        probing(net, weights, x, y, np.zeros(1, np.float32))
