@@ -158,9 +158,9 @@ def check_run(c: RunConfig) -> None:
         n, expected = len(c.schedule), c.steps - c.start
         require(n == expected, "schedule of length", n, f"it needs one factor for each of {expected} steps")
     for name, kept in (("record", c.snapshot_steps), ("checkpoints", np.array(c.checkpoints, int))):
-        outside = kept[(kept < c.start) | (kept > c.steps)]
-        allowed = f"step {outside[:1]} lies outside the run, which goes from {c.start} to {c.steps}"
-        require(outside.size == 0, name, getattr(c, name), allowed)
+        outside = describe(kept[(kept < c.start) | (kept > c.steps)])
+        allowed = f"step {outside} lies outside the run, which goes from {c.start} to {c.steps}"
+        require(not outside, name, getattr(c, name), allowed)
 
 
 def check_study(s: Study) -> None:

@@ -8,8 +8,10 @@ buffers, momentum). While it is being trained the folder is called <name>.part a
 from __future__ import annotations
 
 import json
+import math
 import os
 import shutil
+import zipfile
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -142,34 +144,38 @@ class Recorder:
         self.final, self.part, self.config = folder, folder.with_name(folder.name + ".part"), config
         self.steps = config.snapshot_steps
         self.keep = {*config.checkpoints, config.steps}
-        self.resumed = self._resume(n_weights)
+        shapes = {
+            "weights": (len(self.steps), n_weights),
+            "buffers": (len(self.steps), n_buffers),
+            "log": (config.steps - config.start, 2),
+        }
+        self.resumed = self._resume(shapes)
         if self.resumed is None:
-            self._create(n_weights, n_buffers)
-        self.weights, self.buffers, self.log = (
-            np.load(self.part / f"{name}.npy", mmap_mode="r+") for name in ("weights", "buffers", "log")
-        )
+            self._create(shapes)
+        self.weights, self.buffers, self.log = (self._map(name) for name in shapes)
 
-    def _resume(self, n_weights: int) -> State | None:
+    def _map(self, name: str) -> np.ndarray:
+        return np.load(self.part / f"{name}.npy", mmap_mode="r+")
+
+    def _resume(self, shapes: dict[str, tuple[int, ...]]) -> State | None:
+        """The state that a killed run saved, if all that it left can be read."""
         try:
             with np.load(self.part / "resume.npz", allow_pickle=False) as stored:
                 state = dict(stored)
-            return state if state["weights"].size == n_weights else None
-        except (OSError, ValueError, KeyError):
+            return state if all(self._map(name).shape == shape for name, shape in shapes.items()) else None
+        except (OSError, ValueError, EOFError, zipfile.BadZipFile):
             return None
 
-    def _create(self, n_weights: int, n_buffers: int) -> None:
+    def _create(self, shapes: dict[str, tuple[int, ...]]) -> None:
         shutil.rmtree(self.part, ignore_errors=True)
-        n, n_steps = len(self.steps), self.config.steps - self.config.start
-        size = 4 * n * (n_weights + n_buffers) + 16 * n_steps + 3 * 4 * n_weights * (len(self.keep) + 2)
+        n, n_weights = shapes["weights"]
+        states = 3 * n_weights * (len(self.keep) + 2)  # weights, momentum, buffers; one to resume, twice while replaced
+        size = 4 * (n * (n_weights + shapes["buffers"][1]) + states) + 8 * math.prod(shapes["log"])
         what = f"recording {n} snapshots of {n_weights:,} weights (4 bytes each)"
         files.require_space(self.part.parent, size, what)
         self.part.mkdir(parents=True)
-        for name, shape, dtype in (
-            ("weights", (n, n_weights), "float32"),
-            ("buffers", (n, n_buffers), "float32"),
-            ("log", (n_steps, 2), "float64"),
-        ):
-            files.allocate(self.part / f"{name}.npy", shape, dtype)
+        for name, shape in shapes.items():
+            files.allocate(self.part / f"{name}.npy", shape, "float64" if name == "log" else "float32")
 
     def snapshot(self, step: int, weights: np.ndarray, buffers: np.ndarray) -> None:
         """Record x_step if it belongs to a window."""

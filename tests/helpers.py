@@ -1,0 +1,31 @@
+"""What tests of training and probing share: small data, a small network, runs in a folder of their own."""
+
+import numpy as np
+import torch
+from torch import nn
+
+from paper_lib import data
+from paper_lib.config import RunConfig
+
+
+class SmallNet(nn.Module):
+    """A network of a user's own: convolution, BatchNorm, dropout, linear; one channel of any size."""
+
+    def __init__(self, dropout: float = 0.0):
+        super().__init__()
+        self.features = nn.Sequential(nn.Conv2d(1, 4, 3, padding=1), nn.BatchNorm2d(4), nn.ReLU(), nn.Dropout(dropout))
+        self.head = nn.Linear(4, 3)
+
+    def forward(self, x):
+        return self.head(self.features(x).mean((2, 3)))
+
+
+def small_data(n: int = 120) -> data.Dataset:
+    """Three classes of 4 x 4 noise with different means; 16 training images held out."""
+    rng = np.random.default_rng(0)
+    y = torch.from_numpy(rng.integers(0, 3, 2 * n))
+    x = torch.from_numpy(rng.normal(size=(2 * n, 1, 4, 4)).astype(np.float32)) + y.view(-1, 1, 1, 1) / 2
+    return data.from_tensors(x[:n], y[:n], x[n:], y[n:], held_out=16)
+
+
+SMALL = RunConfig(data="tensors", batch_size=8, lr=0.1, steps=40, record="0-40")

@@ -1,0 +1,189 @@
+"""The run cache: identity, sharing between processes, and every way in which a run can be left half done."""
+
+import dataclasses
+import errno
+import os
+import subprocess
+import sys
+import textwrap
+
+import numpy as np
+import pytest
+import torch
+from helpers import SMALL, SmallNet, small_data
+
+from paper_lib import data, files, runs, train, trajectory
+from paper_lib.config import RunConfig
+from paper_lib.presets import study
+from paper_lib.trajectory import Trajectory
+from paper_lib.validate import ConfigError
+
+
+@pytest.fixture(autouse=True)
+def own_folder(tmp_path, monkeypatch):
+    monkeypatch.setenv("PAPER_RUNS", str(tmp_path / "runs"))
+    return tmp_path / "runs"
+
+
+CHANGES = {
+    "data": "other", "held_out": 9, "image_size": 32, "model": "resnet14", "width": 9, "norm": "group", "batch_size": 9,
+    "lr": 0.9, "schedule": "linear", "momentum": 0.5, "weight_decay": 0.1, "label_smoothing": 0.1, "steps": 41,
+    "record": "3", "checkpoints": (4,), "seed": 4, "batch_seed": 4, "precision": "bfloat16", "compile": True,
+    "threads": 2, "parent": SMALL, "perturbation": 0.1,
+}  # fmt: skip
+
+
+def test_every_setting_is_part_of_the_key():
+    assert set(CHANGES) | {"start"} == {f.name for f in dataclasses.fields(RunConfig)}
+    dataset = small_data()
+    keys = {name: runs.run_key(SMALL.replace(**{name: value}), dataset) for name, value in CHANGES.items()}
+    keys["start"] = runs.run_key(SMALL.replace(parent=SMALL, start=2, record="40"), dataset)
+    keys["nothing"] = runs.run_key(SMALL, dataset)
+    assert len(set(keys.values())) == len(keys)
+    assert runs.run_key(SMALL, small_data()) == keys["nothing"]
+
+
+def test_data_model_and_code_are_part_of_the_key(monkeypatch):
+    dataset, key = small_data(), runs.run_key(SMALL, small_data(), SmallNet)
+    assert key != runs.run_key(SMALL, small_data(121), SmallNet)
+    assert key != runs.run_key(SMALL, dataset, lambda: SmallNet(dropout=0.1))
+    assert key != runs.run_key(SMALL, dataset)
+    monkeypatch.setattr(runs, "CODE", "another")
+    assert key != runs.run_key(SMALL, dataset, SmallNet)
+
+
+def test_comments_and_docstrings_do_not_retrain_but_code_does(tmp_path, monkeypatch):
+    monkeypatch.setattr(runs, "__file__", str(tmp_path / "runs.py"))
+    monkeypatch.setattr(runs, "DECISIVE", ["module"])
+    found = []
+    for source in ('"""Doc."""\ndef f():\n    "Doc."\n    return 1', "def f(): return 1  # why", "def f(): return 2"):
+        (tmp_path / "module.py").write_text(source)
+        found.append(runs.code_fingerprint())
+    assert found[0] == found[1] != found[2]
+
+
+def test_a_finished_run_is_loaded_and_not_trained(monkeypatch):
+    first = runs.obtain(SMALL, small_data(), SmallNet)
+    monkeypatch.setattr(train, "train_run", None)  # calling it would fail
+    again = runs.obtain(SMALL, small_data(), SmallNet)
+    np.testing.assert_array_equal(first.weights, again.weights)
+    assert again.config == SMALL
+
+
+def test_a_child_needs_no_parent_once_it_is_there(monkeypatch):
+    branch = SMALL.branch(5)
+    runs.train_all([branch], small_data(), SmallNet, progress=False)
+    parent = runs.run_folder(SMALL, small_data(), SmallNet)
+    assert parent.exists()
+    parent.rename(parent.with_name("gone"))
+    runs.train_all([branch], small_data(), SmallNet, progress=False)
+    assert not parent.exists()
+
+
+def test_seeds_side_by_side_are_the_same_bits_as_alone(tmp_path, monkeypatch):
+    chosen = study("smoke", steps=30, record="0-30")
+    together = runs.train_seeds(chosen.run.branch(5), [0, 1, 2], progress=False)
+    monkeypatch.setenv("PAPER_RUNS", str(tmp_path / "alone"))
+    for seed, run in enumerate(together):
+        alone = runs.obtain(chosen.run.branch(5).replace(seed=seed))
+        np.testing.assert_array_equal(run.at(35), alone.at(35))
+    assert not np.array_equal(together[0].at(35), together[1].at(35))
+
+
+def test_seeds_that_repeat_are_refused():
+    with pytest.raises(ConfigError, match=r"seeds = \[1, 1\]"):
+        runs.train_seeds(SMALL, [1, 1], small_data(), SmallNet)
+
+
+COUNTED = textwrap.dedent(
+    """
+    import sys
+    from helpers import SMALL, SmallNet, small_data
+    from paper_lib import runs, train
+    original = train.train_run
+    def counted(*args, **kwargs):
+        print("trained", flush=True)
+        return original(*args, **kwargs)
+    train.train_run = counted
+    print(runs.obtain(SMALL.replace(steps=400, record=""), small_data(), SmallNet).folder)
+    """
+)
+
+
+def test_two_processes_train_a_run_once():
+    environment = {**os.environ, "PYTHONPATH": os.pathsep.join(sys.path)}
+    both = [
+        subprocess.Popen([sys.executable, "-c", COUNTED], env=environment, stdout=subprocess.PIPE, text=True)
+        for _ in range(2)
+    ]
+    outputs = [process.communicate()[0].split() for process in both]
+    assert sum(words.count("trained") for words in outputs) == 1
+    assert outputs[0][-1] == outputs[1][-1]
+
+
+def test_a_disk_without_room_is_said_before_training(monkeypatch):
+    usage = files.shutil.disk_usage("/")
+    monkeypatch.setattr(files.shutil, "disk_usage", lambda path: usage._replace(free=1000))
+    with pytest.raises(OSError, match=r"recording 41 snapshots of \d+ weights \(4 bytes each\) needs 0.00 GB, but"):
+        runs.obtain(SMALL, small_data(), SmallNet)
+
+
+def test_a_disk_that_fills_up_leaves_nothing_that_looks_finished(monkeypatch):
+    def full(*args):
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(files.os, "replace", full)
+        with pytest.raises(OSError, match="No space left"):
+            runs.obtain(SMALL, small_data(), SmallNet)
+    folder = runs.run_folder(SMALL, small_data(), SmallNet)
+    assert not folder.exists()
+    assert runs.obtain(SMALL, small_data(), SmallNet).at(40).size  # with room again, it is trained
+
+
+@pytest.mark.parametrize("damage", ["resume.npz", "weights.npy"])
+def test_a_half_written_run_starts_again(damage):
+    whole = np.array(runs.obtain(SMALL, small_data(), SmallNet).weights)
+    folder = runs.run_folder(SMALL, small_data(), SmallNet)
+    part = folder.with_name(folder.name + ".part")
+    folder.rename(part)
+    (part / "resume.npz").write_bytes(b"PK\x03\x04 cut")
+    (part / damage).write_bytes(b"cut")
+    np.testing.assert_array_equal(runs.obtain(SMALL, small_data(), SmallNet).weights, whole)
+
+
+def test_a_run_killed_while_it_was_being_finished_is_finished(monkeypatch):
+    def killed(*args):
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr(trajectory.os, "rename", killed)
+        with pytest.raises(KeyboardInterrupt):
+            runs.obtain(SMALL, small_data(), SmallNet)
+    whole = runs.obtain(SMALL, small_data(), SmallNet)
+    assert whole.loss.shape == (40,) and np.isfinite(whole.loss).all()
+
+
+def test_runs_need_no_pickle(own_folder, monkeypatch):
+    run = runs.obtain(SMALL.replace(momentum=0.9), small_data(), SmallNet)
+    load = np.load
+    monkeypatch.setattr(np, "load", lambda *args, **kwargs: load(*args, **{**kwargs, "allow_pickle": False}))
+    fresh = Trajectory(run.folder)
+    assert fresh.state()["momentum"].size == fresh.weights.shape[1] and fresh.buffers.shape[0] == 41
+
+
+def test_a_users_module_instance_and_tensors_are_enough():
+    x, y = torch.randn(60, 5), torch.arange(60) % 2
+    dataset = data.from_tensors(x, y, x, y)
+    config = RunConfig(batch_size=10, lr=0.5, steps=60, record="60")
+    (run,) = runs.train_seeds(config, [0], dataset, lambda: torch.nn.Linear(5, 2), progress=False)
+    assert run.weights.shape == (1, 12) and run.buffers.shape == (1, 0)
+    assert run.folder.name.startswith("tensors-own-")
+
+
+def test_a_worker_that_fails_says_why(monkeypatch):
+    monkeypatch.setenv("PAPER_DATA", "/dev/null/nowhere")
+    chosen = study("smoke", steps=5, record="")
+    job = (chosen.run, runs.config_module.folder("runs") / "not-its-folder")
+    with pytest.raises(RuntimeError, match="NotADirectoryError|code or data changed"):
+        runs.workers.train_parallel([job], lambda *message: None)
