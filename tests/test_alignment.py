@@ -1,0 +1,103 @@
+"""Alignment of gradients: estimators on Gram matrices of known expectation, the model's closed forms, a real run."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+from strategies import momenta
+
+from paper_lib import alignment, presets, probe, quadratic, runs
+from paper_lib.trajectory import SnapshotError
+from paper_lib.validate import ConfigError
+
+
+def test_norms_and_cosines_of_gradients_with_known_mean_and_noise():
+    rng = np.random.default_rng(0)
+    d, k, mean2, noise2 = 4000, 60, 0.3, 1.7
+    mean = rng.standard_normal(d)
+    g = mean * np.sqrt(mean2) / np.linalg.norm(mean) + rng.standard_normal((k, d)) * np.sqrt(noise2 / d)
+    found = alignment.alignment(g @ g.T)
+    c = mean2 / (mean2 + noise2)
+    assert found["full2"] == pytest.approx(mean2, rel=0.05)
+    assert found["noise2"] == pytest.approx(noise2, rel=0.05)
+    assert found["batch_batch"] == pytest.approx(c, rel=0.05)
+    rest = [g[np.arange(k) != i].mean(0) for i in range(k)]
+    leave_one_out = [r @ x / np.linalg.norm(r) / np.linalg.norm(x) for r, x in zip(rest, g, strict=True)]
+    assert found["batch_full"] == pytest.approx(np.mean(leave_one_out))
+    assert found["batch_full_predicted"] == pytest.approx(np.mean(leave_one_out), rel=0.01)
+    assert found["batch_full_predicted"] < np.sqrt(c)  # the mean of the others is not the full gradient yet
+
+
+def test_cosines_of_one_gradient_repeated():
+    found = alignment.alignment(np.full((5, 5), 4.0))
+    assert found["noise2"] == 0 and found["norm2"] == 4
+    for name in ("batch_batch", "batch_full", "batch_full_predicted"):
+        assert found[name] == pytest.approx(1)
+
+
+def test_alignment_needs_three_batches():
+    with pytest.raises(ConfigError, match="at least 3"):
+        alignment.alignment(np.eye(2))
+
+
+@given(st.lists(st.tuples(st.floats(0.01, 1.5), st.floats(0.1, 2.0)), min_size=1, max_size=5), momenta)
+def test_the_prediction_is_the_models_for_every_mixture_of_curvatures(directions, momentum):
+    eta, s2 = np.array(directions).T
+    n = 12
+    v = quadratic.stationary_variance(eta, s2, momentum)[:, None]
+    rho = quadratic.autocorrelation(eta, n + 1, momentum)
+    h2 = (eta**2)[:, None]  # in units of 1 / lr^2
+    full_g = (h2 * v * rho[:, :-1]).sum(0)
+    full_v = (h2 * v * (rho[:, :-1] - rho[:, 1:]) / eta[:, None]).sum(0)  # v_t = (x_t - x_{t+1}) / lr
+    exact = (h2 * (v + s2[:, None]) * quadratic.gradient_cosine(eta, n, momentum)).sum(0)
+    found = alignment.model_product(full_g, full_v, momentum)
+    np.testing.assert_allclose(found[1:], exact[1:], atol=1e-8 * exact[0])
+    assert np.isnan(found[0])
+    if momentum == 0:
+        np.testing.assert_allclose(found[1:], -full_g[:-1], atol=1e-12 * exact[0])
+
+
+@pytest.fixture(scope="module", params=[0.0, 0.9])
+def recorded(request, tmp_path_factory):
+    """A short run with every iterate recorded, plain and with momentum."""
+    config = presets.study("smoke").run.replace(steps=24, record="0-24", momentum=request.param, lr=0.2)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("PAPER_RUNS", str(tmp_path_factory.mktemp("runs")))
+        return runs.train_seeds(config, [0], progress=False)[0], runs.load_dataset(config)
+
+
+def test_used_gradients_are_those_of_the_batches(recorded):
+    run, dataset = recorded
+    net, c = runs.network(run, dataset), run.config
+    found, velocity = alignment.used_gradients(run, 10, 12)
+    for t, g in zip(range(10, 13), found, strict=True):
+        x = np.array(run.at(t))
+        exact = probe.gradients(net, x, *dataset.batches([t], c.batch_size, c.stream))[0] + c.weight_decay * x
+        np.testing.assert_allclose(g, exact, atol=1e-4 * np.linalg.norm(exact))
+    np.testing.assert_allclose(velocity[1], c.momentum * velocity[0] + found[1], atol=1e-5)
+    with pytest.raises(SnapshotError):
+        alignment.used_gradients(run, 20, 24)
+
+
+def test_measurements_along_a_run(recorded):
+    run, dataset = recorded
+    lags = alignment.measure_lags([run], dataset, first=5, n_lags=4, n_points=6, n_batches=2)
+    assert lags.used[0] == 1 and np.isfinite(lags.drop(columns="predicted")).all(axis=None)
+    assert 0 < lags.full[0] < 1
+    if run.config.momentum == 0:
+        np.testing.assert_allclose(lags.predicted[1:], -lags.full[:-1], rtol=1e-6)
+    away = alignment.measure_displacement([run], dataset, 5, windows=[2, 10], n_points=3, n_batches=2)
+    assert list(away.window) == [2, 10] and (away.cosine.abs() <= 1.5).all()  # |G|^2 is an estimate
+    assert alignment.measure_eta([run], dataset, 5, n_points=2, n_batches=2)[0] > 0
+    points = alignment.measure_points([run], dataset, [0, 8], sizes=[8, 16], n_images=64)
+    assert len(points) == 4 and (points.norm2 > points.full2).all()
+
+
+def test_windows_that_do_not_fit_are_refused(recorded):
+    run, dataset = recorded
+    with pytest.raises(ConfigError, match="30 lags"):
+        alignment.measure_lags([run], dataset, first=5, n_lags=30)
+    with pytest.raises(ConfigError, match="windows"):
+        alignment.measure_displacement([run], dataset, 5, windows=[40])
