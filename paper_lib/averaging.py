@@ -1,7 +1,8 @@
 """Averages of iterates as weight vectors: building, composing and applying them to a trajectory.
 
 An average over the iterates x_0..x_T is a float64 vector `a` of length n = T + 1 with sum 1;
-a trajectory is a matrix X of shape (n, P), one row per iterate, and the average is a @ X.
+a trajectory is a matrix X of shape (n, P), one row per iterate, and the average is a @ X. Distances
+and angles of averages follow from the Gram matrix of the iterates alone: |a @ X|^2 = a @ (X X^T) @ a.
 """
 
 from __future__ import annotations
@@ -32,6 +33,12 @@ def check_decay(decay: float) -> None:
     """ValueError unless every decay lies in [0, 1)."""
     if not np.all((np.asarray(decay) >= 0) & (np.asarray(decay) < 1)):
         raise ValueError(f"decay must lie in [0, 1), got {decay}")
+
+
+def check_length(name: str, length: int) -> None:
+    """ValueError unless every length, in steps, is at least 1; `name` says of what."""
+    if np.any(np.asarray(length) < 1):
+        raise ValueError(f"{name} must be at least 1 step, got {length}")
 
 
 def checkpoints(n: int, indices: Sequence[int], weights: Sequence[float] | None = None) -> np.ndarray:

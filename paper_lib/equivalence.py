@@ -1,5 +1,10 @@
 """Averages and learning-rate schedules as one thing (claim C5): exact conversions in both directions.
 
+On quadratics with minima c_i every SGD iterate, hence every average a @ x, is a weighted sum of x_0 and
+c_1, c_2, ... with weights w_0, w_1, ... On the same batches, SGD under eta'_i = w_i / (w_0 + ... + w_i)
+ends at that very sum. For small eta this is lr'_i / lr_i = sum_(t>=i) a_t, the tail sum of the weights,
+whatever the curvature.
+
 A schedule is a float64 array (..., T) of factors: step i (0-based, from x_i to x_(i+1)) uses
 eta'_i = eta_i * factors[i], eta_i = lr_i * curvature being the averaged run's own. Time is the last
 axis; leading ones are directions. eta is a scalar, (T,), (d, 1) or (d, T), and eta = 0, the default,
@@ -10,7 +15,7 @@ from __future__ import annotations
 
 import numpy as np
 
-from paper_lib.averaging import check_decay, check_weights
+from paper_lib.averaging import check_decay, check_length, check_weights
 from paper_lib.quadratic import check_eta
 
 
@@ -125,6 +130,7 @@ def ema_equivalent(k, eta, decay) -> np.ndarray:
 
 def two_point_equivalent(k, eta, lag) -> np.ndarray:
     """eta'_k equivalent to the two-point average: eta q^k / (1 + q^k) for k < lag, else eta."""
+    check_length("lag", lag)
     eta, k = check_eta(eta), np.asarray(k)
     power = (1 - eta) ** np.minimum(k, lag)  # no further: q^k may underflow
     return np.where(k < lag, eta * power / (1 + power), eta)
@@ -135,6 +141,7 @@ def uniform_equivalent(k, eta, window) -> np.ndarray:
 
     (1 - q^(k+1)) / [n - 1 - k + (1 - q^(k+1)) / eta] for k < n.
     """
+    check_length("window", window)
     eta, k = check_eta(eta), np.asarray(k)
     taken = 1 - (1 - eta) ** (np.minimum(k, window) + 1)
     return np.where(k < window, taken / (np.maximum(window - 1 - k, 0) + taken / eta), eta)

@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import numpy as np
 
-from paper_lib.averaging import check_decay, check_weights
+from paper_lib.averaging import check_decay, check_length, check_weights
 
 
 def check_eta(eta: np.ndarray, momentum: float = 0.0) -> np.ndarray:
@@ -131,6 +131,7 @@ def different_batches_distance(eta, t, s2=1.0) -> np.ndarray:
 
 def two_point_ratio(eta, lag) -> np.ndarray:
     """Variance of the two-point average over v: (1 + q^lag) / 2 (claim C8)."""
+    check_length("lag", lag)
     return (1 + (1 - check_eta(eta)) ** np.asarray(lag)) / 2
 
 
@@ -146,9 +147,8 @@ def uniform_ratio(eta, window) -> np.ndarray:
 
     The two terms cancel when eta n is small: the error is about 1e-16 / (eta n).
     """
+    check_length("window", window)
     eta, n = check_eta(eta), np.asarray(window)
-    if np.any(n < 1):
-        raise ValueError(f"window must be at least 1, got {window}")
     with np.errstate(invalid="ignore", divide="ignore"):  # the logarithm serves eta < 1/2 only
         forgotten = np.where(eta < 0.5, -np.expm1(n * np.log1p(-eta)), 1 - (1 - eta) ** n)
     return ((2 - eta) / eta - 2 * (1 - eta) * forgotten / (n * eta**2)) / n

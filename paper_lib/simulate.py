@@ -1,5 +1,8 @@
 """Simulates SGD on quadratics with scattered minima: the reference for every closed form.
 
+Batch t has the loss 1/2 (x - c_t)^T H_t (x - c_t); its minimum c_t is drawn around x* = 0, and H_t is the same for all
+batches or one for each. A direction of curvature h steps x_t = (1 - lr h) x_(t-1) + lr h c_t.
+
 Time is the last axis: minima are (..., T), iterates (..., T+1), and `x @ a` is an average of them.
 Leading axes are seeds and directions in any number.
 """

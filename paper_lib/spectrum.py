@@ -1,4 +1,9 @@
-"""What the model predicts for a network whose curvatures and gradient noise have been measured."""
+"""What the model predicts for a network whose curvatures and gradient noise have been measured.
+
+Directions are independent and each has its own eta = lr h. Losses are sums of h v / 2 over them, squared
+radii sums of v, and an average keeps a part of each v that depends on its eta. Steep directions weigh
+more in losses than in distances, so that one run shows different timescales in the two.
+"""
 
 from __future__ import annotations
 

@@ -166,6 +166,8 @@ def test_at_finite_eta_a_schedule_may_rise_as_fast_as_two_points_need():
         (lambda a: equivalence.to_schedule(a, [0.1, 0.2, 0.3]), r"shape \(3,\) does not fit 10 steps"),
         (lambda a: equivalence.to_schedule(0.9 * a, 0.1), r"sum to 1"),
         (lambda a: equivalence.to_schedule([-0.5, -0.5, 2.0], 0.5), r"step 0 needs an infinite lr"),
+        (lambda a: equivalence.two_point_equivalent(0, 0.1, 0), r"lag must be at least 1 step, got 0"),
+        (lambda a: equivalence.uniform_equivalent(0, 0.1, -2), r"window must be at least 1 step, got -2"),
         (lambda a: equivalence.to_average([1.0, np.inf]), r"finite factors"),
         (lambda a: equivalence.to_average(np.ones(10), 3.0), r"got values from 3 to 3"),
     ],
