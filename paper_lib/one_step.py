@@ -30,14 +30,16 @@ def measure(
     n_held: int = 4,
     batch_size: int | None = None,
     frozen: bool = False,
+    multiples: np.ndarray = MULTIPLES,
     point: str = "",
 ) -> pd.DataFrame:
     """Probe each run at the snapshots `at`, along the gradients of the n_batches batches that the run uses from there.
 
-    Returns one row per seed, snapshot, batch and probe step: `probe` (in units of lr), `own` and `held` (loss of the
-    batch and mean loss of n_held held-out batches after the step), with `slope_own` = |g|^2, `slope_held` = g . (mean
-    held-out gradient) and `curvature` = g^T H g / |g|^2 of the batch's own loss at the snapshot. The probe takes
-    batches of `batch_size` (default: the run's); `frozen` evaluates with the snapshot's running statistics.
+    Returns one row per seed, snapshot, batch and probe step: `probe` (one of `multiples`, in units of lr), `own` and
+    `held` (loss of the batch and mean loss of n_held held-out batches after the step), with `slope_own` = |g|^2,
+    `slope_held` = g . (mean held-out gradient) and `curvature` = g^T H g / |g|^2 of the batch's own loss at the
+    snapshot. The probe takes batches of `batch_size` (default: the run's); `frozen` evaluates with the snapshot's
+    running statistics.
     """
     tables = []
     jobs = [(run, step, batch) for run in trajectories for step in at for batch in range(step, step + n_batches)]
@@ -47,8 +49,8 @@ def measure(
         own = dataset.batches([batch], size, stream)
         held = dataset.batches(range(batch * n_held, (batch + 1) * n_held), size, stream, "held")
         buffers = np.array(run.buffers[run.rows(step)[0]]) if frozen else None
-        table = _probe_one(nets[run], np.array(run.at(step)), own, held, run.config.lr, buffers)
-        tables.append(table.assign(seed=run.config.seed, step=step, batch=batch))
+        table = _probe_one(nets[run], np.array(run.at(step)), own, held, multiples * run.config.lr, buffers)
+        tables.append(table.assign(probe=multiples, seed=run.config.seed, step=step, batch=batch))
     return pd.concat(tables, ignore_index=True).assign(point=point)
 
 
@@ -57,24 +59,40 @@ def _probe_one(
     weights: np.ndarray,
     own: tuple[Tensor, Tensor],
     held: tuple[Tensor, Tensor],
-    lr: float,
+    steps: np.ndarray,
     buffers: np.ndarray | None,
 ) -> pd.DataFrame:
-    """The table of one snapshot and one batch."""
+    """The table of one snapshot and one batch, without its column `probe`."""
     gradient = probe.gradients(net, weights, *own, buffers)[0]
-    held_gradient = probe.gradients(net, weights, *held, buffers).mean(0)
-    steps = MULTIPLES * lr
-    own_losses = probe.line(net, weights, -gradient, steps, *own, buffers)
+    held_gradient = probe.mean_gradient(net, weights, *held, buffers)
     return pd.DataFrame(
         {
-            "probe": MULTIPLES,
-            "own": own_losses[:, 0],
+            "own": probe.line(net, weights, -gradient, steps, *own, buffers)[:, 0],
             "held": probe.line(net, weights, -gradient, steps, *held, buffers).mean(1),
             "slope_own": float(gradient @ gradient),
             "slope_held": float(gradient @ held_gradient),
-            "curvature": float(probe.curvature(net, weights, gradient, *own)[0]),
+            "curvature": float(probe.curvature(net, weights, gradient, *own, buffers)[0]),
         }
     )
+
+
+def trained_loss(
+    decayed: Sequence[Trajectory],
+    dataset: Dataset,
+    n_batches: int,
+    model: ModelFactory | None = None,
+    batch_size: int | None = None,
+    frozen: bool = False,
+) -> pd.Series:
+    """Mean training loss at the end of each run, by seed, over n_batches batches of a stream that no run uses."""
+    found = {}
+    for run in decayed:
+        end = run.state()
+        batches = probe.fixed_batches(dataset, n_batches, batch_size or run.config.batch_size, run.config.seed)
+        buffers = end["buffers"] if frozen else None
+        losses = probe.losses(runs.network(run, dataset, model), end["weights"], *batches, buffers)
+        found[run.config.seed] = float(losses.mean())
+    return pd.Series(found, name="training loss of the fully trained network").rename_axis("seed")
 
 
 def curves(table: pd.DataFrame) -> pd.DataFrame:
@@ -116,7 +134,8 @@ def summary(table: pd.DataFrame, lr: float) -> pd.DataFrame:
 
     own_start, own_min (losses), own_best, held_best (probe steps in units of lr), held_start, held_min, held_at_own
     (held-out loss at the own batch's best step), held_full (after a full step), `gain` = lr * slope_held (the decrease
-    that the held-out slope alone would give), inverse_curvature = 1 / (lr E[g^T H g] / E|g|^2) in units of lr.
+    that the held-out slope alone would give), inverse_curvature = 1 / (lr E[g^T H g] / E|g|^2) in units of lr, `shared`
+    = slope_held / slope_own, the cosine of two batches' gradients.
     """
     rows = []
     for (point, seed), curve in curves(table).groupby(["point", "seed"], sort=False):
@@ -130,6 +149,7 @@ def summary(table: pd.DataFrame, lr: float) -> pd.DataFrame:
                 "held_start": held[0], "held_min": held_min, "held_best": held_best,
                 "held_at_own": np.interp(own_best, x, held), "held_full": np.interp(1.0, x, held),
                 "gain": lr * curve.slope_held.iloc[0], "inverse_curvature": 1 / (lr * curvature),
+                "shared": curve.slope_held.iloc[0] / curve.slope_own.iloc[0],
             }
         )  # fmt: skip
     return pd.DataFrame(rows)
