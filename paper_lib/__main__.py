@@ -1,4 +1,4 @@
-"""The command line: `python -m paper_lib presets` and `python -m paper_lib train --preset digits --lr 0.5`."""
+"""The command line: `python -m paper_lib presets`, `train --preset digits --lr 0.5` or `bench`."""
 
 from __future__ import annotations
 
@@ -43,6 +43,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="python -m paper_lib", description=__doc__, allow_abbrev=False)
     commands = parser.add_subparsers(dest="command", required=True)
     commands.add_parser("presets", help="print the presets' names, one a line")
+    commands.add_parser("bench", help="time training, probing and averaging against plain PyTorch")
     trainer = commands.add_parser(
         "train",
         help="train a preset's runs",
@@ -54,6 +55,10 @@ def main(argv: Sequence[str] | None = None) -> int:
     try:
         if args.command == "presets":
             print("\n".join(PRESETS))
+        elif args.command == "bench":
+            from paper_lib import bench
+
+            bench.main()
         else:
             train_command(args.preset, rest)
     except (ConfigError, OSError) as error:

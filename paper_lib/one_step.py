@@ -9,7 +9,7 @@ import pandas as pd
 import seaborn as sns
 from matplotlib.axes import Axes
 from torch import Tensor
-from tqdm.auto import tqdm
+from tqdm import tqdm
 
 from paper_lib import figures, probe, runs
 from paper_lib.data import Dataset
