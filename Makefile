@@ -29,7 +29,7 @@ endif
 NOTEBOOKS := $(sort $(basename $(notdir $(wildcard notebooks/[0-9][0-9]_*.ipynb))))
 
 .DEFAULT_GOAL := help
-.PHONY: help env train figures $(NOTEBOOKS) compare report test lint bench lab refresh lock clean distclean
+.PHONY: help env train figures $(NOTEBOOKS) compare report readme test lint bench lab refresh lock clean distclean
 
 help: ## list the tasks and settings
 	@awk -F ':.*## ' '/^[a-z]+:.*## / {printf "  make %-12s%s\n", $$1, $$2}' Makefile
@@ -62,9 +62,13 @@ $(NOTEBOOKS): env
 compare: env ## compare results/CONFIG with what is committed, within stated tolerances
 	@$(PY) -m paper_lib.compare $(RESULTS)/$(CONFIG)
 
-report: figures ## turn the executed notebooks into HTML pages
-	$(PY) -m nbconvert --log-level WARN --to html --output-dir .build/$(CONFIG)/report "$(RESULTS)/$(CONFIG)"/notebooks/*.ipynb
-	@echo "see .build/$(CONFIG)/report"
+report: figures ## one self-contained page with every figure and verdict, and the notebooks as HTML
+	@$(PY) -m nbconvert --log-level ERROR --to html --output-dir .build/$(CONFIG)/report "$(RESULTS)/$(CONFIG)"/notebooks/*.ipynb
+	@$(PY) -m paper_lib.report page $(CONFIG) .build/$(CONFIG)/report/index.html
+	@echo "see .build/$(CONFIG)/report/index.html"
+
+readme: env ## regenerate the README's tables from results/
+	@$(PY) -m paper_lib.report readme
 
 # A folder of its own, so that the tests train for real and never touch results/ or runs/; one thread per worker.
 test: lint ## lint, unit tests, and every notebook on the smoke preset

@@ -1,0 +1,121 @@
+"""What readers see of the results: the README's generated tables, and one self-contained HTML page per preset."""
+
+from __future__ import annotations
+
+import argparse
+import base64
+import html
+import json
+import re
+import sys
+from pathlib import Path
+
+from paper_lib import claims
+from paper_lib.config import ROOT, folder
+from paper_lib.files import replacing
+from paper_lib.presets import study
+from paper_lib.validate import ConfigError
+
+README = ROOT / "README.md"
+BLOCK = re.compile(r"(<!-- begin (\w+) (\w+) -->\n).*?(<!-- end \2 \3 -->)", flags=re.S)
+
+STYLE = """
+body { font: 16px/1.5 system-ui, sans-serif; max-width: 75rem; margin: 2rem auto; padding: 0 1rem; color: #222 }
+img { max-width: 100% } table { border-collapse: collapse; font-size: 0.85rem; margin: 1rem 0 }
+th, td { padding: 0.25rem 0.6rem; border-bottom: 1px solid #ddd; text-align: left; vertical-align: top }
+.no { color: #b3261e; font-weight: bold } .yes { color: #1b6e3c }
+"""
+
+
+def notebook_title(name: str) -> str:
+    """The first heading of a notebook, without its number."""
+    cells = json.loads((ROOT / "notebooks" / f"{name}.ipynb").read_text())["cells"]
+    heading = "".join(cells[0]["source"]).splitlines()[0]
+    return re.sub(r"^#+ *\d+ *· *", "", heading)
+
+
+def environment(results: Path) -> dict:
+    """results/<preset>/environment.json: versions, device, commit and wall times of the latest run."""
+    return json.loads((results / "environment.json").read_text())
+
+
+def claims_table(results: Path) -> str:
+    """The claims of a preset in Markdown, and how many hold."""
+    table = claims.table(results)
+    return f"{int(table.holds.sum())} of {len(table)} criteria hold.\n\n{claims.markdown(table)}"
+
+
+def notebooks_table(results: Path) -> str:
+    """What each notebook shows, its figures and its wall time, in Markdown."""
+    lines = ["| notebook | figures | seconds |", "|---|---|---|"]
+    relative = results.relative_to(ROOT).as_posix()
+    for name, entry in sorted(environment(results)["notebooks"].items()):
+        figures = sorted((results / "figures").glob(f"{name[:2]}_*.png"))
+        links = ", ".join(f"[{path.stem}]({relative}/figures/{path.name})" for path in figures)
+        title = f"[{name}]({relative}/notebooks/{name}.ipynb): {notebook_title(name)}"
+        lines.append(f"| {title} | {links} | {entry['seconds']:.0f} |")
+    return "\n".join(lines) + "\n"
+
+
+def scoreboard_table(results: Path) -> str:
+    """The accuracy table that notebook 14 wrote, in Markdown."""
+    return (results / "scoreboard.md").read_text()
+
+
+TABLES = {"claims": claims_table, "notebooks": notebooks_table, "scoreboard": scoreboard_table}
+
+
+def updated(text: str) -> str:
+    """Replace what stands between `<!-- begin TABLE PRESET -->` and its end by that table of that preset's results."""
+
+    def block(match: re.Match) -> str:
+        table = TABLES[match[2]](ROOT / "results" / match[3])
+        return f"{match[1]}\n{table}\n{match[4]}"
+
+    return BLOCK.sub(block, text)
+
+
+def page(results: Path, label: str) -> str:
+    """One HTML page with the verdicts and every figure of a preset, images included."""
+    table = claims.table(results)
+    made = environment(results)
+    verdicts = table.assign(
+        holds=["yes" if holds else f"no: {why}" for holds, why in zip(table.holds, table.reason, strict=True)]
+    )
+    rows = verdicts.drop(columns="reason").to_html(index=False, border=0, float_format=lambda v: f"{v:.3g}", na_rep="")
+    rows = re.sub(r"<td>(yes|no)(:[^<]*)?</td>", r'<td class="\1">\1\2</td>', rows)
+    parts = [f"<h1>{html.escape(label)}</h1>", f"<p>{int(table.holds.sum())} of {len(table)} criteria hold.</p>", rows]
+    for name in sorted(made["notebooks"]):
+        parts.append(f'<h2><a href="{name}.html">{html.escape(notebook_title(name))}</a></h2>')
+        for figure in sorted((results / "figures").glob(f"{name[:2]}_*.png")):
+            image = base64.b64encode(figure.read_bytes()).decode()
+            parts.append(f'<img alt="{figure.stem}" src="data:image/png;base64,{image}">')
+    parts.append(f"<h2>Made with</h2><pre>{html.escape(json.dumps(made, indent=1))}</pre>")
+    head = f'<meta charset="utf-8"><title>{html.escape(label)}</title><style>{STYLE}</style>'
+    return "\n".join([f'<!doctype html><html lang="en">{head}<body>', *parts, "</body></html>\n"])
+
+
+def main(argv: list[str] | None = None) -> int:
+    """`readme` regenerates the README's tables; `page PRESET FILE` writes a preset's page."""
+    parser = argparse.ArgumentParser(prog="python -m paper_lib.report", description=main.__doc__)
+    commands = parser.add_subparsers(dest="command", required=True)
+    commands.add_parser("readme")
+    one = commands.add_parser("page")
+    one.add_argument("preset")
+    one.add_argument("file", type=Path)
+    args = parser.parse_args(argv)
+    try:
+        if args.command == "readme":
+            target, text = README, updated(README.read_text())
+        else:
+            target, text = args.file, page(folder("results") / args.preset, study(args.preset).label)
+        with replacing(target) as temporary:
+            temporary.write_text(text)
+    except (ConfigError, FileNotFoundError) as error:
+        print(f"error: {error}; `make figures` makes the results", file=sys.stderr)
+        return 2
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
