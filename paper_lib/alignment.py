@@ -12,7 +12,8 @@ import numpy as np
 import pandas as pd
 import seaborn as sns
 from matplotlib.axes import Axes
-from tqdm.auto import tqdm
+from matplotlib.ticker import LogLocator
+from tqdm import tqdm
 
 from paper_lib import figures, probe, runs
 from paper_lib.data import Dataset
@@ -230,6 +231,8 @@ def plot_sizes(ax: Axes, table: pd.DataFrame, reference: int) -> None:
     ax.set(xscale="log", yscale="log", xlabel="batch size", ylabel="squared norm")
     ax.set_xticks(sizes, sizes)
     ax.minorticks_off()
+    ax.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
+    ax.yaxis.set_major_formatter("{x:g}")
 
 
 def plot_cosines(ax: Axes, table: pd.DataFrame, x: str) -> None:
@@ -249,4 +252,6 @@ def plot_displacement(ax: Axes, table: pd.DataFrame) -> None:
     figures.band(ax, table, "window", "cosine", label="cosine of G and x − mean", color=colors[2], marker="o")
     figures.predicted(ax, table.window.unique(), np.ones(table.window.nunique()), label="model, long windows")
     ax.set(xscale="log", xlabel="iterates in the mean", title="full gradient and displacement", ylim=(0, None))
+    ax.set_xticks(table.window.unique(), table.window.unique())
+    ax.minorticks_off()
     ax.legend(fontsize="small")
