@@ -1,0 +1,253 @@
+"""Claim C1: the loss of one fixed batch along a trajectory, the dip that its own step leaves, and convexity."""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Sequence
+
+import numpy as np
+import pandas as pd
+import seaborn as sns
+from matplotlib.axes import Axes
+from torch import Tensor
+from tqdm import tqdm
+
+from paper_lib import figures, probe, runs
+from paper_lib.data import Dataset
+from paper_lib.models import FlatModel
+from paper_lib.train import ModelFactory
+from paper_lib.trajectory import Trajectory
+from paper_lib.validate import require
+
+NOISE = 1e-5  # nats: float32 losses of order 1 are good to about 1e-6; less than this is no violation
+
+
+# --- the window around a batch's own step -----------------------------------------------------------------------
+
+
+def around(
+    trajectories: Sequence[Trajectory],
+    dataset: Dataset,
+    at: Sequence[int],
+    before: int,
+    after: int,
+    model: ModelFactory | None = None,
+    n_held: int = 4,
+) -> pd.DataFrame:
+    """Follow the batch of each step t in `at` from x_{t - before} to x_{t + after}.
+
+    Returns one row per seed, batch (named by t) and offset s: `own`, the batch's loss at x_{t+s} (its own step leads
+    from offset 0 to 1), and what the model predicts from gradients at x_t alone. If all batches share a Hessian, own
+    and held-out loss differ by a linear function; if the held-out loss is stationary, then on average
+    `predicted` = own(0) + (g_own - g_held) . (x_{t+s} - x_t), with g_held the mean over n_held held-out batches.
+    `bend_own` and `bend_held` are what both losses gain over the own step beyond first order: equal in the model.
+    Raises ValueError for an empty window, SnapshotError where the run did not keep it.
+    """
+    require(before >= 0 and after >= 1, "window", (-before, after), "it is empty: before >= 0 and after >= 1")
+    require(len(at) > 0, "at", list(at), "name at least one step whose batch to follow")
+    tables = []
+    nets = {run: runs.network(run, dataset, model) for run in trajectories}
+    for run, t in tqdm([(run, int(t)) for run in trajectories for t in at], desc="around the own step"):
+        size, stream = run.config.batch_size, run.config.stream
+        own = dataset.batches([t], size, stream)
+        held = dataset.batches(range(t * n_held, (t + 1) * n_held), size, stream, "held")
+        window, start = run.window(t - before, t + after), np.array(run.at(t))
+        g_own, g_held = probe.gradients(nets[run], start, *own)[0], probe.mean_gradient(nets[run], start, *held)
+        away = [(row - start).astype(np.float64) for row in window]  # its products with a gradient nearly cancel
+        loss = probe.losses(nets[run], window, *own)[:, 0].astype(np.float64)
+        beside = probe.losses(nets[run], window[before : before + 2], *held).mean(1)
+        columns = {
+            "offset": np.arange(-before, after + 1),
+            "own": loss,
+            "predicted": loss[before] + np.array([np.dot(g_own - g_held, d) for d in away]),
+            "bend_own": loss[before + 1] - loss[before] - np.dot(g_own, away[before + 1]),
+            "bend_held": beside[1] - beside[0] - np.dot(g_held, away[before + 1]),
+        }
+        tables.append(pd.DataFrame(columns).assign(seed=run.config.seed, batch=t))
+    return pd.concat(tables, ignore_index=True)
+
+
+def dip(table: pd.DataFrame) -> pd.DataFrame:
+    """How far a batch's loss lies below its level before its own step, one row per seed and offset s >= 1.
+
+    Means over batches: `dip` measured and `predicted` (nats), `level` = mean own loss over offsets <= 0, `k` = s - 1.
+    """
+    level = table.query("offset <= 0").groupby("seed").own.mean().rename("level")
+    means = table.query("offset >= 1").groupby(["seed", "offset"])[["own", "predicted"]].mean().reset_index()
+    means = means.join(level, on="seed")
+    start = table.query("offset == 0").groupby("seed").own.mean().rename("start")
+    predicted = means.join(start, on="seed").start - means.predicted  # the prediction starts from the loss at x_t
+    return means.assign(dip=means.level - means.own, predicted=predicted, k=means.offset - 1).drop(columns="own")
+
+
+def bend_ratio(table: pd.DataFrame) -> pd.Series:
+    """Curvature over the own step, own batch's relative to held-out batches', one value per seed; 1 in the model."""
+    means = table.query("offset == 0").groupby("seed")[["bend_own", "bend_held"]].mean()
+    return means.bend_own / means.bend_held
+
+
+def fit_mixture(dips: np.ndarray, n_rates: int) -> tuple[np.ndarray, np.ndarray]:
+    """Least-squares fit of dips[k] = sum_j a_j q_j^k with a_j >= 0: (a, q), each (n_rates,), q descending.
+
+    The model's dip (theory: 2 eta s2 q^k in each direction) is such a mixture over curvatures, q = 1 - lr h.
+    """
+    require(len(dips) > 2 * n_rates, "dips", len(dips), f"{n_rates} rate(s) need more than {2 * n_rates} values")
+    k, best = np.arange(len(dips)), (np.inf, np.zeros(n_rates), np.zeros(n_rates))
+    for taus in itertools.combinations(np.geomspace(3 * len(dips), 0.3, 60), n_rates):  # decay times in steps
+        q = np.exp(-1 / np.array(taus))
+        basis = q[None, :] ** k[:, None]
+        amplitudes = np.linalg.lstsq(basis, dips, rcond=None)[0]
+        error = float(((basis @ amplitudes - dips) ** 2).sum())
+        if error < best[0] and amplitudes.min() >= 0:
+            best = (error, amplitudes, q)
+    return best[1], best[2]
+
+
+# --- the whole run ----------------------------------------------------------------------------------------------
+
+
+def history(
+    trajectories: Sequence[Trajectory],
+    dataset: Dataset,
+    batches: Sequence[int],
+    steps: Sequence[int] | None = None,
+    split: str = "train",
+    model: ModelFactory | None = None,
+) -> pd.DataFrame:
+    """Loss of fixed batches at the snapshots `steps` (default: all): rows (seed, batch, step, loss)."""
+    tables = []
+    for run in trajectories:
+        found = run.steps if steps is None else np.asarray(steps)
+        stacked = dataset.batches(batches, run.config.batch_size, run.config.stream, split)
+        losses = probe.losses(
+            runs.network(run, dataset, model), run.weights[run.rows(found)], *stacked, progress=f"whole run, {split}"
+        )
+        index = pd.MultiIndex.from_product([found, batches], names=["step", "batch"])
+        tables.append(pd.DataFrame({"loss": losses.ravel()}, index=index).reset_index().assign(seed=run.config.seed))
+    return pd.concat(tables, ignore_index=True)
+
+
+# --- convexity --------------------------------------------------------------------------------------------------
+
+
+def along(run: Trajectory, first: int, last: int, n: int = 9) -> np.ndarray:
+    """n iterates from x_first to x_last, (n, P), about equally far apart in time; SnapshotError for those not kept."""
+    require(last > first, "window", (first, last), "it is empty: the last step must come after the first")
+    return np.array(run.weights[run.rows(np.unique(np.linspace(first, last, n).round().astype(int)))])
+
+
+def random_path(points: np.ndarray, seed: int = 0) -> np.ndarray:
+    """A path with the start and the step lengths of `points`, (n, P), but random directions."""
+    steps = np.random.default_rng(seed).standard_normal((len(points) - 1, points.shape[1])).astype(np.float32)
+    lengths = np.linalg.norm(np.diff(points, axis=0), axis=1) / np.linalg.norm(steps, axis=1)
+    return np.concatenate([points[:1], points[0] + np.cumsum(lengths[:, None] * steps, axis=0)])
+
+
+def segment(start: np.ndarray, end: np.ndarray, n: int = 9) -> np.ndarray:
+    """n points on the straight line between two weight vectors, both included, (n, P)."""
+    return start + np.linspace(0, 1, n, dtype=np.float32)[:, None] * (end - start)
+
+
+def convexity(
+    trajectories: Sequence[Trajectory],
+    dataset: Dataset,
+    paths: Sequence[np.ndarray],
+    batches: Sequence[int],
+    split: str = "train",
+    model: ModelFactory | None = None,
+    path: str = "",
+) -> pd.DataFrame:
+    """`excesses` of each run's batches on its own path (one array (n, P) per run): adds columns seed and path."""
+    tables = []
+    for run, points in zip(tqdm(trajectories, desc=f"convexity, {path}"), paths, strict=True):
+        stacked = dataset.batches(batches, run.config.batch_size, run.config.stream, split)
+        found = excesses(runs.network(run, dataset, model), points, *stacked)
+        tables.append(found.assign(seed=run.config.seed, path=path))
+    return pd.concat(tables, ignore_index=True)
+
+
+def excesses(net: FlatModel, points: np.ndarray, x: Tensor, y: Tensor) -> pd.DataFrame:
+    """By how much each pair of points, (n, P), violates convexity of each batch's loss; negative where it does not.
+
+    Rows (i, j, batch) with `midpoint` = l((x_i + x_j)/2) - (l(x_i) + l(x_j))/2 and `tangent`, the larger of
+    l(x_i) + g(x_i) . (x_j - x_i) - l(x_j) and the same with i and j exchanged, in nats; `distance` = |x_i - x_j|.
+    """
+    n, n_batches = len(points), len(x)
+    i, j = np.triu_indices(n, 1)
+    at = probe.losses(net, points, x, y)
+    slopes = np.empty((n, n, n_batches))  # g_k(x_i) . (x_j - x_i)
+    for a in range(n):
+        away = points - points[a]
+        for k, gradient in enumerate(probe.each_gradient(net, points[a], x, y)):
+            slopes[a, :, k] = away @ gradient
+    middle = np.stack([probe.losses(net, (points[a] + points[b]) / 2, x, y) for a, b in zip(i, j, strict=True)])
+    tangent = np.maximum(at[i] + slopes[i, j] - at[j], at[j] + slopes[j, i] - at[i])
+    return pd.DataFrame(
+        {
+            "i": np.repeat(i, n_batches),
+            "j": np.repeat(j, n_batches),
+            "batch": np.tile(np.arange(n_batches), len(i)),
+            "distance": np.repeat(np.linalg.norm(points[i] - points[j], axis=1), n_batches),
+            "midpoint": (middle - (at[i] + at[j]) / 2).ravel(),
+            "tangent": tangent.ravel(),
+        }
+    )
+
+
+def violations(table: pd.DataFrame) -> pd.DataFrame:
+    """Fraction of the inequalities of `convexity` that fail by more than NOISE: rows (path, seed), both kinds."""
+    failed = table[["midpoint", "tangent"]] > NOISE
+    return failed.groupby([table.path, table.seed], sort=False).mean().reset_index()
+
+
+# --- figures ----------------------------------------------------------------------------------------------------
+
+
+def plot_window(ax: Axes, table: pd.DataFrame) -> None:
+    """Own loss against the offset from the batch's own step: mean and spread over seeds, and the prediction."""
+    means = table.groupby(["seed", "offset"])[["own", "predicted"]].mean().reset_index()
+    figures.band(ax, means, "offset", "own", label="measured", color=sns.color_palette()[1])
+    after = means.query("offset >= 0").groupby("offset").predicted.mean()
+    figures.predicted(ax, after.index, after, label="model, from gradients at 0")
+    ax.axvline(0, color="0.6", linewidth=1.5, linestyle=":")
+    ax.set(xlabel="steps since the batch's own step begins", ylabel="loss of the batch (nats)")
+    ax.legend(loc="lower right", fontsize="small", bbox_to_anchor=(1, 0.06))
+
+
+def plot_forgetting(ax: Axes, table: pd.DataFrame) -> None:
+    """The dip against steps since the own step on logarithmic axes, with fitted mixtures of one and two rates."""
+    found = dip(table)
+    figures.band(ax, found, "offset", "dip", label="measured", color=sns.color_palette()[1])
+    mean = found.groupby("offset")[["dip", "predicted"]].mean()
+    figures.predicted(ax, mean.index, mean.predicted, label="model, from gradients at 0")
+    for n_rates, color in ((1, "0.6"), (2, sns.color_palette()[2])):
+        amplitudes, q = fit_mixture(mean.dip.to_numpy(), n_rates)
+        curve = (q[None, :] ** np.arange(len(mean))[:, None]) @ amplitudes
+        times = " and ".join(f"{-1 / np.log(rate):.0f}" for rate in q[::-1])
+        ax.plot(mean.index, curve, color=color, label=f"fit: decay time {times} steps")
+    ax.set(xscale="log", xlabel="steps since the batch's own step", ylabel="dip below the earlier level (nats)")
+    ax.legend(loc="upper right", fontsize="small")
+
+
+def plot_history(ax: Axes, means: pd.DataFrame, examples: pd.DataFrame) -> None:
+    """Losses over the whole run: mean over batches and seeds (`history`), and single batches, own steps marked."""
+    by_seed = means.groupby(["seed", "step"]).loss.mean().reset_index()
+    for (batch, one), color in zip(examples.groupby("batch"), sns.color_palette()[1:], strict=False):
+        one = one.sort_values("step")
+        ax.plot(one.step, one.loss, color=color, linewidth=0.9, label=f"batch {batch}")
+        own = one.query("step == @batch + 1")
+        ax.plot(own.step, own.loss, "v", color=color, markersize=8, markeredgecolor="white")
+    figures.band(ax, by_seed, "step", "loss", label="mean over batches", color="black")
+    ax.set(xlabel="step of the run", ylabel="loss of the batch (nats)", ylim=(0, None))
+    ax.legend(loc="upper right", fontsize="small")
+
+
+def plot_violations(ax: Axes, found: pd.DataFrame) -> None:
+    """Fractions of violated inequalities per path: bars are means over seeds, points single seeds."""
+    tall = found.melt(["path", "seed"], ["midpoint", "tangent"], "inequality", "fraction")
+    tall["percent"] = 100 * tall.fraction
+    kwargs = {"data": tall, "y": "path", "x": "percent", "hue": "inequality", "ax": ax}
+    sns.barplot(**kwargs, errorbar=None, alpha=0.6)
+    sns.stripplot(**kwargs, dodge=True, size=5, legend=False, edgecolor="white", linewidth=0.5)
+    ax.set(xlabel="violated inequalities (%)", ylabel="", xlim=(0, max(5, 1.1 * tall.percent.max())))
+    ax.legend(loc="upper right", fontsize="small", bbox_to_anchor=(1, 0.6))
