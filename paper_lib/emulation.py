@@ -10,7 +10,8 @@ import numpy as np
 import pandas as pd
 import seaborn as sns
 from matplotlib.axes import Axes
-from tqdm.auto import tqdm
+from matplotlib.figure import Figure
+from tqdm import tqdm
 
 from paper_lib import averaging, figures, runs
 from paper_lib.config import RunConfig, describe
@@ -218,16 +219,30 @@ def plot_eta(ax: Axes, table: pd.DataFrame, quantity: str = "train_loss") -> Non
     ax.set(xlim=(0, None), xlabel="assumed eta = learning rate x curvature (0: tail sums)")
 
 
-def plot_divergence(ax: Axes, follows: Mapping[str, pd.DataFrame]) -> None:
-    """Distance from the emulating average against the steps since branching; dotted: how far the average moved."""
+def plot_weights(fig: Figure, axes: Sequence[Axes], follows: Mapping[str, pd.DataFrame]) -> None:
+    """What `follow` found, by name: distances on the first of two axes, cosines on the second, one legend beside."""
+    _plot_divergence(axes[0], follows)
+    _plot_cosine(axes[1], follows)
+    entries = {name: line for ax in axes for line, name in zip(*ax.get_legend_handles_labels(), strict=True)}
+    fig.legend(entries.values(), entries.keys(), loc="outside right upper", fontsize="small")
+
+
+def _plot_divergence(ax: Axes, follows: Mapping[str, pd.DataFrame]) -> None:
+    """Distance from the emulating average against the steps since branching; dotted: how far the average moved.
+
+    Means and bands are those of the logarithm.
+    """
     for label, table in follows.items():
-        figures.band(ax, table, "after", "distance", label=label)
+        seeds = np.log(table.set_index("after").distance).groupby("after").agg(["mean", "std"])
+        (line,) = ax.plot(seeds.index, np.exp(seeds["mean"]), label=label)
+        edges = np.exp(seeds["mean"] - seeds["std"]), np.exp(seeds["mean"] + seeds["std"])
+        ax.fill_between(seeds.index, *edges, color=line.get_color(), alpha=0.25, linewidth=0)
     moved = next(iter(follows.values())).groupby("after").moved.mean()
     ax.plot(moved.index, moved, color="0.4", linestyle=":", label="the average's own displacement")
     ax.set(xscale="log", yscale="log", xlabel="steps since the start was shared", ylabel="distance in weights")
 
 
-def plot_cosine(ax: Axes, follows: Mapping[str, pd.DataFrame]) -> None:
+def _plot_cosine(ax: Axes, follows: Mapping[str, pd.DataFrame]) -> None:
     """Cosine between the displacements of a branch and of the emulating average since they shared their start."""
     for label, table in follows.items():
         figures.band(ax, table, "after", "cosine", label=label)

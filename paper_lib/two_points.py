@@ -9,7 +9,7 @@ import numpy as np
 import pandas as pd
 import seaborn as sns
 from matplotlib.axes import Axes
-from tqdm.auto import tqdm
+from tqdm import tqdm
 
 from paper_lib import averaging, figures, probe, runs
 from paper_lib.data import Dataset
@@ -158,8 +158,7 @@ def plot_lags(ax: Axes, table: pd.DataFrame, quantity: str, **line) -> None:
     ax.set(xscale="log", xlabel="lag between the two iterates (steps)")
 
 
-def plot_levels(ax: Axes, levels: Mapping[str, float], skip: int = 1) -> None:
-    """Horizontal lines with their names at the right of the axes, for what has no lag."""
-    colors = sns.color_palette()[skip:]
-    for (name, value), color in zip(levels.items(), colors, strict=False):
+def plot_levels(ax: Axes, levels: Mapping[str, float]) -> None:
+    """Dotted lines with their names in the legend, for what has no lag; the palette's first colour is left out."""
+    for (name, value), color in zip(levels.items(), sns.color_palette()[1:], strict=False):
         ax.axhline(value, color=color, linewidth=1.5, linestyle=":", label=name)
