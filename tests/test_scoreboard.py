@@ -1,0 +1,53 @@
+"""The accuracy table: averages with weights of sum 1, order kept, and numbers where they belong."""
+
+import matplotlib.pyplot as plt
+import numpy as np
+import pandas as pd
+import pytest
+
+from paper_lib import averaging, scoreboard
+
+
+@pytest.fixture
+def table():
+    """Seven methods and two seeds; test accuracy 0.70, 0.71, ... by method, plus 0.02 for the second seed."""
+    names = [*scoreboard.averages(20), "learning rate halved", *(f"{name} decay" for name in scoreboard.DECAYS)]
+    rows = [
+        {"method": name, "seed": seed, "test_accuracy": 0.7 + i / 100 + seed / 50, "test_loss": 1 - i / 10, "train_loss": i}
+        for seed in (0, 1)
+        for i, name in enumerate(names)
+    ]  # fmt: skip
+    return pd.DataFrame(rows)
+
+
+@pytest.mark.parametrize("n", [21, 801])
+def test_every_average_is_one(n):
+    for weights in scoreboard.averages(n).values():
+        averaging.check_weights(weights, n)
+
+
+def test_the_summary_keeps_the_order_and_gives_percent(table):
+    summary = scoreboard.summarize(table)
+    assert list(summary.method) == list(table.method[:8])
+    np.testing.assert_allclose(summary.test_accuracy, 71 + np.arange(8))
+    np.testing.assert_allclose(summary.test_accuracy_spread, np.sqrt(2))
+    np.testing.assert_allclose(summary.test_loss_spread, 0, atol=1e-12)
+
+
+def test_markdown_has_one_line_a_method(table, tmp_path):
+    scoreboard.write_markdown(scoreboard.summarize(table), tmp_path)
+    lines = (tmp_path / "scoreboard.md").read_text().splitlines()
+    assert lines[2] == "| last iterate | 71.0 ± 1.4 | 1.000 ± 0.000 | 0.000 ± 0.000 |"
+    assert lines[-1].endswith("over 2 seeds.") and len(lines) == 2 + 8 + 2
+
+
+def test_values_per_seed_follow_the_seeds(table):
+    (last,) = scoreboard.per_seed(table.sample(frac=1, random_state=0), "test_accuracy", ["last iterate"])
+    np.testing.assert_allclose(last, [0.7, 0.72])
+
+
+def test_the_figure_has_a_line_for_each_method(table):
+    fig, ax = plt.subplots()
+    scoreboard.plot(ax, table, "test_accuracy", "test accuracy (%)", 100)
+    assert [label.get_text() for label in ax.get_yticklabels()] == list(table.method[:8])
+    plt.close(fig)
