@@ -1,0 +1,33 @@
+"""The README's example for a reader's own network runs as it is printed."""
+
+import os
+import re
+import subprocess
+import sys
+
+from paper_lib.config import ROOT
+
+
+def example(heading: str) -> str:
+    """The one fenced block of Python under a heading of README.md."""
+    section = re.split(r"^#+ (.+)$", (ROOT / "README.md").read_text(), flags=re.M)
+    blocks = re.findall(r"^```python\n(.*?)^```", section[section.index(heading) + 1], flags=re.M | re.S)
+    assert len(blocks) == 1, f"{len(blocks)} Python blocks under {heading!r}"
+    return blocks[0]
+
+
+def test_probe_your_own_network_makes_its_figure_in_at_most_15_lines(tmp_path):
+    code = example("Probe your own network")
+    assert sum(bool(line.strip()) for line in code.splitlines()) <= 15
+    places = {
+        "PAPER_RUNS": str(tmp_path / "runs"),
+        "MPLBACKEND": "agg",
+        "PYTHONPATH": str(ROOT),
+        "OMP_NUM_THREADS": "1",
+    }
+    ran = subprocess.run(
+        [sys.executable, "-c", code], cwd=tmp_path, env=os.environ | places, capture_output=True, text=True
+    )
+    assert ran.returncode == 0, ran.stderr
+    assert (tmp_path / "own_network.png").stat().st_size > 10_000
+    assert len([p for p in (tmp_path / "runs").iterdir() if p.is_dir()]) == 3
