@@ -12,7 +12,7 @@ import numpy as np
 import pandas as pd
 import seaborn as sns
 from matplotlib.axes import Axes
-from matplotlib.ticker import LogLocator
+from matplotlib.ticker import LogLocator, MaxNLocator
 from tqdm import tqdm
 
 from paper_lib import figures, probe, runs
@@ -218,6 +218,7 @@ def plot_lags(ax: Axes, table: pd.DataFrame) -> None:
     figures.predicted(ax, model.index, model, label="model, for the gradients used")
     ax.axhline(0, color="0.6", linewidth=1)
     ax.set(xlabel="steps between the two gradients", ylabel="inner product / E|g|²")
+    ax.xaxis.set_major_locator(MaxNLocator(integer=True))
 
 
 def plot_sizes(ax: Axes, table: pd.DataFrame, reference: int) -> None:
