@@ -1,0 +1,130 @@
+"""Timescales: on a quadratic network with known curvatures the method finds them, their rates and their variances."""
+
+import numpy as np
+import pytest
+import torch
+from torch import nn
+
+from paper_lib import hessian, timescales
+from paper_lib.models import FlatModel
+from paper_lib.quadratic import autocorrelation, stationary_variance
+from paper_lib.simulate import sample_minima, sgd
+from paper_lib.validate import ConfigError
+
+
+class Bowl(nn.Module):
+    """Logits (0, z) whose cross-entropy with label 0 has, at zero weights, the Hessian 1/4 E[x x^T]."""
+
+    def __init__(self, size):
+        super().__init__()
+        self.w = nn.Parameter(torch.zeros(size))
+
+    def forward(self, x):
+        z = x @ self.w
+        return torch.stack([torch.zeros_like(z), z], dim=1)
+
+
+@pytest.fixture
+def bowl():
+    """A network, its weights, batches (4, 32, 10) and its mean Hessian there."""
+    rng = np.random.default_rng(0)
+    x = torch.from_numpy(rng.standard_normal((4, 32, 10)) * np.linspace(2, 0.2, 10)).float()
+    y = torch.zeros(4, 32, dtype=torch.int64)
+    flat = x.flatten(0, 1).double().numpy()
+    return FlatModel(Bowl(10)), np.zeros(10, np.float32), x, y, flat.T @ flat / len(flat) / 4
+
+
+def test_product_is_that_of_the_mean_hessian(bowl):
+    net, weights, x, y, H = bowl
+    d = np.random.default_rng(1).standard_normal(10)
+    np.testing.assert_allclose(hessian.product(net, weights, d, x, y), H @ d, rtol=1e-5)
+
+
+def test_top_directions_are_the_steepest_and_orthonormal(bowl):
+    net, weights, x, y, H = bowl
+    h, V = hessian.top_directions(net, weights, x, y, n=3, tolerance=1e-6)
+    expected, vectors = np.linalg.eigh(H)
+    np.testing.assert_allclose(h, expected[::-1][:3], rtol=1e-5)
+    np.testing.assert_allclose(np.abs(V @ vectors[:, ::-1][:, :3]), np.eye(3), atol=1e-3)
+    np.testing.assert_allclose(hessian.curvatures(net, weights, V, x, y), h, rtol=1e-5)
+
+
+def test_more_directions_than_weights_are_refused(bowl):
+    net, weights, x, y, _ = bowl
+    with pytest.raises(ConfigError, match="Lanczos"):
+        hessian.top_directions(net, weights, x, y, n=10)
+
+
+def test_batch_statistics_are_those_of_each_batch():
+    torch.manual_seed(0)
+    net = FlatModel(nn.Sequential(nn.Linear(5, 4), nn.BatchNorm1d(4), nn.Tanh(), nn.Linear(4, 3)))
+    x, y = torch.randn(3, 8, 5), torch.randint(3, (3, 8))
+    weights, d = net.weights.numpy().copy(), np.random.default_rng(0).standard_normal(net.weights.numel())
+    singly = [hessian.product(net, weights, d, x[k : k + 1], y[k : k + 1]) for k in range(3)]
+    before = net.buffers.clone()
+    np.testing.assert_allclose(hessian.product(net, weights, d, x, y), np.mean(singly, 0), rtol=1e-4, atol=1e-6)
+    assert torch.equal(net.buffers, before)
+
+
+def simulated(eta, steps, s2=1.0):
+    """Stationary iterates of the model, (steps, k), by directions of eta."""
+    minima = sample_minima(np.random.default_rng(0), np.full(len(eta), s2), steps + 200)
+    return sgd(minima, 1.0, np.array(eta)[:, None])[0, :, -steps:].T
+
+
+def test_autocorrelation_against_the_model():
+    eta = [0.2, 0.9, 1.4]
+    found = timescales.autocorrelation(simulated(eta, 40_000), [0, 1, 3])
+    np.testing.assert_allclose(found.T, autocorrelation(np.array(eta), 4)[:, [0, 1, 3]], atol=0.03)
+    with pytest.raises(ConfigError, match="lags"):
+        timescales.autocorrelation(np.zeros((5, 1)), [5])
+
+
+class Run:
+    """What `Modes` reads of a run."""
+
+    def __init__(self, weights, lr, momentum=0.0):
+        self.weights = weights
+        self.config = type("C", (), dict(lr=lr, momentum=momentum, norm="none", seed=0, steps=len(weights) - 1))()
+
+    def window(self, first, last):
+        return self.weights[first : last + 1]
+
+
+def model_modes(steps=20_000):
+    """Modes of the model itself: three directions, and a fourth that is unstable and must be left out."""
+    eta, s2, lr = np.array([1.2, 0.6, 0.25]), 2.0, 0.5
+    X = np.pad(simulated(eta, steps, s2), ((0, 0), (0, 1)))
+    h = np.append(eta, -0.1) / lr
+    return timescales.Modes(Run(X, lr), 0, X.mean(0), np.eye(4), h, h**2 * s2, h**2 * s2, X - X.mean(0))
+
+
+def test_predictions_hold_for_the_model():
+    table = timescales.measure([model_modes()])
+    assert table.direction.tolist() == [0, 1, 2]
+    np.testing.assert_allclose(table.rho, table.rho_model, atol=0.03)
+    np.testing.assert_allclose(table.v, table.v_model, rtol=0.05)
+    np.testing.assert_allclose(table.v_model, stationary_variance([1.2, 0.6, 0.25], 2.0))
+    found = timescales.agreement(table).loc[0]
+    assert found.correlation > 0.99
+    assert found.rms < 0.03
+    assert abs(found.v_met_ratio - 1) < 0.05
+
+
+def test_the_rest_of_a_random_walk_is_a_random_walk():
+    rng = np.random.default_rng(0)
+    walk = np.cumsum(rng.standard_normal((400, 300)), axis=0)
+    z = walk[:, :1] - walk[:, :1].mean(0)
+    m = timescales.Modes(Run(walk, 0.5), 0, walk.mean(0), np.eye(300)[:1], *np.ones((3, 1)), z)
+    found = timescales.rest(m)
+    assert 0 < found["share"] < 0.02
+    assert abs(found["exponent"] - 1) < 0.1
+
+
+def test_principal_components_of_a_random_walk_are_cosines():
+    walk = np.cumsum(np.random.default_rng(0).standard_normal((200, 2000)), axis=0)
+    shares, found = timescales.principal_components(walk)
+    overlap = np.abs((found * timescales.cosines(200)).sum(0))
+    assert np.all(overlap > 0.97)
+    assert shares.sum() < 1
+    np.testing.assert_allclose(timescales.cosines(200).T @ timescales.cosines(200), np.eye(3), atol=1e-12)
