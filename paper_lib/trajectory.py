@@ -88,8 +88,13 @@ class Trajectory:
         return self.status["diverged_at"] is not None
 
     def rows(self, steps: np.ndarray | list[int] | int) -> np.ndarray:
-        """Row numbers of snapshots by step. Raises SnapshotError for steps that were not recorded."""
+        """Row numbers of snapshots by step.
+
+        Raises DivergedError for steps after a divergence, SnapshotError for others that were not recorded.
+        """
         wanted = np.atleast_1d(np.asarray(steps, dtype=np.int64))
+        if wanted.size:
+            self._require_before_divergence(int(wanted.max()) - 1)  # x_t itself was recorded, its loss is not finite
         rows = np.searchsorted(self.steps, wanted)
         found = rows < len(self.steps)
         found[found] = self.steps[rows[found]] == wanted[found]
@@ -113,11 +118,7 @@ class Trajectory:
         Raises DivergedError for the end of a diverged run, SnapshotError where the state is not known.
         """
         step = self.config.steps if step is None else step
-        if self.diverged and step >= self.status["diverged_at"]:
-            raise DivergedError(
-                f"the run {self.folder.name} diverged at step {self.status['diverged_at']} with "
-                f"lr = {self.config.lr}: lower the learning rate, or use an earlier step than {step}"
-            )
+        self._require_before_divergence(step)
         path = self.folder / f"state-{step}.npz"
         if path.exists():
             with np.load(path, allow_pickle=False) as stored:
@@ -128,6 +129,13 @@ class Trajectory:
             )
         row = self.rows(step)[0]
         return {"weights": self.weights[row], "buffers": self.buffers[row], "momentum": np.zeros(0, np.float32)}
+
+    def _require_before_divergence(self, step: int) -> None:
+        if self.diverged and step >= self.status["diverged_at"]:
+            raise DivergedError(
+                f"the run {self.folder.name} diverged at step {self.status['diverged_at']} with "
+                f"lr = {self.config.lr}: lower the learning rate, or use an earlier step than {step}"
+            )
 
     def _missing(self, steps: np.ndarray) -> str:
         have = f"{describe(self.steps)}" if len(self.steps) else "none"

@@ -126,6 +126,8 @@ def test_a_diverged_run_keeps_what_it_had_and_says_so():
     np.testing.assert_array_equal(run.steps, np.arange(end + 1))
     with pytest.raises(DivergedError, match=r"diverged at step \d+ with lr = 1e\+30: lower"):
         obtain(config.branch(5))
+    with pytest.raises(DivergedError, match=r"diverged at step"):
+        run.window(0, 40)
 
 
 def test_training_leaves_the_random_state_and_thread_count_alone():
