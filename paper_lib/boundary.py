@@ -90,7 +90,7 @@ def plot_ratio(ax: Axes, table: pd.DataFrame, x: str, **options) -> None:
     """Own-batch minimum over the fully trained loss: claim C3 ends where it crosses 1."""
     figures.band(ax, table, x, "ratio", marker="o", **options)
     ax.axhline(1, color="0.6", linewidth=1.5, linestyle=":")
-    ax.set(ylabel="own minimum / fully trained loss", ylim=(0, None))
+    ax.set(ylabel="own minimum / fully trained loss", ylim=(0, max(1.3, 1.2 * table.ratio.max(), ax.get_ylim()[1])))
 
 
 def plot_sizes(ratio: Axes, best: Axes, table: pd.DataFrame, reference: int) -> None:
@@ -101,7 +101,7 @@ def plot_sizes(ratio: Axes, best: Axes, table: pd.DataFrame, reference: int) -> 
     shared = table.query("size == @reference and statistics == 'batch'").shared.mean()
     sizes = np.unique(table["size"])
     figures.predicted(best, sizes, predicted_best(sizes, reference, shared))
-    best.set(yscale="log", ylabel="best held-out step / learning rate")
+    best.set(yscale="log", ylabel="best held-out step / lr")
     for ax in (ratio, best):
         ax.set(xscale="log", xlabel="batch size of the probe")
         ax.set_xticks(sizes, sizes)
@@ -113,7 +113,7 @@ def plot_settings(ratio: Axes, best: Axes, table: pd.DataFrame) -> None:
     """Both halves of the claim for networks trained in other ways, one dot per seed."""
     for ax, y, label in (
         (ratio, "ratio", "own minimum / fully trained loss"),
-        (best, "held_best", "best held-out step × (1 − m) / learning rate"),
+        (best, "held_best", "best held-out step × (1 − m) / lr"),
     ):
         sns.stripplot(table, x="point", y=y, hue="point", ax=ax, size=8, jitter=0.15, legend=False)
         ax.axhline(1 if ax is ratio else 0.5, color="0.6", linewidth=1.5, linestyle=":")
