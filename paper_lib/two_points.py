@@ -159,6 +159,6 @@ def plot_lags(ax: Axes, table: pd.DataFrame, quantity: str, **line) -> None:
 
 
 def plot_levels(ax: Axes, levels: Mapping[str, float]) -> None:
-    """Dotted lines with their names in the legend, for what has no lag; the palette's first colour is left out."""
-    for (name, value), color in zip(levels.items(), sns.color_palette()[1:], strict=False):
+    """Dotted lines with their names in the legend, for what has no lag; the palette's first colours are left out."""
+    for (name, value), color in zip(levels.items(), sns.color_palette()[2:], strict=False):
         ax.axhline(value, color=color, linewidth=1.5, linestyle=":", label=name)
