@@ -234,7 +234,6 @@ def plot_over_time(ax: Axes, found: pd.DataFrame, bound: float) -> None:
     ax.axhline(100 * (1 - bound), **{**figures.PREDICTION, "linewidth": 1.5})
     ax.set(yscale="log", xlabel="step of the run", ylabel="1 - R² (%), median and range over seeds")
     ax.set_xscale("symlog", linthresh=1)
-    ax.set_xlim(-0.3, None)
     ax.set_xlim(-0.2, 1.3 * found.step.max())
     ax.legend(fontsize="small")
 

@@ -8,6 +8,24 @@ from typing import Any
 from paper_lib.config import RunConfig, Study, cut_record
 from paper_lib.validate import check_names, field_names
 
+CIFAR10 = Study(
+    preset="cifar10",
+    label="CIFAR-10, ResNet-18",
+    run=RunConfig(
+        data="cifar10",
+        held_out=5000,
+        model="resnet18_cifar",
+        width=64,
+        batch_size=128,
+        lr=0.5,
+        steps=14_000,
+        record="0-50,250-14000/250",
+        precision="bfloat16",
+    ),
+    window=400,
+    decay=4000,
+)
+
 PRESETS: dict[str, Study] = {
     "smoke": Study(
         preset="smoke",
@@ -24,39 +42,9 @@ PRESETS: dict[str, Study] = {
         label="digits, ResNet-8",
         run=RunConfig(steps=1500, record="0-50,75-1500/25"),
     ),
-    "cifar10": Study(
-        preset="cifar10",
-        label="CIFAR-10, ResNet-18",
-        run=RunConfig(
-            data="cifar10",
-            held_out=5000,
-            model="resnet18_cifar",
-            width=64,
-            batch_size=128,
-            lr=0.5,
-            steps=14_000,
-            record="0-50,250-14000/250",
-            precision="bfloat16",
-        ),
-        window=400,
-        decay=4000,
-    ),
-    "cifar100": Study(
-        preset="cifar100",
-        label="CIFAR-100, ResNet-18",
-        run=RunConfig(
-            data="cifar100",
-            held_out=5000,
-            model="resnet18_cifar",
-            width=64,
-            batch_size=128,
-            lr=0.5,
-            steps=14_000,
-            record="0-50,250-14000/250",
-            precision="bfloat16",
-        ),
-        window=400,
-        decay=4000,
+    "cifar10": CIFAR10,
+    "cifar100": dataclasses.replace(
+        CIFAR10, preset="cifar100", label="CIFAR-100, ResNet-18", run=CIFAR10.run.replace(data="cifar100")
     ),
     "imagenet": Study(
         preset="imagenet",
