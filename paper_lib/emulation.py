@@ -233,7 +233,8 @@ def _plot_divergence(ax: Axes, follows: Mapping[str, pd.DataFrame]) -> None:
     Means and bands are those of the logarithm.
     """
     for label, table in follows.items():
-        seeds = np.log(table.set_index("after").distance).groupby("after").agg(["mean", "std"])
+        apart = table[table.distance > 0].set_index("after").distance  # a schedule may begin with factor 1
+        seeds = np.log(apart).groupby("after").agg(["mean", "std"])
         (line,) = ax.plot(seeds.index, np.exp(seeds["mean"]), label=label)
         edges = np.exp(seeds["mean"] - seeds["std"]), np.exp(seeds["mean"] + seeds["std"])
         ax.fill_between(seeds.index, *edges, color=line.get_color(), alpha=0.25, linewidth=0)
