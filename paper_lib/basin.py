@@ -135,8 +135,10 @@ def surface(
 
 def plot_distances(ax: Axes, table: pd.DataFrame) -> None:
     """Distance against step for each kind of pair; `table` is of one learning rate."""
-    figures.band(ax, table, "step", "distance", hue="kind")
-    ax.set(yscale="log", xlabel="steps after the start", ylabel="distance of the two runs")
+    apart = table[table.distance > 0]
+    figures.band(ax, apart, "step", "distance", hue="kind")
+    floor = apart.distance.min() / 2  # a band of one spread may reach below zero
+    ax.set(yscale="log", xlabel="steps after the start", ylabel="distance of the two runs", ylim=(floor, None))
 
 
 def plot_cosines(ax: Axes, table: pd.DataFrame) -> None:

@@ -83,12 +83,13 @@ def cosines(G: np.ndarray) -> np.ndarray:
 def average_radii(G: np.ndarray, counts: Sequence[int], spacings: Sequence[int]) -> pd.DataFrame:
     """Squared radius of averages of `count` iterates, `spacing` steps apart, over that of one iterate.
 
-    Around G's centre, averaged over up to ten places in the window; pairs that do not fit are left out. Columns
-    count, spacing, ratio, and `model`, the average of independent iterates, 1 / count.
+    Around G's centre, averaged over up to ten places in the window. Averages that span more than half of the window
+    are left out: they approach its centre because that is an average of the same iterates. Columns count, spacing,
+    ratio, and `model`, the average of independent iterates, 1 / count.
     """
     rows, n = [], len(G)
     for spacing in spacings:
-        for count in (c for c in counts if (c - 1) * spacing < n):
+        for count in (c for c in counts if (c - 1) * spacing <= n // 2):
             ends = np.unique(np.linspace((count - 1) * spacing, n - 1, 10).astype(int))
             a = np.stack([averaging.checkpoints(n, end - spacing * np.arange(count)) for end in ends])
             ratio = averaging.squared_norm(a, G).mean() / np.trace(G) * n
@@ -166,7 +167,14 @@ def _binned(table: pd.DataFrame, column: str, every: int) -> pd.DataFrame:
 
 def plot_displacement(ax: Axes, table: pd.DataFrame) -> None:
     """Squared displacement against lag, a line per learning rate; a stationary run would level off."""
-    figures.band(ax, table.assign(label="lr " + table.lr.map("{:g}".format)), "lag", "displacement", hue="label")
+    labelled = table.assign(label="lr " + table.lr.map("{:g}".format))
+    last = figures.band(ax, labelled, "lag", "displacement", hue="label").groupby("label", sort=False).tail(1)
+    for end in last.itertuples():
+        lags = np.array([end.lag / 30, end.lag])
+        for power, style in ((0, "--"), (1, ":")):
+            ax.plot(lags, end.mean * (lags / end.lag) ** power, color="0.5", linestyle=style, linewidth=1.5)
+    ax.plot([], [], color="0.5", linestyle="--", label="stationary: level")
+    ax.plot([], [], color="0.5", linestyle=":", label="random walk: slope 1")
     ax.set(xscale="log", yscale="log", xlabel="lag (steps)", ylabel="mean squared displacement")
     ax.legend(fontsize="small", loc="upper left")
 
@@ -196,7 +204,7 @@ def plot_inside(ax: Axes, table: pd.DataFrame, path: str) -> None:
         center, iterate = at(table, path, 0).mean(), at(table, path, 1).mean()
         figures.predicted(ax, OUTWARD, center + (iterate - center) * OUTWARD**2, label="quadratic in radius")
         ax.set(xlabel="distance from the average / the iterate's")
+        ax.legend(fontsize="small")
     else:
         ax.set(xlabel="position between two iterates")
     ax.set(ylabel="training loss (nats)")
-    ax.legend(fontsize="small")

@@ -239,10 +239,10 @@ def plot_components(ax: Axes, m: Modes) -> pd.DataFrame:
     expected *= np.sign((expected * found).sum(0))
     step = np.arange(len(found))
     for j, share in enumerate(shares):
-        ax.plot(step, found[:, j], linewidth=1.5, label=f"component {j + 1}: {100 * share:.0f} % of the variance")
+        ax.plot(step, found[:, j], linewidth=1.5, label=f"component {j + 1}: {100 * share:.0f} %")
         figures.predicted(ax, step, expected[:, j], label="cosine" if j == 2 else None, linewidth=1.2)
-    ax.set(xlabel="step in the window", ylabel="projection (unit norm)")
-    ax.legend(fontsize="x-small", loc="upper center", ncol=2)
+    ax.set(xlabel="step in the window", ylabel="projection (unit norm)", ylim=1.75 * np.array([-1, 1]) * expected.max())
+    ax.legend(fontsize="small", loc="upper center", ncol=2, title="share of the variance", title_fontsize="small")
     return pd.DataFrame({"step": step, **{f"component{j + 1}": found[:, j] for j in range(len(shares))}})
 
 
@@ -253,4 +253,5 @@ def plot_two_points(ax: Axes, table: pd.DataFrame) -> None:
     model = figures.summarize(table, "model", "lag")
     figures.predicted(ax, model.lag, model["mean"], label="model of the steep directions")
     ax.set(xscale="log", xlabel="lag (steps)", ylabel="fall of the training loss (nats)")
-    ax.legend(fontsize="small")
+    ax.set_ylim(0, 1.5 * ax.get_ylim()[1])  # room for the legend
+    ax.legend(fontsize="small", loc="upper left")
