@@ -241,7 +241,7 @@ def plot_components(ax: Axes, m: Modes) -> pd.DataFrame:
     for j, share in enumerate(shares):
         ax.plot(step, found[:, j], linewidth=1.5, label=f"component {j + 1}: {100 * share:.0f} %")
         figures.predicted(ax, step, expected[:, j], label="cosine" if j == 2 else None, linewidth=1.2)
-    ax.set(xlabel="step in the window", ylabel="projection (unit norm)", ylim=1.75 * np.array([-1, 1]) * expected.max())
+    ax.set(xlabel="step in the window", ylabel="projection (unit norm)", ylim=2.4 * np.array([-1, 1]) * expected.max())
     ax.legend(fontsize="small", loc="upper center", ncol=2, title="share of the variance", title_fontsize="small")
     return pd.DataFrame({"step": step, **{f"component{j + 1}": found[:, j] for j in range(len(shares))}})
 
