@@ -2,7 +2,7 @@
 
 CONFIG ?= digits
 SEEDS ?=
-JOBS ?=
+JOBS ?= 2
 PYTHON ?= python3
 DATA := $(or $(PAPER_DATA),data)
 RESULTS := $(or $(PAPER_RESULTS),results)
@@ -12,6 +12,9 @@ export PAPER_DATA := $(abspath $(DATA))
 export PAPER_RESULTS := $(abspath $(RESULTS))
 export PAPER_RUNS := $(abspath $(RUNS))
 export PYTHONPATH := $(CURDIR)
+# Notebooks side by side share the cores; a small network cannot use two threads anyway.
+CORES := $(or $(shell getconf _NPROCESSORS_ONLN 2>/dev/null),1)
+THREADS := $(shell n=$$(( $(CORES) / $(JOBS) )); echo $$(( n > 0 ? n : 1 )))
 ifeq ($(MAKELEVEL),0)
 MAKEFLAGS += $(if $(JOBS),-j$(JOBS))
 endif
@@ -38,7 +41,7 @@ help: ## list the tasks and settings
 	@echo "Settings, as in 'make figures CONFIG=cifar10 SEEDS=\"0 1 2\"':"
 	@echo "  CONFIG=digits    preset: smoke, digits, cifar10, cifar100, imagenet"
 	@echo "  SEEDS=\"0 1 2\"    seeds, instead of the preset's own"
-	@echo "  JOBS=2           notebooks (or tasks) at a time"
+	@echo "  JOBS=2           notebooks at a time, which share the cores"
 	@echo "  DATA=data        where datasets are; likewise RESULTS=results and RUNS=runs"
 	@echo "  PYTHON=python3   Python 3.11 or newer that .venv is built with; an activated conda environment"
 	@echo "                   made from environment.yml is used instead; PY=... names another that has everything"
@@ -57,7 +60,7 @@ figures: env ## run every notebook whose result is out of date, into results/CON
 	echo "$(words $(NOTEBOOKS)) notebooks are up to date in $(RESULTS)/$(CONFIG)"
 
 $(NOTEBOOKS): env
-	@$(PY) -m paper_lib.notebooks run $@ $(ON)
+	@OMP_NUM_THREADS=$${OMP_NUM_THREADS:-$(THREADS)} $(PY) -m paper_lib.notebooks run $@ $(ON)
 
 compare: env ## compare results/CONFIG with what is committed, within stated tolerances
 	@$(PY) -m paper_lib.compare $(RESULTS)/$(CONFIG)
