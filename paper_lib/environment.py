@@ -51,9 +51,9 @@ def build(venv: Path) -> None:
             _run(uv, "venv", "--quiet", "--python", sys.executable, venv)
         else:
             uv = _bootstrap(venv)
-        _run(
-            uv, "pip", "install", "--python", venv / "bin" / "python", "-r", "-", text="\n".join(pins(PINS.read_text()))
-        )
+        # Compiled once here, not in every kernel and worker where the system forbids writing bytecode.
+        install = (uv, "pip", "install", "--compile-bytecode", "--python", venv / "bin" / "python", "-r", "-")
+        _run(*install, text="\n".join(pins(PINS.read_text())))
         stamp.write_text(key)
 
 
