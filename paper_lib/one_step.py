@@ -176,12 +176,12 @@ def plot_held_out(ax: Axes, table: pd.DataFrame, lr: float, momentum: float = 0.
     x = np.linspace(0, 1.5, 100)
     gain = np.polyfit(model.probe, model.held - model.held.iloc[0], 2)
     figures.predicted(ax, x, np.polyval(gain, x), label="model, from slopes at 0")
-    for place, height, text in ((full / 2, 0.98, "predicted best"), (full, 0.93, "predicted return")):
+    for place, text in ((full / 2, "predicted best"), (full, "predicted return")):
         ax.axvline(place, color="0.6", linewidth=1.5, linestyle=":")
-        at = {"xycoords": ("data", "axes fraction"), "va": "top", "ha": "right", "fontsize": "small"}
-        ax.annotate(f"{text}: {place:g} ", (place, height), **at)
+        at = {"xycoords": ("data", "axes fraction"), "va": "top", "ha": "right", "fontsize": "small", "rotation": 90}
+        ax.annotate(f"{text}: {place:g}", (place, 0.99), **at)
     ax.axhline(0, color="0.6", linewidth=1)
     ax.set(
         xlabel="step size / learning rate", ylabel="change of the held-out loss (nats)", title="held-out, stationary"
     )
-    ax.legend(loc="upper left", fontsize="small", bbox_to_anchor=(0, 0.88))
+    ax.legend(loc="upper left", fontsize="small", bbox_to_anchor=(0, 0.6))

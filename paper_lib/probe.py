@@ -12,7 +12,9 @@ either way (no dropout), so that a loss is a function of weights and batch alone
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterable, Iterator
+import copy
+from collections.abc import Callable, Iterable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
 import torch
@@ -41,12 +43,39 @@ def losses(
     rows = np.atleast_2d(weights)
     _check_batches(x, y)
     found = np.empty((len(rows), len(x)), np.float32)
-    with _probing(net, buffers), torch.no_grad():
-        for i, row in enumerate(tqdm(rows, desc=progress, disable=not progress)):
-            _load(net, row, buffers if np.ndim(buffers) < 2 else buffers[i])
-            parts = [F.cross_entropy(*piece, reduction="none") for piece in _passes(net, x, y)]
-            found[i] = torch.cat(parts).view(y.shape).mean(1).cpu().numpy()
+    # Taking from one iterator is atomic, so threads share it.
+    turns, bar = iter(range(len(rows))), tqdm(total=len(rows), desc=progress, disable=not progress)
+
+    def work(own: FlatModel) -> None:
+        with _probing(own, buffers), torch.no_grad():
+            for i in turns:
+                _load(own, rows[i], buffers if np.ndim(buffers) < 2 else buffers[i])
+                parts = [F.cross_entropy(*piece, reduction="none") for piece in _passes(own, x, y)]
+                found[i] = torch.cat(parts).view(y.shape).mean(1).cpu().numpy()
+                bar.update()
+
+    with bar:
+        _in_threads(net, work, len(rows))
     return found if np.ndim(weights) == 2 else found[0]
+
+
+def _in_threads(net: FlatModel, work: Callable[[FlatModel], None], n_tasks: int) -> None:
+    """Call `work` on as many copies of the network as torch may use threads, each in a one-thread worker of its own.
+
+    Whole forward passes share the cores of a CPU much better than the parts of a small convolution do.
+    """
+    n_threads = min(torch.get_num_threads(), n_tasks) if net.device.type == "cpu" else 1
+    if n_threads == 1:
+        return work(net)
+    copies = [FlatModel(copy.deepcopy(net.module)) for _ in range(n_threads)]
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        with ThreadPoolExecutor(n_threads, initializer=torch.set_num_threads, initargs=(1,)) as pool:
+            for future in [pool.submit(work, one) for one in copies]:
+                future.result()
+    finally:
+        torch.set_num_threads(before)
 
 
 def _passes(net: FlatModel, x: Tensor, y: Tensor) -> Iterator[tuple[Tensor, Tensor]]:

@@ -90,8 +90,7 @@ def plot(ax: Axes, table: pd.DataFrame, column: str, label: str, scale: float = 
         )  # averages, then runs that lower the lr
         ax.scatter(values, np.full(len(values), i), color=color, s=45, alpha=0.8)
         ax.plot([values.mean()] * 2, [i - 0.3, i + 0.3], color="black", linewidth=2)
-    ax.set(yticks=range(len(methods)), yticklabels=methods, xlabel=label)
-    ax.invert_yaxis()
+    ax.set(yticks=range(len(methods)), yticklabels=methods, xlabel=label, ylim=(len(methods) - 0.5, -0.5))
 
 
 def per_seed(table: pd.DataFrame, column: str, methods: Sequence[str]) -> list[np.ndarray]:

@@ -64,6 +64,33 @@ def test_losses_agree_with_the_reference(norm, samples, monkeypatch):
     np.testing.assert_array_equal(found[1], probe.losses(net, weights[1], x, y))
 
 
+@pytest.mark.parametrize("frozen", [False, True])
+def test_losses_are_the_same_on_any_number_of_threads(frozen):
+    net, (x, y), before = make(), batches(), torch.get_num_threads()
+    many = points(net, 20)
+    buffers = net.buffers.numpy().copy() if frozen else None
+    found = []
+    try:
+        for n_threads in (1, 3):
+            torch.set_num_threads(n_threads)
+            found.append(probe.losses(net, many, x, y, buffers))
+            assert torch.get_num_threads() == n_threads
+    finally:
+        torch.set_num_threads(before)
+    np.testing.assert_array_equal(*found)
+
+
+def test_an_error_in_a_thread_is_the_callers():
+    net, (x, y), before = make(), batches(), torch.get_num_threads()
+    torch.set_num_threads(2)
+    try:
+        with pytest.raises(RuntimeError):
+            probe.losses(net, points(net), x[:, :, :, :1], y)  # too small for the convolution
+        assert torch.get_num_threads() == 2
+    finally:
+        torch.set_num_threads(before)
+
+
 def test_losses_with_buffers_do_not_depend_on_the_rest_of_the_batch():
     net = make()
     x, y = batches()
