@@ -40,9 +40,15 @@ def environment(results: Path) -> dict:
 
 
 def claims_table(results: Path) -> str:
-    """The claims of a preset in Markdown, and how many hold."""
+    """A preset's verdicts in Markdown: one line per claim, what fails, and every criterion folded below."""
     table = claims.table(results)
-    return f"{int(table.holds.sum())} of {len(table)} criteria hold.\n\n{claims.markdown(table)}"
+    lines = ["| claim | criteria that hold | what fails |", "|---|---|---|"]
+    for claim, rows in sorted(table.groupby("claim"), key=lambda group: int(group[0][1:])):
+        failing = "; ".join(rows.quantity[~rows.holds]).replace("|", "\\|")
+        lines.append(f"| {claim} | {int(rows.holds.sum())} of {len(rows)} | {failing} |")
+    total = f"{int(table.holds.sum())} of {len(table)} criteria hold."
+    folded = f"<details><summary>Every criterion</summary>\n\n{claims.markdown(table)}\n</details>"
+    return "\n".join([total, "", *lines, "", folded, ""])
 
 
 def notebooks_table(results: Path) -> str:

@@ -34,6 +34,7 @@ def results(tmp_path):
 def test_claims_say_how_many_hold_and_why_others_fail(results):
     table = report.claims_table(results)
     assert table.startswith("1 of 2 criteria hold.") and "**no**: too <large>" in table
+    assert "| C3 | 1 of 2 | b < c |" in table
 
 
 def test_a_page_needs_no_other_file(results):
