@@ -212,6 +212,25 @@ def hessian_vector_products(
     return found
 
 
+def mean_hessian_product(
+    net: FlatModel,
+    weights: np.ndarray,
+    direction: np.ndarray,
+    x: Tensor,
+    y: Tensor,
+    buffers: np.ndarray | None = None,
+) -> np.ndarray:
+    """Mean of what `hessian_vector_products` gives, (P,) float64: several batches to a pass."""
+    _check_batches(x, y)
+    total, vector = np.zeros(len(direction)), _tensor(direction)
+    with _probing(net, buffers):
+        _load(net, weights, buffers)
+        for logits, labels in _passes(net, x, y):
+            product = net.hessian_product(F.cross_entropy(logits, labels), vector)
+            total += product.cpu().numpy() * (len(labels) / y.numel())
+    return total
+
+
 def statistics(net: FlatModel, weights: np.ndarray, x: Tensor) -> np.ndarray:
     """Buffers recomputed at the given weights: BatchNorm's means and variances averaged over batches x (K, B, ...).
 
