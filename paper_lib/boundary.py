@@ -115,6 +115,6 @@ def plot_settings(ratio: Axes, best: Axes, table: pd.DataFrame) -> None:
         (ratio, "ratio", "own minimum / fully trained loss"),
         (best, "held_best", "best held-out step × (1 − m) / lr"),
     ):
-        sns.stripplot(table, x="point", y=y, hue="point", ax=ax, size=8, jitter=0.15, legend=False)
+        sns.stripplot(table, x="point", y=y, hue="point", ax=ax, size=8, jitter=False, legend=False)
         ax.axhline(1 if ax is ratio else 0.5, color="0.6", linewidth=1.5, linestyle=":")
         ax.set(xlabel="", ylabel=label, ylim=(0, None))

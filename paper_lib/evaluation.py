@@ -31,7 +31,7 @@ class Evaluator:
         x, y = probe.fixed_batches(dataset, n_train + n_stat, size, seed)
         self.net = net
         self.statistics_batches = x[:n_stat]
-        self.train = list(zip(x[n_stat:], y[n_stat:], strict=True))
+        self.train = x[n_stat:], y[n_stat:]
         self.test = list(dataset.evaluation("test", CHUNK, limit=n_images))
 
     def __call__(self, weights: np.ndarray, buffers: np.ndarray | None = None) -> dict[str, float]:
@@ -41,7 +41,7 @@ class Evaluator:
         """
         if buffers is None:
             buffers = probe.statistics(self.net, weights, self.statistics_batches)
-        train = probe.evaluate(self.net, weights, buffers, self.train)
+        train = probe.evaluate(self.net, weights, buffers, zip(*self.train, strict=True))
         test = probe.evaluate(self.net, weights, buffers, self.test)
         return dict(zip(("train_loss", "train_accuracy", "test_loss", "test_accuracy"), train + test, strict=True))
 

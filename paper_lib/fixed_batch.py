@@ -248,6 +248,6 @@ def plot_violations(ax: Axes, found: pd.DataFrame) -> None:
     tall["percent"] = 100 * tall.fraction
     kwargs = {"data": tall, "y": "path", "x": "percent", "hue": "inequality", "ax": ax}
     sns.barplot(**kwargs, errorbar=None, alpha=0.6)
-    sns.stripplot(**kwargs, dodge=True, size=5, legend=False, edgecolor="white", linewidth=0.5)
+    sns.stripplot(**kwargs, dodge=True, jitter=False, size=5, legend=False, edgecolor="white", linewidth=0.5)
     ax.set(xlabel="violated inequalities (%)", ylabel="", xlim=(0, max(5, 1.1 * tall.percent.max())))
     ax.legend(loc="upper right", fontsize="small", bbox_to_anchor=(1, 0.6))

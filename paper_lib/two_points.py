@@ -81,8 +81,7 @@ def chords(trajectories: Sequence[Trajectory], evaluate: Mapping[int, Evaluator]
 
         def gradient(step: int, run=run, yardstick=yardstick, known=known) -> np.ndarray:
             if step not in known:
-                each = (probe.gradients(yardstick.net, run.at(step), x[None], y[None])[0] for x, y in yardstick.train)
-                known[step] = sum(each) / len(yardstick.train)
+                known[step] = probe.mean_gradient(yardstick.net, run.at(step), *yardstick.train)
             return known[step]
 
         for end in ends(run):

@@ -58,10 +58,9 @@ def test_the_ends_of_a_short_chord_predict_its_middle(measured):
     """Over small distances a loss is quadratic: gradients at the ends give what the middle gains."""
     found, _, evaluate = measured
     chords = two_points.chords(found[:1], evaluate, [8]).query("end == 60").iloc[0]
-    net, images = evaluate[0].net, evaluate[0].train
-    x, y = images[0]
+    net, (x, y) = evaluate[0].net, evaluate[0].train
     rows = np.stack([found[0].at(52), (found[0].at(52) + found[0].at(60)) / 2, found[0].at(60)])
-    first, middle, last = probe.losses(net, rows.astype(np.float64), x[None], y[None])[:, 0]
+    first, middle, last = probe.losses(net, rows.astype(np.float64), x, y).mean(1)
     assert chords.gain == pytest.approx((first + last) / 2 - middle, rel=0.3, abs=2e-6)
     assert chords.squared == pytest.approx(np.sum((rows[2] - rows[0]) ** 2), rel=1e-4)
 
