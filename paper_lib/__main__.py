@@ -6,10 +6,14 @@ import argparse
 import sys
 import typing
 from collections.abc import Sequence
+from typing import TYPE_CHECKING
 
 from paper_lib.config import RunConfig, Study
 from paper_lib.presets import PRESETS, RUN_SETTINGS, STUDY_SETTINGS, study
 from paper_lib.validate import ConfigError, check_names, parse_value
+
+if TYPE_CHECKING:
+    from paper_lib.trajectory import Trajectory
 
 
 def overrides(words: Sequence[str]) -> dict[str, typing.Any]:
@@ -28,14 +32,20 @@ def overrides(words: Sequence[str]) -> dict[str, typing.Any]:
 
 
 def train_command(preset: str, words: Sequence[str]) -> None:
-    """Train a preset's warm-up, stationary window and decayed run for every seed."""
+    """Train a preset's warm-up, stationary window and decayed run for every seed; torchrun shares each run."""
     chosen = study(preset, **overrides(words))
-    from paper_lib import runs  # torch takes seconds to import: not before the settings are known to be good
+    from paper_lib import parallel, runs  # torch takes seconds to import: not before the settings are known to be good
 
-    for name, config in (("stationary", chosen.stationary()), ("decayed", chosen.decayed())):
-        for run in runs.train_seeds(config, chosen.seeds):
-            end = f"diverged at step {run.status['diverged_at']}" if run.diverged else f"{run.config.steps} steps"
-            print(f"{name:10s} seed {run.config.seed}: {end}, batch loss {run.loss[-100:].mean():.3f}, {run.folder}")
+    with parallel.processes():
+        for name, config in (("stationary", chosen.stationary()), ("decayed", chosen.decayed())):
+            for run in runs.train_seeds(config, chosen.seeds):
+                if parallel.rank() == 0:
+                    print(f"{name:10s} seed {run.config.seed}: {_end(run)}, {run.folder}", flush=True)
+
+
+def _end(run: Trajectory) -> str:
+    end = f"diverged at step {run.status['diverged_at']}" if run.diverged else f"{run.config.steps} steps"
+    return f"{end}, batch loss {run.loss[-100:].mean():.3f}"
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -61,7 +71,7 @@ def main(argv: Sequence[str] | None = None) -> int:
             bench.main()
         else:
             train_command(args.preset, rest)
-    except (ConfigError, OSError) as error:
+    except (ConfigError, OSError, MemoryError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
     except KeyboardInterrupt:

@@ -93,6 +93,25 @@ def ema(n: int, decay: float, start: int = 0, debias: bool = False) -> np.ndarra
     return a / a.sum()  # 1 but for rounding, or the division by 1 - decay^(n-start)
 
 
+FAMILIES = {"EMA": ema, "uniform": uniform, "two points": two_point}
+
+
+def named(name: str, n: int) -> np.ndarray:
+    """Weights (n,) of an average written as family and setting: "EMA 0.99", "uniform 400" or "two points 100".
+
+    Raises ValueError for any other name, and for a setting that does not fit n iterates.
+    """
+    family, _, setting = name.rpartition(" ")
+    if family not in FAMILIES:
+        raise ValueError(f"unknown average {name!r}: write a decay, window or lag after {', '.join(FAMILIES)}")
+    kind, what = (float, "decay") if family == "EMA" else (int, "whole number")
+    try:
+        value = kind(setting)
+    except ValueError:
+        raise ValueError(f"average {name!r}: {setting!r} is no {what}") from None
+    return FAMILIES[family](n, value)
+
+
 def along(inner: Callable[[int], np.ndarray], n: int, times: Sequence[int]) -> np.ndarray:
     """One average seen at several times: row j holds inner(times[j] + 1), shape (len(times), n).
 

@@ -1,4 +1,4 @@
-"""BatchNorm over several batches at once: each normalized by its own statistics in one forward pass."""
+"""BatchNorm over several batches in one forward pass, each by its own statistics; or over parts of one batch."""
 
 from __future__ import annotations
 
@@ -6,6 +6,7 @@ import contextlib
 from collections.abc import Iterator
 
 import torch
+import torch.distributed as dist
 from torch import Tensor, nn
 
 
@@ -45,3 +46,50 @@ class _BatchwiseNorm:
             return (centered * scale).view(last.shape).movedim(-1, 1)
         out = torch.addcmul(self.layer.bias, centered, scale * self.layer.weight)
         return out.view(last.shape).movedim(-1, 1)
+
+
+def synchronize(module: nn.Module) -> None:
+    """Let the BatchNorm layers in training mode normalize by statistics of the batches of all processes together."""
+    for layer in layers(module):
+        layer.forward = _SynchronizedNorm(layer)
+
+
+class _Sum(torch.autograd.Function):
+    """Sum over the processes, of gradients too."""
+
+    @staticmethod
+    def forward(ctx, x: Tensor) -> Tensor:
+        total = x.clone()
+        dist.all_reduce(total)
+        return total
+
+    @staticmethod
+    def backward(ctx, gradient: Tensor) -> Tensor:
+        return _Sum.forward(ctx, gradient)
+
+
+class _SynchronizedNorm:
+    """Forward pass of one BatchNorm layer over a batch of which every process holds an equal part."""
+
+    def __init__(self, layer: nn.Module):
+        self.layer = layer
+
+    def __call__(self, x: Tensor) -> Tensor:
+        layer = self.layer
+        if not (layer.training or layer.running_mean is None):
+            return type(layer).forward(layer, x)
+        others = [d for d in range(x.ndim) if d != 1]
+        shape = [-1 if d == 1 else 1 for d in range(x.ndim)]
+        n = dist.get_world_size() * x.numel() // x.shape[1]
+        values = x.float()  # under autocast too, as in torch's
+        mean = _Sum.apply(values.sum(others)) / n
+        centered = values - mean.view(shape)
+        variance = _Sum.apply(centered.square().sum(others)) / n
+        if layer.running_mean is not None:
+            with torch.no_grad():
+                layer.running_mean.lerp_(mean, layer.momentum)
+                layer.running_var.lerp_(variance * (n / (n - 1)), layer.momentum)
+        out = centered * (variance + layer.eps).rsqrt().view(shape)
+        if layer.affine:
+            out = out * layer.weight.view(shape) + layer.bias.view(shape)
+        return out.to(x.dtype)

@@ -7,14 +7,15 @@ import json
 import math
 import os
 import re
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from paper_lib.validate import check_names, check_types, field_names, require
+from paper_lib import averaging
+from paper_lib.validate import ConfigError, check_names, check_types, field_names, require
 
 ROOT = Path(__file__).resolve().parent.parent
 
@@ -48,6 +49,7 @@ class RunConfig:
     steps: int = 1500  # the step at which the run ends
     record: str = ""  # snapshots kept: "0-50,100-1500/25" is x_0..x_50 and every 25th from x_100 to x_1500
     checkpoints: tuple[int, ...] = ()  # steps at which momentum is kept too, to branch from (the end always is)
+    averages: tuple[str, ...] = ()  # of x_start..x_steps, accumulated on the way: "EMA 0.99", "uniform 400", ...
     seed: int = 0  # initialization
     batch_seed: int | None = None  # batch stream; None: the same as seed
     precision: str = "float32"  # float32, or bfloat16 autocast on float32 weights
@@ -81,11 +83,11 @@ class RunConfig:
     def branch(self, n_steps: int, at: int | None = None, **changes: Any) -> RunConfig:
         """Return the run that leaves this one at step `at` (default: its end) and takes n_steps more.
 
-        It inherits every setting but `schedule` ("constant"), `record`, `checkpoints` and `perturbation` (nothing),
-        unless changed.
+        It inherits every setting but `schedule` ("constant") and `record`, `checkpoints`, `averages` and `perturbation`
+        (none), unless changed.
         """
         at = self.steps if at is None else at
-        base = {"schedule": "constant", "record": "", "checkpoints": (), "perturbation": 0.0}
+        base = {"schedule": "constant", "record": "", "checkpoints": (), "averages": (), "perturbation": 0.0}
         return self.replace(**{**base, "parent": self, "start": at, "steps": at + n_steps, **changes})
 
     def to_dict(self) -> dict[str, Any]:
@@ -108,6 +110,7 @@ class Study:
     preset: str
     run: RunConfig  # the warm-up: from initialization to the stationary state at a constant learning rate
     window: int = 800  # steps after the warm-up, every iterate recorded
+    horizon: int = 0  # steps after the warm-up over which the scoreboard averages; 0: the window
     decay: int = 800  # steps in which a decayed run takes the learning rate to zero
     seeds: tuple[int, ...] = (0, 1, 2)
     probe_batches: int = 16  # snapshots, or batches, per seed in a probe
@@ -124,11 +127,22 @@ class Study:
         """Folder of this preset's results."""
         return folder("results") / self.preset
 
+    @property
+    def averaged_steps(self) -> int:
+        """Steps over which the scoreboard averages."""
+        return self.horizon or self.window
+
     def stationary(self, n_steps: int | None = None, **changes: Any) -> RunConfig:
         """The constant-learning-rate run after the warm-up, every iterate recorded (all of `window` by default)."""
         n_steps = self.window if n_steps is None else n_steps
         start = self.run.steps
         return self.run.branch(n_steps, **{"record": f"{start}-{start + n_steps}", **changes})
+
+    def averaged(self, names: Iterable[str], **changes: Any) -> RunConfig:
+        """The run whose averages the scoreboard shows: the window itself, or a longer run that keeps these alone."""
+        if self.averaged_steps == self.window:
+            return self.stationary(**changes)
+        return self.stationary(self.averaged_steps, record="", averages=tuple(names), **changes)
 
     def decayed(self, **changes: Any) -> RunConfig:
         """The fully trained network: the warm-up followed by a linear decay of the learning rate to zero."""
@@ -157,6 +171,11 @@ def check_run(c: RunConfig) -> None:
     if not isinstance(c.schedule, str):
         n, expected = len(c.schedule), c.steps - c.start
         require(n == expected, "schedule of length", n, f"it needs one factor for each of {expected} steps")
+    for name in c.averages:
+        try:
+            averaging.named(name, c.steps - c.start + 1)
+        except ValueError as error:
+            raise ConfigError(f"averages = {c.averages!r} is not allowed: {error}") from None
     for name, kept in (("record", c.snapshot_steps), ("checkpoints", np.array(c.checkpoints, int))):
         outside = describe(kept[(kept < c.start) | (kept > c.steps)])
         allowed = f"step {outside} lies outside the run, which goes from {c.start} to {c.steps}"
@@ -167,6 +186,7 @@ def check_study(s: Study) -> None:
     """Raise ConfigError where a study's settings cannot work."""
     for name in ("window", "decay", "probe_batches", "eval_batches", "eval_images"):
         require(getattr(s, name) >= 1, name, getattr(s, name), "it must be at least 1")
+    require(s.horizon >= 0, "horizon", s.horizon, "it must be >= 0; 0 stands for the window")
     check_seeds(s.seeds)
 
 

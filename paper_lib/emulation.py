@@ -22,7 +22,6 @@ from paper_lib.train import ModelFactory
 from paper_lib.trajectory import Trajectory
 from paper_lib.validate import check_names
 
-FAMILIES = {"EMA": averaging.ema, "uniform": averaging.uniform, "two points": averaging.two_point}
 EMA_BEGINS = 0.01  # weight of the iterate with which an EMA begins: it needs no longer branch
 RECORDED = 24  # snapshots of a branch, evenly spaced in the logarithm of the steps since it began
 POINTS = ("average", "schedule", "last")
@@ -42,7 +41,7 @@ class Emulation:
     eta: float = 0.0
 
     def __post_init__(self) -> None:
-        check_names([self.family], list(FAMILIES), "family of averages")
+        check_names([self.family], list(averaging.FAMILIES), "family of averages")
 
     @property
     def span(self) -> int:
@@ -54,7 +53,7 @@ class Emulation:
     @property
     def weights(self) -> np.ndarray:
         """The average over x_(end-span)..x_end, (span + 1,)."""
-        return FAMILIES[self.family](self.span + 1, self.setting)
+        return averaging.FAMILIES[self.family](self.span + 1, self.setting)
 
     @property
     def schedule(self) -> np.ndarray:

@@ -104,6 +104,16 @@ def build(name: str, in_channels: int, n_classes: int, width: int = 16, norm: st
     return ResNet(((depth - 2) // 6,) * 3, width, norm, in_channels, n_classes)
 
 
+@contextlib.contextmanager
+def exact_float32(device: torch.device) -> Iterator[None]:
+    """On a GPU: convolutions in IEEE float32, not TF32 as PyTorch lets cuDNN round, and by repeatable algorithms."""
+    if device.type != "cuda":  # nothing to set, and threads that probe side by side must not touch global flags
+        yield
+        return
+    with torch.backends.cudnn.flags(enabled=True, benchmark=False, deterministic=True, allow_tf32=False):
+        yield
+
+
 class FlatModel:
     """A module whose parameters, gradients and float buffers are views into three vectors.
 
@@ -152,7 +162,7 @@ class FlatModel:
         saved = [v.clone() for v in (self.weights, self.grad, self.buffers)]
         devices = [self.device] if self.device.type == "cuda" else []
         try:
-            with torch.random.fork_rng(devices):
+            with torch.random.fork_rng(devices), exact_float32(self.device):
                 self.module.train(train)
                 yield self
         finally:

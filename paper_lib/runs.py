@@ -20,14 +20,15 @@ from pathlib import Path
 from tqdm import tqdm
 
 from paper_lib import config as config_module
-from paper_lib import data, files, train, workers
+from paper_lib import data, files, parallel, train, workers
 from paper_lib.config import RunConfig, check_seeds
 from paper_lib.data import Dataset
 from paper_lib.models import FlatModel
 from paper_lib.train import ModelFactory
-from paper_lib.trajectory import Recorder, State, Trajectory
+from paper_lib.trajectory import Follower, Recorder, State, Trajectory
 
-DECISIVE = """augment data dataset decode digits imagefolder models schedules streaming train vision""".split()
+DECISIVE = """augment averaging batchnorm data dataset decode digits imagefolder models parallel schedules streaming train
+vision""".split()
 FORMAT = 1  # of the files in a run's folder
 
 
@@ -52,18 +53,21 @@ def train_all(
     model: ModelFactory | None = None,
     progress: bool = True,
 ) -> list[Trajectory]:
-    """Return the runs of several configs, in order; parents are trained first, missing runs side by side."""
+    """Return the runs of several configs, in order; parents are trained first, missing runs side by side.
+
+    Side by side means in worker processes, on every GPU there is; processes that torchrun started share each run.
+    """
     own = dataset is not None or model is not None
 
     def absent(some: Sequence[RunConfig]) -> list[RunConfig]:
-        return [c for c in some if not run_folder(c, dataset, model).exists()]
+        return parallel.share([c for c in some if not run_folder(c, dataset, model).exists()])
 
     for generation in _generations(absent(configs)):
         missing = absent(generation)
         if not missing:
             continue
-        with _progress(missing, progress) as report:
-            if own or len(missing) == 1 or train.default_device().type == "cuda":
+        with _progress(missing, progress and parallel.rank() == 0) as report:
+            if own or len(missing) == 1 or parallel.active():
                 for c in missing:
                     obtain(c, dataset, model, report)
             else:
@@ -72,7 +76,7 @@ def train_all(
                 workers.train_parallel([(c, run_folder(c)) for c in missing], report)
     found = [Trajectory(run_folder(c, dataset, model)) for c in configs]
     for run in found:
-        if run.diverged:
+        if parallel.rank() == 0 and run.diverged:
             step = run.status["diverged_at"]
             warnings.warn(f"the run {run.folder.name} (lr = {run.config.lr}) diverged at step {step}", stacklevel=2)
     return found
@@ -84,24 +88,32 @@ def obtain(
     model: ModelFactory | None = None,
     report: train.Report = lambda steps, loss, lr: None,
 ) -> Trajectory:
-    """Load one run, or train it in this process (and its parents first) while other processes wait for it."""
-    folder = run_folder(config, dataset, model)
-    if folder.exists():
+    """Load one run, or train it in this process (and its parents first) while other processes wait for it.
+
+    Processes that torchrun started train it together; the first one looks for the run, waits for others, and writes.
+    """
+    folder, first = run_folder(config, dataset, model), parallel.rank() == 0
+    if parallel.share(folder.exists()):
         return Trajectory(folder)
-    with files.lock(folder):
-        if folder.exists():
+    with files.lock(folder) if first else contextlib.nullcontext():
+        if parallel.share(folder.exists()):
             return Trajectory(folder)
         begin = _begin(config, dataset, model)
 
-        def recorder(net: FlatModel) -> Recorder:
-            return Recorder(folder, config, net.weights.numel(), net.buffers.numel())
+        def recorder(net: FlatModel) -> Recorder | Follower:
+            return Recorder(folder, config, net.weights.numel(), net.buffers.numel()) if first else Follower(folder)
 
-        return train.train_run(config, dataset or load_dataset(config), recorder, begin, model, report)
+        run = train.train_run(config, dataset or load_dataset(config), recorder, begin, model, report)
+        parallel.share(None)  # the others go on when it is there
+        return run
 
 
 def _begin(config: RunConfig, dataset: Dataset | None = None, model: ModelFactory | None = None) -> State | None:
-    """The state of the parent that a run starts from, if it has one."""
-    return None if config.parent is None else obtain(config.parent, dataset, model).state(config.start)
+    """The state of the parent that a run starts from, if it has one; read by the process that writes."""
+    if config.parent is None:
+        return None
+    parent = obtain(config.parent, dataset, model)
+    return parent.state(config.start) if parallel.rank() == 0 else None
 
 
 # --- identity ---------------------------------------------------------------------------------------------------

@@ -19,14 +19,14 @@ from paper_lib.trajectory import Trajectory
 DECAYS = ("linear", "cosine", "step")
 
 
-def averages(n: int) -> dict[str, np.ndarray]:
-    """The averages of a window of n iterates that the table compares, each a weight vector (n,)."""
-    half = n // 2
+def averages(n_steps: int) -> dict[str, str]:
+    """The averages over a run of n_steps that the table compares, as `averaging.named` writes them, by their label."""
+    half = n_steps // 2
     return {
-        "last iterate": averaging.last(n),
-        f"two points, {half} steps apart": averaging.two_point(n, half),
-        "EMA, decay 0.99": averaging.ema(n, 0.99, debias=True),
-        f"uniform average of {half}": averaging.uniform(n, half),
+        "last iterate": "uniform 1",
+        f"two points, {half} steps apart": f"two points {half}",
+        "EMA, decay 0.99": "EMA 0.99",
+        f"uniform average of {half}": f"uniform {half}",
     }
 
 
@@ -36,14 +36,14 @@ def measure(study: Study, dataset: Dataset) -> pd.DataFrame:
     Returns one row per method and seed: method, seed, train_loss, train_accuracy, test_loss, test_accuracy. BatchNorm
     statistics are recomputed for every network alike.
     """
-    window = runs.train_seeds(study.stationary(), study.seeds)
-    halved = study.stationary(lr=study.run.lr / 2)
+    methods = averages(study.averaged_steps)
+    constant = runs.train_seeds(study.averaged(methods.values()), study.seeds)
+    halved = study.averaged((), lr=study.run.lr / 2)
     others = {"learning rate halved": halved, **{f"{name} decay": study.decayed(schedule=name) for name in DECAYS}}
     ends = {name: runs.train_seeds(config, study.seeds) for name, config in others.items()}
     tables = []
-    for i, (seed, evaluator) in enumerate(evaluation.evaluators(window, dataset, study.eval_images).items()):
-        methods = averages(len(window[i].weights))
-        rows = [*averaging.average(np.stack(list(methods.values())), window[i].weights)]
+    for i, (seed, evaluator) in enumerate(evaluation.evaluators(constant, dataset, study.eval_images).items()):
+        rows = [constant[i].average(averaging.named(name, study.averaged_steps + 1)) for name in methods.values()]
         rows += [_end(trained[i]) for trained in ends.values()]
         labels = pd.DataFrame({"method": [*methods, *ends], "seed": seed})
         tables.append(evaluator.table(rows, labels, progress=f"scoreboard, seed {seed}"))

@@ -11,13 +11,14 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from paper_lib import models, schedules
+from paper_lib import averaging, models, parallel, plan, schedules
 from paper_lib.config import RunConfig
 from paper_lib.data import Dataset
-from paper_lib.models import FlatModel
-from paper_lib.trajectory import Recorder, State, Trajectory
+from paper_lib.models import FlatModel, exact_float32
+from paper_lib.plan import CHUNK
+from paper_lib.trajectory import Follower, Recorder, State, Trajectory
+from paper_lib.validate import require
 
-CHUNK = 25  # steps between looks at the loss: on a GPU each look waits for the device
 RESUME_EVERY_S = 10.0  # at most this much work is lost when a run is killed
 
 Report = Callable[[int, float, float], None]  # steps done since the last report, latest loss, learning rate
@@ -89,26 +90,39 @@ def batch_loss(net: FlatModel, x: Tensor, y: Tensor, config: RunConfig) -> Tenso
     return F.cross_entropy(logits.float(), y, label_smoothing=config.label_smoothing)
 
 
-class _Chunk:
-    """Losses and snapshots of up to CHUNK steps, kept on the device until they are written together."""
+class _Averages:
+    """The run's averages so far: sums of the iterates, weighed by each average's vector, on the device."""
 
-    def __init__(self) -> None:
+    def __init__(self, config: RunConfig, net: FlatModel):
+        n = config.steps - config.start + 1
+        vectors = np.array([averaging.named(name, n) for name in config.averages]).reshape(-1, n)
+        self.weighed = vectors.any(0)
+        self.vectors = torch.from_numpy(vectors.T.astype(np.float32)).to(net.device)
+        self.sums = net.weights.new_zeros(len(vectors), net.weights.numel())
+
+    def add(self, i: int, weights: Tensor) -> None:
+        """Take in iterate i of the run, counted from its start."""
+        if self.weighed[i]:
+            self.sums.addr_(self.vectors[i], weights)
+
+
+class _Chunk:
+    """Losses and snapshots of up to CHUNK steps from `first` on, kept on the device until they are written together."""
+
+    def __init__(self, first: int) -> None:
+        self.first, self.diverged_at = first, None
         self.losses: list[Tensor] = []
         self.snapshots: list[tuple[int, Tensor, Tensor]] = []
 
-    def keep_snapshot(self, step: int, net: FlatModel) -> None:
-        self.snapshots.append((step, net.weights.clone(), net.buffers.clone()))
-
-    def write(self, recorder: Recorder, first: int, lrs: np.ndarray) -> int | None:
-        """Write the chunk whose steps begin at `first`; return the first step with a non-finite loss, if any."""
-        losses = torch.stack(self.losses).cpu().numpy()
-        begin = first - recorder.config.start
-        recorder.log[begin : begin + len(losses), 0] = losses
-        recorder.log[begin : begin + len(losses), 1] = lrs[begin : begin + len(losses)]
+    def write(self, recorder: Recorder | Follower, lrs: np.ndarray) -> float:
+        """Write everything; set `diverged_at` to the first step with a non-finite loss. Returns the last loss."""
+        losses = parallel.mean(torch.stack(self.losses)).cpu().numpy()
+        recorder.write_log(self.first, losses, lrs)
         for step, weights, buffers in self.snapshots:
             recorder.snapshot(step, weights.cpu().numpy(), buffers.cpu().numpy())
         bad = np.flatnonzero(~np.isfinite(losses))
-        return first + int(bad[0]) if bad.size else None
+        self.diverged_at = self.first + int(bad[0]) if bad.size else None
+        return float(losses[-1])
 
 
 @contextlib.contextmanager
@@ -123,84 +137,124 @@ def _fixed_threads(n_threads: int) -> Iterator[None]:
 
 def _seed(device: torch.device, seed: int) -> None:
     """torch.manual_seed for one device: the general one costs a tenth of a small network's step."""
-    generator = torch.cuda.default_generators[device.index or 0] if device.type == "cuda" else torch.default_generator
+    cuda = device.type == "cuda"
+    generator = torch.cuda.default_generators[torch.cuda.current_device()] if cuda else torch.default_generator
     generator.manual_seed(seed)
+
+
+class _Training:
+    """A run in progress: the network, its momentum, its averages so far, and the recorder of it all."""
+
+    def __init__(self, config: RunConfig, dataset: Dataset, net: FlatModel, recorder: Recorder | Follower):
+        self.config, self.dataset, self.net, self.recorder = config, dataset, net, recorder
+        self.velocity, self.averages = torch.zeros_like(net.weights), _Averages(config, net)
+        self.lrs, self.wanted = learning_rates(config), set(recorder.steps.tolist())
+        self.rank, self.world = parallel.rank(), parallel.world()
+
+    def begin(self, state: State | None) -> tuple[int, float]:
+        """Put the run where it was killed, else at `state`, else leave it at the initialization.
+
+        Returns the first step to take and the seconds spent before.
+        """
+        resumed, done = self.recorder.resumed, (self.config.start, 0.0)
+        if resumed is not None or state is not None:
+            self.velocity = set_state(self.net, state if resumed is None else resumed)
+        if resumed is None:
+            self.net.weights.add_(perturbation(self.config, self.net.weights))
+        else:
+            self.averages.sums.copy_(torch.from_numpy(resumed["averages"]))
+            done = int(resumed["step"]), float(resumed["wall_s"])
+        parallel.share_(self.net.weights, self.net.buffers, self.velocity, self.averages.sums)
+        parallel.distribute(self.net)
+        return parallel.share(done)
+
+    def take_steps(self, first: int, clock: float, report: Report) -> int | None:
+        """Take the steps from `first` to the end; return the step of divergence, or None."""
+        config, last_save = self.config, time.monotonic()
+        if config.compile:
+            self.net.module.compile()
+        self.net.module.train()
+        part = {"rank": self.rank, "world": self.world}
+        batches = self.dataset.stream(first, config.steps, config.batch_size, config.stream, **part)
+        chunk = _Chunk(first)
+        for step, (x, y) in enumerate(batches, start=first):
+            self._keep(step, chunk)
+            chunk.losses.append(self._step(step, x, y))
+            if len(chunk.losses) == CHUNK or step + 1 == config.steps:
+                if step + 1 == config.steps:
+                    self._keep(step + 1, chunk)
+                loss = chunk.write(self.recorder, self.lrs[chunk.first - config.start : step + 1 - config.start])
+                if chunk.diverged_at is not None:
+                    return chunk.diverged_at
+                report(len(chunk.losses), loss, self.lrs[step - config.start])
+                chunk = _Chunk(step + 1)
+                if time.monotonic() - last_save > RESUME_EVERY_S and self.rank == 0:
+                    state = get_state(self.net, self.velocity) | {"averages": self.averages.sums.cpu().numpy()}
+                    self.recorder.save_resume(step + 1, time.monotonic() - clock, state)
+                    last_save = time.monotonic()
+        return None
+
+    def _step(self, step: int, x: Tensor, y: Tensor) -> Tensor:
+        """Take one step; return the loss of its batch before it."""
+        # Dropout is a function of (stream, step), and of the process: each draws for its part of the batch.
+        _seed(self.net.device, (step * 1_000_003 + self.config.stream) * self.world + self.rank)
+        loss = batch_loss(self.net, x, y, self.config)
+        self.net.backward(loss)
+        sgd_step(self.net, self.velocity, self.lrs[step - self.config.start], self.config)
+        return loss.detach()
+
+    def _keep(self, step: int, chunk: _Chunk) -> None:
+        """Keep of x_step what is wanted."""
+        if step in self.wanted:
+            chunk.snapshots.append((step, self.net.weights.clone(), self.net.buffers.clone()))
+        self.averages.add(step - self.config.start, self.net.weights)
+        if step in self.recorder.keep and step > self.config.start:
+            self.recorder.save_state(step, get_state(self.net, self.velocity))
 
 
 def train_run(
     config: RunConfig,
     dataset: Dataset,
-    recorder_for: Callable[[FlatModel], Recorder],
+    recorder_for: Callable[[FlatModel], Recorder | Follower],
     begin: State | None = None,
     factory: ModelFactory | None = None,
     report: Report = lambda steps, loss, lr: None,
 ) -> Trajectory:
     """Train from the initialization, from `begin`, or from where a killed run stopped, and record it.
 
-    A non-finite loss ends the run: it is kept up to that step and marked as diverged.
+    Where torchrun started several processes, all of them call this: the recorder and `begin` of the first count. A
+    non-finite loss ends the run: it is kept up to that step and marked as diverged. Raises MemoryError naming the
+    settings to lower where the device has too little memory.
     """
-    with _fixed_threads(config.threads), torch.random.fork_rng():
+    share = f"the {parallel.world()} processes that share it must divide it"
+    require(config.batch_size % parallel.world() == 0, "batch_size", config.batch_size, share)
+    with _fixed_threads(config.threads), torch.random.fork_rng(), exact_float32(dataset.device):
         net = initial_model(config, dataset, factory)
-        recorder = recorder_for(net)
-        resumed = recorder.resumed
-        velocity = torch.zeros_like(net.weights)
-        if resumed is not None or begin is not None:
-            velocity = set_state(net, resumed if resumed is not None else begin)
-        if resumed is None:
-            net.weights.add_(perturbation(config, net.weights))
-        first = config.start if resumed is None else int(resumed["step"])
-        spent = 0.0 if resumed is None else float(resumed["wall_s"])
+        plan.require_memory(config, net.weights.numel(), net.device)
+        training = _Training(config, dataset, net, recorder_for(net))
+        first, spent = training.begin(begin)
         if first > config.start:
             report(first - config.start, float("nan"), config.lr)
         clock = time.monotonic() - spent
-        diverged_at = _steps(config, dataset, net, velocity, recorder, first, clock, report)
+        try:
+            diverged_at = training.take_steps(first, clock, report)
+        except torch.OutOfMemoryError as error:
+            raise MemoryError(_out_of_memory(config, net)) from error
     status = {
         "diverged_at": diverged_at,
         "parameters": net.weights.numel(),
         "wall_s": round(time.monotonic() - clock, 2),
         "device": torch.cuda.get_device_name() if net.device.type == "cuda" else "cpu",
+        "processes": parallel.world(),
         "torch": torch.__version__,
     }
-    return recorder.finish(status)
+    return training.recorder.finish(status, training.averages.sums.cpu().numpy())
 
 
-def _steps(
-    config: RunConfig,
-    dataset: Dataset,
-    net: FlatModel,
-    velocity: Tensor,
-    recorder: Recorder,
-    first: int,
-    clock: float,
-    report: Report,
-) -> int | None:
-    """Take the steps first..config.steps; return the step of divergence, or None."""
-    lrs, wanted = learning_rates(config), set(recorder.steps.tolist())
-    chunk, chunk_start, last_save = _Chunk(), first, time.monotonic()
-    if config.compile:
-        net.module.compile()
-    net.module.train()
-    batches = dataset.stream(first, config.steps, config.batch_size, config.stream)
-    for step, (x, y) in enumerate(batches, start=first):
-        if step in wanted:
-            chunk.keep_snapshot(step, net)
-        if step in recorder.keep and step > config.start:
-            recorder.save_state(step, get_state(net, velocity))
-        _seed(net.device, step * 1_000_003 + config.stream)  # dropout: a function of (stream, step)
-        loss = batch_loss(net, x, y, config)
-        net.backward(loss)
-        sgd_step(net, velocity, lrs[step - config.start], config)
-        chunk.losses.append(loss.detach())
-        if len(chunk.losses) == CHUNK or step + 1 == config.steps:
-            if step + 1 == config.steps and config.steps in wanted:
-                chunk.keep_snapshot(config.steps, net)
-            diverged_at = chunk.write(recorder, chunk_start, lrs)
-            if diverged_at is not None:
-                return diverged_at
-            report(len(chunk.losses), float(chunk.losses[-1]), lrs[step - config.start])
-            chunk, chunk_start = _Chunk(), step + 1
-            if time.monotonic() - last_save > RESUME_EVERY_S:
-                recorder.save_resume(step + 1, time.monotonic() - clock, get_state(net, velocity))
-                last_save = time.monotonic()
-    recorder.save_state(config.steps, get_state(net, velocity))
-    return None
+def _out_of_memory(config: RunConfig, net: FlatModel) -> str:
+    vectors = plan.memory_bytes(config, net.weights.numel()) / 1e9
+    return (
+        f"{net.device} ran out of memory training {config.model} of width {config.width} with batches of "
+        f"{config.batch_size // parallel.world()} in {config.precision} (vectors take {vectors:.2f} GB, activations "
+        'the rest): lower `batch_size` or `width`, use precision = "bfloat16", or let torchrun share each batch'
+    )

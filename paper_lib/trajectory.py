@@ -1,14 +1,14 @@
 """A recorded run on disk: the matrix of snapshots, buffers, per-step log and states to branch from, without pickle.
 
 A run's folder holds config.json, status.json, steps.npy (n,), weights.npy (n, P) float32, buffers.npy (n, Q),
-log.npy (n_steps, 2) with the loss of batch t at x_t and the learning rate of step t, and state-<step>.npz (weights,
-buffers, momentum). While it is being trained the folder is called <name>.part and also holds resume.npz.
+log.npy (n_steps, 2) with the loss of batch t at x_t and the learning rate of step t, averages.npy (k, P) float32 with
+the averages that were accumulated, and state-<step>.npz (weights, buffers, momentum). While it is being trained the
+folder is called <name>.part and also holds resume.npz.
 """
 
 from __future__ import annotations
 
 import json
-import math
 import os
 import shutil
 import zipfile
@@ -19,10 +19,11 @@ from typing import Any
 
 import numpy as np
 
-from paper_lib import files
+from paper_lib import averaging, files, plan
 from paper_lib.config import RunConfig, describe
+from paper_lib.validate import require
 
-State = dict[str, np.ndarray]  # weights (P,), buffers (Q,), momentum (P,) or (0,)
+State = dict[str, np.ndarray]  # weights (P,), buffers (Q,), momentum (P,) or (0,); averages (k, P) to resume from
 
 
 class SnapshotError(KeyError):
@@ -112,6 +113,28 @@ class Trajectory:
         rows = self.rows(np.arange(first, last + 1))
         return self.weights[rows[0] : rows[-1] + 1]
 
+    def average(self, a: np.ndarray) -> np.ndarray:
+        """The average a @ X over all iterates x_start..x_steps, a (steps - start + 1,), as float32 (P,).
+
+        From the snapshots where all that it weighs were kept, else as it was accumulated during training. Raises
+        SnapshotError where the run has neither, DivergedError for a diverged run.
+        """
+        config, a = self.config, averaging.check_weights(a)
+        n = config.steps - config.start + 1
+        require(a.shape == (n,), "an average of shape", a.shape, f"the run {self.folder.name} has {n} iterates")
+        self._require_before_divergence(config.steps)
+        for name, kept in zip(config.averages, self._averages, strict=True):
+            if np.allclose(averaging.named(name, n), a, rtol=0, atol=1e-12):
+                return kept
+        weighted = np.flatnonzero(a)
+        on_rows = np.zeros(len(self.steps))
+        on_rows[self.rows(config.start + weighted)] = a[weighted]
+        return averaging.average(on_rows, self.weights)
+
+    @cached_property
+    def _averages(self) -> np.ndarray:
+        return np.load(self.folder / "averages.npy", mmap_mode="r")
+
     def state(self, step: int | None = None) -> State:
         """Weights, buffers and momentum at a step (default: the last), to branch from.
 
@@ -141,7 +164,8 @@ class Trajectory:
         have = f"{describe(self.steps)}" if len(self.steps) else "none"
         return (
             f"the run {self.folder.name} kept no snapshot of step {describe(steps)}; it has {have}. "
-            f"Record it by adding e.g. '{steps[0]}-{steps[-1]}' to the run's `record`"
+            f"Record it by adding e.g. '{steps[0]}-{steps[-1]}' to the run's `record` (an average over such "
+            "steps can be named in its `averages` instead)"
         )
 
 
@@ -155,12 +179,13 @@ class Recorder:
         shapes = {
             "weights": (len(self.steps), n_weights),
             "buffers": (len(self.steps), n_buffers),
+            "averages": (len(config.averages), n_weights),
             "log": (config.steps - config.start, 2),
         }
         self.resumed = self._resume(shapes)
         if self.resumed is None:
             self._create(shapes)
-        self.weights, self.buffers, self.log = (self._map(name) for name in shapes)
+        self.weights, self.buffers, self.averages, self.log = (self._map(name) for name in shapes)
 
     def _map(self, name: str) -> np.ndarray:
         return np.load(self.part / f"{name}.npy", mmap_mode="r+")
@@ -176,17 +201,20 @@ class Recorder:
 
     def _create(self, shapes: dict[str, tuple[int, ...]]) -> None:
         shutil.rmtree(self.part, ignore_errors=True)
-        n, n_weights = shapes["weights"]
-        states = 3 * n_weights * (len(self.keep) + 2)  # weights, momentum, buffers; one to resume, twice while replaced
-        size = 4 * (n * (n_weights + shapes["buffers"][1]) + states) + 8 * math.prod(shapes["log"])
-        what = f"recording {n} snapshots of {n_weights:,} weights (4 bytes each)"
-        files.require_space(self.part.parent, size, what)
+        n_weights, n_buffers = shapes["weights"][1], shapes["buffers"][1]
+        what = f"recording {len(self.steps)} snapshots of {n_weights:,} weights (4 bytes each)"
+        files.require_space(self.part.parent, plan.disk_bytes(self.config, n_weights, n_buffers), what)
         self.part.mkdir(parents=True)
         for name, shape in shapes.items():
             files.allocate(self.part / f"{name}.npy", shape, "float64" if name == "log" else "float32")
 
+    def write_log(self, first: int, losses: np.ndarray, lrs: np.ndarray) -> None:
+        """Note losses and learning rates of the steps first, first + 1, ..."""
+        begin = first - self.config.start
+        self.log[begin : begin + len(losses)] = np.stack([losses, lrs], axis=1)
+
     def snapshot(self, step: int, weights: np.ndarray, buffers: np.ndarray) -> None:
-        """Record x_step if it belongs to a window."""
+        """Record x_step, which belongs to a window."""
         row = np.searchsorted(self.steps, step)
         self.weights[row], self.buffers[row] = weights, buffers
 
@@ -202,10 +230,11 @@ class Recorder:
         with files.replacing(self.part / "resume.npz") as path:
             np.savez(path, step=step, wall_s=wall_s, **state)
 
-    def finish(self, status: dict[str, Any]) -> Trajectory:
+    def finish(self, status: dict[str, Any], averages: np.ndarray) -> Trajectory:
         """Describe the run, forget what a diverged one did not reach, and move the folder into place."""
         end = self.config.steps if status["diverged_at"] is None else status["diverged_at"]
-        for array in (self.weights, self.buffers, self.log):
+        self.averages[:] = averages
+        for array in (self.weights, self.buffers, self.averages, self.log):
             array.flush()
         with files.replacing(self.part / "steps.npy") as path:
             np.save(path, self.steps[self.steps <= end])
@@ -214,4 +243,23 @@ class Recorder:
                 path.write_text(json.dumps(values, indent=1) + "\n")
         os.rename(self.part, self.final)  # the moment at which the run exists
         (self.final / "resume.npz").unlink(missing_ok=True)
+        return Trajectory(self.final)
+
+
+class Follower:
+    """Stands in for the Recorder in processes that help to train a run and write nothing."""
+
+    resumed = None
+
+    def __init__(self, folder: Path):
+        self.final, self.steps, self.keep = folder, np.zeros(0, np.int64), set()
+
+    def write_log(self, first: int, losses: np.ndarray, lrs: np.ndarray) -> None:
+        """Nothing."""
+
+    def save_resume(self, step: int, wall_s: float, state: State) -> None:
+        """Nothing."""
+
+    def finish(self, status: dict[str, Any], averages: np.ndarray) -> Trajectory:
+        """The run, which the Recorder's process finishes."""
         return Trajectory(self.final)

@@ -1,4 +1,4 @@
-"""Several runs at once on a CPU: one-thread worker processes, because a small network cannot use two threads.
+"""Several runs at once: one-thread worker processes, because a small network cannot use two; on GPUs, some to each.
 
 A worker is `python -m paper_lib.workers`: it reads one run per line, {"config", "folder"}, trains it through the run
 cache, and writes its progress as lines of JSON. (Plain subprocesses, not multiprocessing: that would import the
@@ -17,8 +17,13 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import IO, Any
 
+import torch
+
 from paper_lib.config import ROOT, RunConfig
 from paper_lib.train import Report
+
+RUNS_PER_GPU = 3  # of small networks, whose steps are too short to keep a GPU busy
+SMALL = ("resnet8", "resnet14", "resnet20")
 
 
 def train_parallel(jobs: Sequence[tuple[RunConfig, Path]], report: Report) -> None:
@@ -26,13 +31,11 @@ def train_parallel(jobs: Sequence[tuple[RunConfig, Path]], report: Report) -> No
 
     Leaving early, by an error or an interrupt, ends the workers; what they saved is where they go on next time.
     """
-    cores = max(1, (os.cpu_count() or 1) // max(config.threads for config, _ in jobs))
-    n_workers = len(jobs) if len(jobs) <= 2 * cores else cores  # 3 runs on 2 cores: share them rather than queue
     waiting: queue.SimpleQueue = queue.SimpleQueue()
     for config, folder in jobs:
         waiting.put(json.dumps({"config": config.to_dict(), "folder": str(folder)}))
     messages: queue.SimpleQueue = queue.SimpleQueue()
-    workers = [_start() for _ in range(n_workers)]
+    workers = [_start(variables) for variables in slots([config for config, _ in jobs])]
     try:
         for worker in workers:
             threading.Thread(target=_serve, args=(worker, waiting, messages), daemon=True).start()
@@ -51,13 +54,26 @@ def train_parallel(jobs: Sequence[tuple[RunConfig, Path]], report: Report) -> No
             worker.wait()
 
 
-def _start() -> subprocess.Popen:
+def slots(configs: Sequence[RunConfig]) -> list[dict[str, str]]:
+    """Environment variables of each worker process that may train one of `configs` at a time."""
+    n_gpus = torch.cuda.device_count()
+    if not n_gpus:
+        cores = max(1, (os.cpu_count() or 1) // max(config.threads for config in configs))
+        # 3 runs on 2 cores: share them rather than queue
+        return [{}] * (len(configs) if len(configs) <= 2 * cores else cores)
+    named = os.environ.get("CUDA_VISIBLE_DEVICES")
+    gpus = named.split(",") if named else [str(i) for i in range(n_gpus)]
+    side_by_side = RUNS_PER_GPU if all(config.model in SMALL for config in configs) else 1
+    return [{"CUDA_VISIBLE_DEVICES": gpu} for gpu in gpus * side_by_side][: len(configs)]
+
+
+def _start(variables: dict[str, str]) -> subprocess.Popen:
     path = os.pathsep.join(filter(None, [str(ROOT), os.environ.get("PYTHONPATH")]))
     return subprocess.Popen(
         [sys.executable, "-m", "paper_lib.workers"],
         stdin=subprocess.PIPE,
         stdout=subprocess.PIPE,
-        env={**os.environ, "PYTHONPATH": path},
+        env={**os.environ, **variables, "PYTHONPATH": path},
         text=True,
     )
 

@@ -19,10 +19,10 @@ def table():
     )
 
 
-@pytest.mark.parametrize("n", [21, 801])
-def test_every_average_is_one(n):
-    for weights in scoreboard.averages(n).values():
-        averaging.check_weights(weights, n)
+@pytest.mark.parametrize("n_steps", [20, 800])
+def test_every_average_is_one(n_steps):
+    for name in scoreboard.averages(n_steps).values():
+        averaging.check_weights(averaging.named(name, n_steps + 1), n_steps + 1)
 
 
 def test_the_summary_keeps_the_order_and_gives_percent(table):

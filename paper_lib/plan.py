@@ -1,0 +1,81 @@
+"""What a run takes, told before it starts: disk, memory of the device, and for a preset also time."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import numpy as np
+import psutil
+import torch
+
+from paper_lib.config import RunConfig, Study
+
+CHUNK = 25  # steps between looks at the loss, each of which waits for a GPU; snapshots pend on the device meanwhile
+
+
+def disk_bytes(config: RunConfig, n_weights: int, n_buffers: int = 0) -> int:
+    """What a run takes on disk at most, in bytes: snapshots, averages, states, log, what a killed run resumes from."""
+    n, k = len(config.snapshot_steps), len(config.averages)
+    state = 2 * n_weights + n_buffers  # weights, momentum, buffers
+    n_states = len({*config.checkpoints, config.steps})
+    resume = 2 * (state + k * n_weights)  # twice while it is being replaced
+    floats = n * (n_weights + n_buffers) + k * n_weights + n_states * state + resume
+    return 4 * floats + 16 * (config.steps - config.start)
+
+
+def memory_bytes(config: RunConfig, n_weights: int) -> int:
+    """What a run's vectors take on its device, in bytes: weights, gradient, momentum, averages, pending snapshots.
+
+    Activations come on top; they depend on the network and the batch size.
+    """
+    steps = config.snapshot_steps
+    pending = np.searchsorted(steps, steps + CHUNK) - np.arange(len(steps))
+    return 4 * n_weights * (3 + len(config.averages) + int(pending.max(initial=0)))
+
+
+def require_memory(config: RunConfig, n_weights: int, device: torch.device) -> None:
+    """Raise MemoryError with the arithmetic if a run's vectors do not fit into what is free on its device."""
+    needed = memory_bytes(config, n_weights)
+    free = torch.cuda.mem_get_info()[0] if device.type == "cuda" else psutil.virtual_memory().available
+    if needed > free:
+        raise MemoryError(
+            f"weights, gradient, momentum, {len(config.averages)} averages and up to {CHUNK} pending snapshots of "
+            f"{n_weights:,} weights (4 bytes each) need {needed / 1e9:.2f} GB, but {device} has {free / 1e9:.2f} GB "
+            "free: name fewer `averages`, `record` a larger stride, or narrow the network (`width`)"
+        )
+
+
+@dataclass(frozen=True)
+class Cost:
+    """One kind of run of a preset: how many, what each keeps, and what that takes."""
+
+    runs: str
+    number: int
+    steps: int
+    images: int
+    snapshots: int
+    averages: int
+    disk_gb: float
+    memory_gb: float
+
+
+def costs(study: Study, averages: tuple[str, ...], n_weights: int, n_buffers: int) -> list[Cost]:
+    """The runs that every notebook of a preset shares, for all its seeds."""
+    kinds = {"warm-up": study.run, "window": study.stationary(), "averaged": study.averaged(averages)}
+    kinds |= {"lr / 2": study.stationary(lr=study.run.lr / 2), "decayed": study.decayed()}
+    if study.averaged(averages) == study.stationary():
+        del kinds["averaged"]
+    n = len(study.seeds)
+    return [
+        Cost(
+            runs=name,
+            number=n,
+            steps=c.steps - c.start,
+            images=n * (c.steps - c.start) * c.batch_size,
+            snapshots=len(c.snapshot_steps),
+            averages=len(c.averages),
+            disk_gb=n * disk_bytes(c, n_weights, n_buffers) / 1e9,
+            memory_gb=memory_bytes(c, n_weights) / 1e9,
+        )
+        for name, c in kinds.items()
+    ]

@@ -1,0 +1,124 @@
+"""Several processes under torchrun: the trajectory of one process, also after a worker was killed."""
+
+import os
+import subprocess
+import sys
+import textwrap
+
+import numpy as np
+import pytest
+import torch
+from helpers import SMALL, SmallNet, small_data
+
+from paper_lib import batchnorm, parallel, runs
+from paper_lib.__main__ import main
+from paper_lib.trajectory import Trajectory
+
+CONFIG = SMALL.replace(lr=0.05, momentum=0.5, averages=("EMA 0.9", "uniform 10"), steps=30, record="0-30")
+
+# A parent, its branch, and one run in which the second process dies at step 15 when it is told to.
+JOB = textwrap.dedent(
+    """
+    import os, signal, sys
+    from helpers import SmallNet, small_data
+    from paper_lib import parallel, runs, train
+    from test_parallel import CONFIG
+    train.CHUNK, train.RESUME_EVERY_S = 5, 0.0
+    def report(steps, loss, lr, seen=[0]):
+        seen[0] += steps
+        if sys.argv[1] == "die" and seen[0] == 15 and parallel.rank() == 1:
+            os.kill(os.getpid(), signal.SIGKILL)
+        if sys.argv[1] == "resume" and parallel.rank() == 0:
+            print("report", steps, flush=True)
+    with parallel.processes():
+        assert parallel.world() == 2
+        run = runs.obtain(CONFIG, small_data(), SmallNet, report)
+        if sys.argv[1] == "resume":
+            runs.obtain(CONFIG.branch(5, record="35"), small_data(), SmallNet)
+        assert run.status["processes"] == 2  # it is there for every process
+    """
+)
+
+
+def torchrun(*words, n=2):
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={n}", *words]
+    here = os.path.dirname(__file__)
+    environment = {**os.environ, "PYTHONPATH": os.pathsep.join([here, *sys.path]), "OMP_NUM_THREADS": "1"}
+    return subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
+
+
+@pytest.fixture
+def own_folder(tmp_path, monkeypatch):
+    monkeypatch.setenv("PAPER_RUNS", str(tmp_path / "one"))
+    return tmp_path
+
+
+def test_two_processes_take_the_path_of_one_and_resume_when_one_is_killed(own_folder, monkeypatch):
+    alone = runs.obtain(CONFIG, small_data(), SmallNet)
+    branch = runs.obtain(CONFIG.branch(5, record="35"), small_data(), SmallNet)
+    monkeypatch.setenv("PAPER_RUNS", str(own_folder / "two"))
+    (own_folder / "job.py").write_text(JOB)
+    killed = torchrun(str(own_folder / "job.py"), "die")
+    folder = own_folder / "two" / alone.folder.name
+    assert killed.returncode != 0 and not folder.exists() and folder.with_name(folder.name + ".part").exists()
+    resumed = torchrun(str(own_folder / "job.py"), "resume")
+    assert resumed.returncode == 0, resumed.stderr
+    assert resumed.stdout.split()[:2] in (["report", "10"], ["report", "15"])  # it did not start again
+    together = Trajectory(folder)
+    assert together.status["processes"] == 2
+    for name in ("weights", "buffers", "loss"):  # BatchNorm included: its statistics are those of the global batch
+        np.testing.assert_allclose(getattr(together, name), getattr(alone, name), rtol=1e-4, atol=2e-6)
+    n = CONFIG.steps + 1
+    np.testing.assert_allclose(together.average(np.ones(n) / n), alone.average(np.ones(n) / n), rtol=1e-4, atol=2e-6)
+    np.testing.assert_allclose(together._averages, alone._averages, rtol=1e-4, atol=2e-6)
+    other = Trajectory(folder.with_name(branch.folder.name))
+    np.testing.assert_allclose(other.at(35), branch.at(35), rtol=1e-4, atol=2e-6)
+
+
+def test_a_preset_trains_under_torchrun(own_folder, capsys):
+    words = ["--preset", "smoke", "--steps", "6", "--window", "3", "--decay", "3", "--seeds", "0", "--norm", "group"]
+    done = torchrun("-m", "paper_lib", "train", *words)
+    assert done.returncode == 0, done.stderr
+    assert [line.split()[:3] for line in done.stdout.splitlines()] == [
+        ["stationary", "seed", "0:"],
+        ["decayed", "seed", "0:"],
+    ]
+    found = {path.name for path in (own_folder / "one").glob("digits-*")}
+    assert main(["train", *words]) == 0  # one process finds what two have trained
+    assert {path.name for path in (own_folder / "one").glob("digits-*")} == found and len(found) == 3
+
+
+def test_a_batch_that_cannot_be_shared_is_refused(own_folder, monkeypatch):
+    monkeypatch.setattr(parallel, "world", lambda: 3)
+    with pytest.raises(ValueError, match="batch_size = 8 is not allowed: the 3 processes"):
+        runs.obtain(CONFIG, small_data(), SmallNet)
+
+
+def test_alone_nothing_is_shared():
+    values = torch.tensor([1.0, 2.0])
+    assert parallel.rank() == 0 and parallel.world() == 1 and parallel.share("x") == "x"
+    assert parallel.mean(values) is values
+
+
+def test_synchronized_statistics_are_torchs_in_one_process(tmp_path):
+    """Forward, backward and running statistics, with and without affine parameters, also in evaluation mode."""
+    torch.distributed.init_process_group("gloo", init_method=f"file://{tmp_path}/rendezvous", rank=0, world_size=1)
+    try:
+        for affine, shape in ((True, (6, 3, 4, 4)), (False, (6, 3))):
+            kind = torch.nn.BatchNorm2d if len(shape) == 4 else torch.nn.BatchNorm1d
+            ours, theirs = kind(3, affine=affine), kind(3, affine=affine)
+            batchnorm.synchronize(ours)
+            for train in (True, True, False):
+                ours.train(train)
+                theirs.train(train)
+                x = torch.randn(shape).requires_grad_()
+                gradients = []
+                for layer in (ours, theirs):
+                    out = layer(x)
+                    gradients.append(torch.autograd.grad(out.pow(3).sum(), x)[0])
+                torch.testing.assert_close(ours(x), theirs(x))
+                torch.testing.assert_close(*gradients, rtol=1e-4, atol=1e-5)
+                torch.testing.assert_close(ours.running_var, theirs.running_var)
+                torch.testing.assert_close(ours.running_mean, theirs.running_mean)
+    finally:
+        torch.distributed.destroy_process_group()
