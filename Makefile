@@ -39,7 +39,7 @@ help: ## list the tasks and settings
 	@echo "  make NN_name     run one notebook, as figures would"
 	@echo
 	@echo "Settings, as in 'make figures CONFIG=cifar10 SEEDS=\"0 1 2\"':"
-	@echo "  CONFIG=digits    preset: smoke, digits, cifar10, cifar100, imagenet"
+	@echo "  CONFIG=digits    preset: smoke, digits, cifar10_small, cifar10, imagenet, ... (README)"
 	@echo "  SEEDS=\"0 1 2\"    seeds, instead of the preset's own"
 	@echo "  JOBS=2           notebooks at a time, which share the cores"
 	@echo "  DATA=data        where datasets are; likewise RESULTS=results and RUNS=runs"

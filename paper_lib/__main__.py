@@ -1,4 +1,4 @@
-"""The command line: `python -m paper_lib presets`, `train --preset digits --lr 0.5` or `bench`."""
+"""The command line: `python -m paper_lib` presets, train, plan, jpegs or bench."""
 
 from __future__ import annotations
 
@@ -6,11 +6,12 @@ import argparse
 import sys
 import typing
 from collections.abc import Sequence
+from pathlib import Path
 from typing import TYPE_CHECKING
 
-from paper_lib.config import RunConfig, Study
+from paper_lib.config import RunConfig, Study, folder
 from paper_lib.presets import PRESETS, RUN_SETTINGS, STUDY_SETTINGS, study
-from paper_lib.validate import ConfigError, check_names, parse_value
+from paper_lib.validate import ConfigError, check_names, parse_value, require
 
 if TYPE_CHECKING:
     from paper_lib.trajectory import Trajectory
@@ -43,6 +44,19 @@ def train_command(preset: str, words: Sequence[str]) -> None:
                     print(f"{name:10s} seed {run.config.seed}: {_end(run)}, {run.folder}", flush=True)
 
 
+def plan_command(preset: str, rate: float | None, words: Sequence[str]) -> None:
+    """Print what the runs that a preset's notebooks share will take."""
+    chosen = study(preset, **overrides(words))
+    from paper_lib import costs, scoreboard
+
+    require(rate is None or rate > 0, "images-per-second", rate, "it must be > 0")
+    table = costs.table(chosen, scoreboard.averages(chosen.averaged_steps).values(), rate)
+    print(f"{chosen.label}: {table.weights[0]:,} weights; a notebook may train more")
+    print(table.drop(columns="weights").to_string(index=False, float_format=lambda v: f"{v:,.2f}"))
+    sums = [f"{table[name].sum():,.2f} {name}" for name in ("million images", "GB on disk", "hours") if name in table]
+    print("together: " + ", ".join(sums))
+
+
 def _end(run: Trajectory) -> str:
     end = f"diverged at step {run.status['diverged_at']}" if run.diverged else f"{run.config.steps} steps"
     return f"{end}, batch loss {run.loss[-100:].mean():.3f}"
@@ -61,6 +75,12 @@ def main(argv: Sequence[str] | None = None) -> int:
         epilog="Any field of RunConfig or Study may follow as --field value; see paper_lib/config.py.",
     )
     trainer.add_argument("--preset", default="digits", help="one of: " + ", ".join(PRESETS))
+    planner = commands.add_parser("plan", help="print disk, memory and time that a preset's runs will take")
+    planner.add_argument("--preset", default="digits", help="one of: " + ", ".join(PRESETS))
+    planner.add_argument("--images-per-second", type=float, help="of all devices together, as measured by bench")
+    writer = commands.add_parser("jpegs", help="write CIFAR as a tree of JPEG files")
+    writer.add_argument("dataset", help="cifar10 or cifar100")
+    writer.add_argument("folder", type=Path)
     args, rest = parser.parse_known_args(argv)
     try:
         if args.command == "presets":
@@ -69,6 +89,12 @@ def main(argv: Sequence[str] | None = None) -> int:
             from paper_lib import bench
 
             bench.main()
+        elif args.command == "jpegs":
+            from paper_lib import jpegs
+
+            jpegs.write(args.dataset, folder("data"), args.folder)
+        elif args.command == "plan":
+            plan_command(args.preset, args.images_per_second, rest)
         else:
             train_command(args.preset, rest)
     except (ConfigError, OSError, MemoryError) as error:

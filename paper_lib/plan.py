@@ -1,14 +1,12 @@
-"""What a run takes, told before it starts: disk, memory of the device, and for a preset also time."""
+"""What a run takes on disk and on its device, told before it starts."""
 
 from __future__ import annotations
-
-from dataclasses import dataclass
 
 import numpy as np
 import psutil
 import torch
 
-from paper_lib.config import RunConfig, Study
+from paper_lib.config import RunConfig
 
 CHUNK = 25  # steps between looks at the loss, each of which waits for a GPU; snapshots pend on the device meanwhile
 
@@ -43,39 +41,3 @@ def require_memory(config: RunConfig, n_weights: int, device: torch.device) -> N
             f"{n_weights:,} weights (4 bytes each) need {needed / 1e9:.2f} GB, but {device} has {free / 1e9:.2f} GB "
             "free: name fewer `averages`, `record` a larger stride, or narrow the network (`width`)"
         )
-
-
-@dataclass(frozen=True)
-class Cost:
-    """One kind of run of a preset: how many, what each keeps, and what that takes."""
-
-    runs: str
-    number: int
-    steps: int
-    images: int
-    snapshots: int
-    averages: int
-    disk_gb: float
-    memory_gb: float
-
-
-def costs(study: Study, averages: tuple[str, ...], n_weights: int, n_buffers: int) -> list[Cost]:
-    """The runs that every notebook of a preset shares, for all its seeds."""
-    kinds = {"warm-up": study.run, "window": study.stationary(), "averaged": study.averaged(averages)}
-    kinds |= {"lr / 2": study.stationary(lr=study.run.lr / 2), "decayed": study.decayed()}
-    if study.averaged(averages) == study.stationary():
-        del kinds["averaged"]
-    n = len(study.seeds)
-    return [
-        Cost(
-            runs=name,
-            number=n,
-            steps=c.steps - c.start,
-            images=n * (c.steps - c.start) * c.batch_size,
-            snapshots=len(c.snapshot_steps),
-            averages=len(c.averages),
-            disk_gb=n * disk_bytes(c, n_weights, n_buffers) / 1e9,
-            memory_gb=memory_bytes(c, n_weights) / 1e9,
-        )
-        for name, c in kinds.items()
-    ]

@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import dataclasses
+from dataclasses import replace
 from typing import Any
 
 from paper_lib.config import RunConfig, Study, cut_record
 from paper_lib.validate import check_names, field_names
 
-CIFAR10 = Study(
+RESNET18 = Study(
     preset="cifar10",
     label="CIFAR-10, ResNet-18",
     run=RunConfig(
@@ -22,8 +22,24 @@ CIFAR10 = Study(
         record="0-50,250-14000/250",
         precision="bfloat16",
     ),
-    window=400,
+    window=200,
+    horizon=4000,
     decay=4000,
+)
+RESNET20 = RESNET18.run.replace(model="resnet20", width=16)
+STANDARD = RunConfig(  # the usual recipe for ImageNet, at a constant learning rate
+    data="imagefolder",
+    held_out=10_000,
+    image_size=224,
+    model="resnet50",
+    width=64,
+    batch_size=256,
+    lr=0.1,
+    momentum=0.9,
+    weight_decay=1e-4,
+    steps=150_000,
+    record="0-50,2500-150000/2500",
+    precision="bfloat16",
 )
 
 PRESETS: dict[str, Study] = {
@@ -42,27 +58,54 @@ PRESETS: dict[str, Study] = {
         label="digits, ResNet-8",
         run=RunConfig(steps=1500, record="0-50,75-1500/25"),
     ),
-    "cifar10": CIFAR10,
-    "cifar100": dataclasses.replace(
-        CIFAR10, preset="cifar100", label="CIFAR-100, ResNet-18", run=CIFAR10.run.replace(data="cifar100")
-    ),
-    "imagenet": Study(
-        preset="imagenet",
-        label="ImageNet, ResNet-50",
+    "cifar10_small": Study(
+        preset="cifar10_small",
+        label="CIFAR-10 (JPEG) at 16 pixels, ResNet-8 of width 16",
         run=RunConfig(
             data="imagefolder",
-            held_out=10_000,
-            image_size=224,
-            model="resnet50",
-            width=64,
-            batch_size=256,
-            lr=0.1,
-            momentum=0.9,
-            weight_decay=1e-4,
-            steps=150_000,
-            precision="bfloat16",
+            held_out=5000,
+            image_size=16,
+            model="resnet8",
+            width=16,
+            steps=2000,
+            record="0-50,75-2000/25",
         ),
-        window=50,
+        window=400,
+        decay=400,
+        probe_batches=8,
+        eval_batches=64,
+        eval_images=2000,
+    ),
+    "cifar10": RESNET18,
+    "cifar10_resnet20": replace(
+        RESNET18, preset="cifar10_resnet20", label="CIFAR-10, ResNet-20", run=RESNET20, window=800
+    ),
+    "cifar10_jpeg": replace(
+        RESNET18,
+        preset="cifar10_jpeg",
+        label="CIFAR-10 (JPEG), ResNet-18",
+        run=RESNET18.run.replace(data="imagefolder", image_size=32),
+    ),
+    "cifar100": replace(
+        RESNET18, preset="cifar100", label="CIFAR-100, ResNet-18", run=RESNET18.run.replace(data="cifar100")
+    ),
+    "images64": replace(  # Tiny ImageNet, or any tree of images, at 64 pixels
+        RESNET18,
+        preset="images64",
+        label="images at 64 pixels, ResNet-18",
+        run=RESNET18.run.replace(
+            data="imagefolder", image_size=64, batch_size=256, steps=20_000, record="0-50,500-20000/500"
+        ),
+    ),
+    "imagenet": Study(
+        preset="imagenet", label="ImageNet, ResNet-50", run=STANDARD, window=100, horizon=5000, decay=50_000
+    ),
+    "imagenet_resnet34": Study(
+        preset="imagenet_resnet34",
+        label="ImageNet, ResNet-34",
+        run=STANDARD.replace(model="resnet34"),
+        window=100,
+        horizon=5000,
         decay=50_000,
     ),
 }
@@ -90,4 +133,4 @@ def study(preset: str, **overrides: Any) -> Study:
     if isinstance(changes.get("steps"), int):
         changes.setdefault("record", cut_record(base.run.record, changes["steps"]))
     changed = {name: value for name, value in overrides.items() if name in STUDY_SETTINGS}
-    return dataclasses.replace(base, run=base.run.replace(**changes), **changed)
+    return replace(base, run=base.run.replace(**changes), **changed)

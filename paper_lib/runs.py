@@ -27,8 +27,8 @@ from paper_lib.models import FlatModel
 from paper_lib.train import ModelFactory
 from paper_lib.trajectory import Follower, Recorder, State, Trajectory
 
-DECISIVE = """augment averaging batchnorm data dataset decode digits imagefolder models parallel schedules streaming train
-vision""".split()
+DECISIVE = """augment averaging batchnorm data dataset decode digits imagefolder models parallel schedules streaming
+train vision""".split()
 FORMAT = 1  # of the files in a run's folder
 
 

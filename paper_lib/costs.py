@@ -1,0 +1,45 @@
+"""What a preset takes: images, disk, memory and hours, counted before anything runs (`python -m paper_lib plan`)."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+
+import pandas as pd
+import torch
+
+from paper_lib import models, plan
+from paper_lib.config import RunConfig, Study
+
+CLASSES = {"digits": (1, 10), "cifar10": (3, 10), "cifar100": (3, 100), "imagefolder": (3, 1000)}  # channels too
+
+
+def shared_runs(study: Study, averages: Iterable[str] = ()) -> dict[str, RunConfig]:
+    """The runs of one seed that most notebooks read, by what they are; `averages` are those of the scoreboard."""
+    averaged = study.averaged(averages)
+    found = {"warm-up": study.run, "window": study.stationary(), "averages": averaged}
+    found |= {"lr / 2": study.averaged((), lr=study.run.lr / 2), "decay": study.decayed()}
+    return {name: c for name, c in found.items() if name == "window" or c != study.stationary()}
+
+
+def table(study: Study, averages: Iterable[str] = (), images_per_second: float | None = None) -> pd.DataFrame:
+    """What the shared runs take, all seeds together: images, snapshots, GB on disk and on the device, and hours.
+
+    The network's size is counted, for a tree of images with ImageNet's 1,000 classes. GB on the device are of one run
+    and leave out activations. Hours need a rate, measured with `make bench`, of all devices together.
+    """
+    channels, classes = CLASSES[study.run.data]
+    with torch.device("meta"):
+        net = models.build(study.run.model, channels, classes, study.run.width, study.run.norm)
+    n_weights = sum(p.numel() for p in net.parameters())
+    n_buffers = sum(b.numel() for b in net.buffers() if b.is_floating_point())
+    rows, seeds = [], len(study.seeds)
+    for name, c in shared_runs(study, averages).items():
+        images = seeds * (c.steps - c.start) * c.batch_size
+        row = {"run": name, "seeds": seeds, "steps": c.steps - c.start, "million images": images / 1e6}
+        row |= {"snapshots": len(c.snapshot_steps), "averages": len(c.averages)}
+        row |= {"GB on disk": seeds * plan.disk_bytes(c, n_weights, n_buffers) / 1e9}
+        row |= {"GB on device": plan.memory_bytes(c, n_weights) / 1e9}
+        if images_per_second is not None:
+            row["hours"] = images / images_per_second / 3600
+        rows.append(row)
+    return pd.DataFrame(rows).assign(weights=n_weights)
