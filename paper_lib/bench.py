@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import itertools
 import os
 import tempfile
 import time
@@ -14,8 +15,11 @@ import torch
 import torch.nn.functional as F
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 from torch.utils.data import DataLoader, TensorDataset
+from torch.utils.flop_counter import FlopCounterMode
 
-from paper_lib import averaging, models, probe, runs
+from paper_lib import averaging, models, probe, runs, train
+from paper_lib import dataset as dataset_module
+from paper_lib.augment import FlipCrop
 from paper_lib.config import RunConfig
 from paper_lib.data import Dataset
 from paper_lib.presets import study
@@ -54,8 +58,9 @@ def plain_loop(config: RunConfig, dataset: Dataset) -> None:
     optimizer = torch.optim.SGD(net.parameters(), config.lr, config.momentum, weight_decay=config.weight_decay)
     x, y = dataset.batch(0, dataset.sizes["train"], 0)
     loader = DataLoader(TensorDataset(x.cpu(), y.cpu()), config.batch_size, shuffle=True)
-    for _, (x, y) in zip(range(config.steps), loader, strict=False):
-        loss = F.cross_entropy(net(x.to(dataset.device)), y.to(dataset.device))
+    for x, y in itertools.islice(itertools.chain.from_iterable(itertools.repeat(loader)), config.steps):
+        with torch.autocast(dataset.device.type, torch.bfloat16, enabled=config.precision == "bfloat16"):
+            loss = F.cross_entropy(net(x.to(dataset.device)), y.to(dataset.device))
         optimizer.zero_grad()
         loss.backward()
         optimizer.step()
@@ -72,9 +77,57 @@ def training() -> list[dict]:
         recorded = seconds(lambda: runs.train_seeds(every, SEEDS))
     n = STEPS * len(SEEDS)
     return [
+        *one_run(config, dataset),
         row(f"train {len(SEEDS)} seeds, {STEPS} steps", n / ours, n / plain, "steps/s", "plain DataLoader + SGD loops"),
         row("the same, every iterate recorded", n / recorded, n / ours, "steps/s", "training without recording"),
     ]
+
+
+def matrix_rate(device: torch.device, dtype: torch.dtype) -> float:
+    """FLOP/s of a large matrix product: what the device can do with numbers of this type."""
+    n = 8192 if device.type == "cuda" else 2048
+    a = torch.randn(n, n, device=device).to(dtype)
+    return 2 * n**3 / min(seconds(lambda: a @ a) for _ in range(5))
+
+
+def step_flops(config: RunConfig, dataset: Dataset) -> int:
+    """FLOPs of the matrix products and convolutions of one training step, forward and backward."""
+    net, (x, y) = train.initial_model(config, dataset), dataset.batch(0, config.batch_size, 0)
+    with FlopCounterMode(display=False) as counter:
+        net.backward(F.cross_entropy(net.forward(x), y))
+    return counter.get_total_flops()
+
+
+def one_run(config: RunConfig, dataset: Dataset) -> list[dict]:
+    """One run alone, in images/s, against its floor (its FLOPs at the measured matrix rate) and a plain loop."""
+    dtype = torch.bfloat16 if config.precision == "bfloat16" else torch.float32
+    before = torch.get_num_threads()
+    torch.set_num_threads(config.threads)
+    floor = config.batch_size * matrix_rate(dataset.device, dtype) / step_flops(config, dataset)
+    torch.set_num_threads(before)
+    images = config.steps * config.batch_size
+    plain = images / seconds(lambda: plain_loop(config, dataset))
+    with empty_run_cache():
+        ours = images / runs.obtain(config, dataset).status["wall_s"]
+    what = f"train {config.model}, width {config.width}, batch {config.batch_size}, {config.precision}"
+    return [
+        row(what, ours, floor, "images/s", "its FLOPs at the matrix rate (floor)"),
+        row(what, ours, plain, "images/s", "plain DataLoader + SGD loop, all threads"),
+    ]
+
+
+def large_run() -> list[dict]:
+    """The preset cifar10's network on a GPU, on random images of CIFAR's shape; nothing where there is no GPU."""
+    device = train.default_device()
+    if device.type != "cuda":
+        return []
+    config = study("cifar10", steps=STEPS, record="").run
+    x, y = torch.randint(256, (50_000, 3, 32, 32), dtype=torch.uint8), torch.randint(10, (50_000,))
+    images, labels = {"train": x, "test": x[:100]}, {"train": y, "test": y[:100]}
+    dataset = dataset_module.TensorDataset("random", images, labels, 10, augment=FlipCrop(4), content="random").to(
+        device
+    )
+    return one_run(config, dataset)
 
 
 def naive_losses(config: RunConfig, dataset: Dataset, states: list[dict], x: torch.Tensor, y: torch.Tensor) -> None:
@@ -132,6 +185,6 @@ def row(what: str, ours: float, other: float, unit: str, against: str) -> dict:
 
 def main() -> None:
     """Run all benchmarks and print the table."""
-    print(f"{os.cpu_count()} cores, torch {torch.__version__}, {runs.train.default_device()}")
-    table = pd.DataFrame([*training(), *probing(), *averages()])
+    print(f"{os.cpu_count()} cores, torch {torch.__version__}, {train.default_device()}")
+    table = pd.DataFrame([*training(), *large_run(), *probing(), *averages()])
     print(table.to_string(index=False, float_format=lambda v: f"{v:,.2f}"))

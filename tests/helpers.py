@@ -1,5 +1,9 @@
 """What tests of training and probing share: small data, a small network, runs in a folder of their own."""
 
+import os
+import subprocess
+import sys
+
 import numpy as np
 import torch
 from torch import nn
@@ -29,3 +33,11 @@ def small_data(n: int = 120) -> data.Dataset:
 
 
 SMALL = RunConfig(data="tensors", batch_size=8, lr=0.1, steps=40, record="0-40")
+
+
+def torchrun(*words: str, n: int = 2) -> subprocess.CompletedProcess:
+    """Run a script, or `-m module`, in n processes that find the tests' modules."""
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={n}", *words]
+    here = os.path.dirname(__file__)
+    environment = {**os.environ, "PYTHONPATH": os.pathsep.join([here, *sys.path]), "OMP_NUM_THREADS": "1"}
+    return subprocess.run(command, env=environment, capture_output=True, text=True, check=False)

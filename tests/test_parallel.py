@@ -1,14 +1,11 @@
 """Several processes under torchrun: the trajectory of one process, also after a worker was killed."""
 
-import os
-import subprocess
-import sys
 import textwrap
 
 import numpy as np
 import pytest
 import torch
-from helpers import SMALL, SmallNet, small_data
+from helpers import SMALL, SmallNet, small_data, torchrun
 
 from paper_lib import batchnorm, parallel, runs
 from paper_lib.__main__ import main
@@ -38,13 +35,6 @@ JOB = textwrap.dedent(
         assert run.status["processes"] == 2  # it is there for every process
     """
 )
-
-
-def torchrun(*words, n=2):
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={n}", *words]
-    here = os.path.dirname(__file__)
-    environment = {**os.environ, "PYTHONPATH": os.pathsep.join([here, *sys.path]), "OMP_NUM_THREADS": "1"}
-    return subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
 
 
 @pytest.fixture

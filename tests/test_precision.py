@@ -1,0 +1,72 @@
+"""Reduced precision belongs to training alone: bfloat16 trains as float32 does, and no probe is moved by it."""
+
+import numpy as np
+import pytest
+import torch
+from helpers import SMALL, SmallNet, small_data
+
+from paper_lib import models, probe, runs, workers
+
+SEEDS = (0, 1, 2)
+
+
+@pytest.fixture(autouse=True)
+def own_folder(tmp_path, monkeypatch):
+    monkeypatch.setenv("PAPER_RUNS", str(tmp_path / "runs"))
+
+
+@pytest.fixture
+def pair():
+    """Runs in float32 and in bfloat16, per seed."""
+    return [
+        runs.train_seeds(SMALL.replace(precision=precision, steps=80, record="80"), SEEDS, small_data(), SmallNet)
+        for precision in ("float32", "bfloat16")
+    ]
+
+
+def test_bfloat16_trains_within_the_spread_of_the_seeds(pair):
+    exact, reduced = (np.array([run.loss[-20:].mean() for run in runs_]) for runs_ in pair)
+    assert not np.array_equal(exact, reduced)
+    assert np.abs(exact - reduced).max() < exact.std(ddof=1)
+    assert pair[1][0].weights.dtype == np.float32  # the master weights
+
+
+def test_probes_do_not_know_how_a_run_was_trained(pair):
+    dataset = small_data()
+    x, y = probe.fixed_batches(dataset, 4, 8, seed=0)
+    weights = pair[0][0].at(80)
+    found = [probe.losses(runs.network(r[0], dataset, SmallNet), weights, x, y) for r in pair]
+    np.testing.assert_array_equal(*found)
+    net = SmallNet().double()
+    flat = models.FlatModel(SmallNet())
+    flat.weights.copy_(torch.from_numpy(np.array(weights)))
+    net.load_state_dict({name: value.double() for name, value in flat.module.state_dict().items()}, strict=False)
+    exact = [torch.nn.functional.cross_entropy(net(xs.double()), ys).item() for xs, ys in zip(x, y, strict=True)]
+    np.testing.assert_allclose(found[0], exact, rtol=1e-5)  # bfloat16 or TF32 would be off by 1e-3
+
+
+def test_on_a_gpu_convolutions_are_exact_and_repeatable_and_settings_come_back():
+    before = torch.backends.cudnn.deterministic, torch.backends.cudnn.allow_tf32
+    with models.exact_float32(torch.device("cuda")):
+        assert torch.backends.cudnn.deterministic and not torch.backends.cudnn.allow_tf32
+    assert (torch.backends.cudnn.deterministic, torch.backends.cudnn.allow_tf32) == before
+    with models.exact_float32(torch.device("cpu")):
+        assert (torch.backends.cudnn.deterministic, torch.backends.cudnn.allow_tf32) == before
+
+
+@pytest.mark.parametrize(
+    ("model", "n_runs", "visible", "expected"),
+    [
+        ("resnet18_cifar", 5, None, ["0", "1"]),
+        ("resnet18_cifar", 1, None, ["0"]),
+        ("resnet8", 5, None, ["0", "1", "0", "1", "0"]),
+        ("resnet8", 2, "3,5", ["3", "5"]),
+    ],
+)
+def test_runs_spread_over_the_gpus(model, n_runs, visible, expected, monkeypatch):
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
+    monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
+    if visible:
+        monkeypatch.setenv("CUDA_VISIBLE_DEVICES", visible)
+    found = workers.slots([SMALL.replace(model=model, seed=i) for i in range(n_runs)])
+    assert [slot["CUDA_VISIBLE_DEVICES"] for slot in found] == expected

@@ -1,0 +1,83 @@
+"""ImageNet's path on a small tree of images: streamed, resumed amid an epoch, shared between two."""
+
+import textwrap
+
+import numpy as np
+import pytest
+from helpers import torchrun
+from PIL import Image
+
+from paper_lib import data, runs, train
+from paper_lib.config import RunConfig
+from paper_lib.trajectory import Trajectory
+
+# 30 training images of 36, 6 to a batch: an epoch is 5 steps.
+CONFIG = RunConfig(
+    data="imagefolder",
+    held_out=6,
+    image_size=32,
+    model="resnet8",
+    width=4,
+    batch_size=6,
+    lr=0.005,
+    steps=13,
+    record="0-13",
+)
+
+
+def load(root):
+    return data.load("imagefolder", root, held_out=6, image_size=32, progress=False, streaming=True)
+
+
+@pytest.fixture
+def tree(tmp_path, monkeypatch):
+    monkeypatch.setenv("PAPER_RUNS", str(tmp_path / "runs"))
+    rng = np.random.default_rng(0)
+    for split, n in (("train", 12), ("val", 4)):
+        for label, name in enumerate(("ant", "bee", "cat")):
+            folder = tmp_path / "tree" / split / name
+            folder.mkdir(parents=True)
+            for i in range(n):
+                pixels = rng.integers(0, 150 + 50 * label, (48, 56, 3), dtype=np.uint8)
+                Image.fromarray(pixels).save(folder / f"{i}.jpg")
+    return tmp_path / "tree"
+
+
+def test_a_run_stopped_amid_an_epoch_goes_on_to_the_same_bits(tree, tmp_path, monkeypatch):
+    whole = runs.obtain(CONFIG, load(tree))
+    monkeypatch.setenv("PAPER_RUNS", str(tmp_path / "interrupted"))
+    monkeypatch.setattr(train, "CHUNK", 2)
+    monkeypatch.setattr(train, "RESUME_EVERY_S", 0.0)
+    done = []
+
+    def interrupt(steps, loss, lr):
+        done.append(steps)
+        if sum(done) == 8:
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        runs.obtain(CONFIG, load(tree), report=interrupt)
+    resumed = runs.obtain(CONFIG, load(tree), report=lambda steps, loss, lr: done.append(steps))
+    assert done[4] == 6  # in the second epoch
+    for name in ("weights", "buffers", "loss"):
+        np.testing.assert_array_equal(getattr(resumed, name), getattr(whole, name))
+
+
+def test_two_processes_stream_the_global_batches_of_one(tree, tmp_path, monkeypatch):
+    alone = runs.obtain(CONFIG, load(tree))
+    job = """
+        import sys
+        from paper_lib import parallel, runs
+        from test_streamed_training import CONFIG, load
+        with parallel.processes():
+            runs.obtain(CONFIG, load(sys.argv[1]))
+    """
+    (tmp_path / "job.py").write_text(textwrap.dedent(job))
+    monkeypatch.setenv("PAPER_RUNS", str(tmp_path / "two"))
+    done = torchrun(str(tmp_path / "job.py"), str(tree))
+    assert done.returncode == 0, done.stderr
+    together = Trajectory(tmp_path / "two" / alone.folder.name)
+    for name in ("weights", "buffers", "loss"):
+        np.testing.assert_allclose(getattr(together, name), getattr(alone, name), rtol=1e-3, atol=1e-4)
+    moved = np.linalg.norm(alone.at(13) - alone.at(0))
+    assert np.linalg.norm(together.at(13) - alone.at(13)) < 1e-2 * moved
