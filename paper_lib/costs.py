@@ -10,7 +10,8 @@ import torch
 from paper_lib import models, plan
 from paper_lib.config import RunConfig, Study
 
-CLASSES = {"digits": (1, 10), "cifar10": (3, 10), "cifar100": (3, 100), "imagefolder": (3, 1000)}  # channels too
+CLASSES = {"digits": 10, "cifar10": 10, "cifar100": 100}
+TREES = {64: 200, 224: 1000}  # classes of Tiny ImageNet and ImageNet, by image size; of any other tree 10
 
 
 def shared_runs(study: Study, averages: Iterable[str] = ()) -> dict[str, RunConfig]:
@@ -24,11 +25,12 @@ def shared_runs(study: Study, averages: Iterable[str] = ()) -> dict[str, RunConf
 def table(study: Study, averages: Iterable[str] = (), images_per_second: float | None = None) -> pd.DataFrame:
     """What the shared runs take, all seeds together: images, snapshots, GB on disk and on the device, and hours.
 
-    The network's size is counted, for a tree of images with ImageNet's 1,000 classes. GB on the device are of one run
-    and leave out activations. Hours need a rate, measured with `make bench`, of all devices together.
+    The network's size is counted; of a tree of images the classes are assumed, see TREES. GB on the device are of one
+    run and leave out activations. Hours need a rate, measured with `make bench`, of all devices together.
     """
-    channels, classes = CLASSES[study.run.data]
+    classes = CLASSES.get(study.run.data) or TREES.get(study.run.image_size, 10)
     with torch.device("meta"):
+        channels = 1 if study.run.data == "digits" else 3
         net = models.build(study.run.model, channels, classes, study.run.width, study.run.norm)
     n_weights = sum(p.numel() for p in net.parameters())
     n_buffers = sum(b.numel() for b in net.buffers() if b.is_floating_point())

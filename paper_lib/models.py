@@ -80,23 +80,43 @@ class ResNet(nn.Module):
 TORCHVISION_MODELS = ("resnet18", "resnet34", "resnet50")
 
 
+class Shift(nn.Module):
+    """A bias per channel: what remains of a normalization layer without the normalization."""
+
+    def __init__(self, channels: int):
+        super().__init__()
+        self.bias = nn.Parameter(torch.zeros(channels))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x + self.bias.view(-1, 1, 1)
+
+
+def _torchvision(name: str, n_classes: int, norm: str) -> nn.Module:
+    """One of torchvision's networks; without normalization each block starts as the identity, as in `ResNet`."""
+    import torchvision  # slow to import, and only these networks need it
+
+    layer = {"batch": None, "none": Shift}.get(norm, lambda channels: normalization(norm, channels))
+    net = getattr(torchvision.models, name)(num_classes=n_classes, norm_layer=layer)
+    if norm == "none":
+        last = "conv2" if name in ("resnet18", "resnet34") else "conv3"  # of a basic block, of a bottleneck
+        for block in (block for stage in (net.layer1, net.layer2, net.layer3, net.layer4) for block in stage):
+            nn.init.zeros_(getattr(block, last).weight)
+    return net
+
+
 def build(name: str, in_channels: int, n_classes: int, width: int = 16, norm: str = "batch") -> nn.Module:
     """Return a network by name, initialized from torch's current random state.
 
     resnet<6n+2> (8, 14, 20, 32, 44, 56, 110): the CIFAR family, three stages of n blocks.
     resnet18_cifar: four stages of two blocks with a 3x3 stem (width 64 is the usual one).
-    resnet18, resnet34, resnet50: torchvision's for ImageNet (batch or group norm, 3 channels).
-    Raises ConfigError for any other name, or where a torchvision network cannot be had with these settings.
+    resnet18, resnet34, resnet50: torchvision's for ImageNet (3 channels, `width` ignored).
+    Raises ConfigError for any other name, or a torchvision network with other than 3 channels.
     """
     if name == "resnet18_cifar":
         return ResNet((2, 2, 2, 2), width, norm, in_channels, n_classes)
     if name in TORCHVISION_MODELS:
-        require(norm != "none", "norm", norm, f"{name} is torchvision's and needs batch or group")
         require(in_channels == 3, "in_channels", in_channels, f"{name} is torchvision's and needs 3")
-        import torchvision  # slow to import, and only these networks need it
-
-        layer = None if norm == "batch" else lambda channels: normalization(norm, channels)
-        return getattr(torchvision.models, name)(num_classes=n_classes, norm_layer=layer)
+        return _torchvision(name, n_classes, norm)
     match = re.fullmatch(r"resnet(\d+)", name)
     allowed = f"resnet8, resnet14, resnet20, ... (6n+2), resnet18_cifar, {', '.join(TORCHVISION_MODELS)}"
     depth = int(match.group(1)) if match else 0

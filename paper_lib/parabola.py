@@ -14,7 +14,7 @@ from tqdm import tqdm
 from paper_lib import figures, one_step, probe, runs
 from paper_lib.config import RunConfig
 from paper_lib.data import Dataset
-from paper_lib.models import TORCHVISION_MODELS, FlatModel
+from paper_lib.models import FlatModel
 from paper_lib.train import ModelFactory
 from paper_lib.trajectory import Trajectory
 from paper_lib.validate import require
@@ -122,8 +122,7 @@ def variants(run: RunConfig, steps: int) -> dict[str, RunConfig]:
     """Short runs that differ in one thing, by name: normalization (none: at a quarter of the learning rate), depth."""
     base = run.replace(steps=steps, record="", checkpoints=())
     found = {"as it is": base, "group norm": base.replace(norm="group")}
-    if run.model not in TORCHVISION_MODELS:  # which cannot do without normalization
-        found["no norm"] = base.replace(norm="none", lr=run.lr / 4)
+    found["no norm"] = base.replace(norm="none", lr=run.lr / 4)
     if run.model in DEEPER:
         found[DEEPER[run.model].replace("resnet", "ResNet-")] = base.replace(model=DEEPER[run.model])
     return found

@@ -10,10 +10,10 @@ import re
 import sys
 from pathlib import Path
 
-from paper_lib import claims
+from paper_lib import claims, costs, scoreboard
 from paper_lib.config import ROOT, folder
 from paper_lib.files import replacing
-from paper_lib.presets import study
+from paper_lib.presets import PRESETS, study
 from paper_lib.validate import ConfigError
 
 README = ROOT / "README.md"
@@ -68,7 +68,21 @@ def scoreboard_table(results: Path) -> str:
     return (results / "scoreboard.md").read_text()
 
 
-TABLES = {"claims": claims_table, "notebooks": notebooks_table, "scoreboard": scoreboard_table}
+def costs_table(results: Path) -> str:
+    """What the runs that a preset's notebooks share take, all seeds together, in Markdown: one line per preset."""
+    del results  # counted, not measured
+    lines = ["| preset | weights | million images | GB on disk | GB on the device |", "|---|---|---|---|---|"]
+    for preset, chosen in PRESETS.items():
+        table = costs.table(chosen, scoreboard.averages(chosen.averaged_steps).values())
+        cells = [f"{table[name].sum():,.2f}" for name in ("million images", "GB on disk")]
+        cells.append(f"{table['GB on device'].max():,.2f}")
+        lines.append(f"| {preset} | {table.weights[0]:,} | {' | '.join(cells)} |")
+    return "\n".join(lines) + "\n"
+
+
+TABLES = {
+    "claims": claims_table, "notebooks": notebooks_table, "scoreboard": scoreboard_table, "costs": costs_table
+}  # fmt: skip
 
 
 def updated(text: str) -> str:

@@ -39,8 +39,18 @@ def test_unknown_networks_are_refused(name):
 def test_torchvision_networks_say_what_they_need():
     with pytest.raises(ConfigError, match="in_channels = 1"):
         models.build("resnet18", 1, 10)
-    with pytest.raises(ConfigError, match="norm = 'none'"):
-        models.build("resnet18", 3, 10, norm="none")
+
+
+@pytest.mark.parametrize(("name", "kept"), [("resnet18", 8), ("resnet50", 16)])
+def test_torchvision_networks_without_normalization_start_with_blocks_that_do_nothing(name, kept):
+    net = models.build(name, 3, 10, norm="none")
+    assert not [m for m in net.modules() if isinstance(m, nn.BatchNorm2d | nn.GroupNorm)]
+    blocks = [block for stage in (net.layer1, net.layer2, net.layer3, net.layer4) for block in stage]
+    same = [block for block in blocks if block.downsample is None]
+    x = torch.rand(1, same[0].conv1.in_channels, 4, 4)
+    assert len(blocks) == kept and torch.equal(same[0](x), x)
+    net(torch.randn(2, 3, 32, 32)).sum().backward()
+    assert all(torch.isfinite(p.grad).all() for p in net.parameters())
 
 
 @pytest.fixture
