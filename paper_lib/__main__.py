@@ -33,15 +33,17 @@ def overrides(words: Sequence[str]) -> dict[str, typing.Any]:
 
 
 def train_command(preset: str, words: Sequence[str]) -> None:
-    """Train a preset's warm-up, stationary window and decayed run for every seed; torchrun shares each run."""
+    """Train the runs that a preset's notebooks share, for every seed; torchrun's processes train each together."""
     chosen = study(preset, **overrides(words))
-    from paper_lib import parallel, runs  # torch takes seconds to import: not before the settings are known to be good
+    # torch takes seconds to import: not before the settings are known to be good
+    from paper_lib import costs, parallel, runs, scoreboard
 
+    averages = scoreboard.averages(chosen.averaged_steps).values()
     with parallel.processes():
-        for name, config in (("stationary", chosen.stationary()), ("decayed", chosen.decayed())):
+        for name, config in costs.shared_runs(chosen, averages).items():
             for run in runs.train_seeds(config, chosen.seeds):
                 if parallel.rank() == 0:
-                    print(f"{name:10s} seed {run.config.seed}: {_end(run)}, {run.folder}", flush=True)
+                    print(f"{name:8s} seed {run.config.seed}: {_end(run)}, {run.folder}", flush=True)
 
 
 def plan_command(preset: str, rate: float | None, words: Sequence[str]) -> None:

@@ -38,5 +38,5 @@ def test_training_from_the_command_line(tmp_path, monkeypatch, capsys):
     words = ["--preset", "smoke", "--steps", "10", "--window", "5", "--decay", "5", "--seeds", "4", "--lr", "0.5"]
     assert main(["train", *words]) == 0
     lines = capsys.readouterr().out.splitlines()
-    assert [line.split()[:3] for line in lines] == [["stationary", "seed", "4:"], ["decayed", "seed", "4:"]]
-    assert len(list(tmp_path.glob("digits-resnet8-*"))) == 3
+    assert [line.split(" seed 4: ")[0].strip() for line in lines] == ["warm-up", "window", "lr / 2", "decay"]
+    assert len(list(tmp_path.glob("digits-resnet8-*"))) == 4

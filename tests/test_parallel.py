@@ -66,16 +66,14 @@ def test_two_processes_take_the_path_of_one_and_resume_when_one_is_killed(own_fo
 
 
 def test_a_preset_trains_under_torchrun(own_folder, capsys):
-    words = ["--preset", "smoke", "--steps", "6", "--window", "3", "--decay", "3", "--seeds", "0", "--norm", "group"]
+    words = ["--preset", "smoke", "--steps", "6", "--window", "3", "--horizon", "4", "--decay", "3", "--seeds", "0"]
     done = torchrun("-m", "paper_lib", "train", *words)
     assert done.returncode == 0, done.stderr
-    assert [line.split()[:3] for line in done.stdout.splitlines()] == [
-        ["stationary", "seed", "0:"],
-        ["decayed", "seed", "0:"],
-    ]
+    kinds = [line.split(" seed 0: ")[0].strip() for line in done.stdout.splitlines()]
+    assert kinds == ["warm-up", "window", "averages", "lr / 2", "decay"]  # said once, by the first process
     found = {path.name for path in (own_folder / "one").glob("digits-*")}
     assert main(["train", *words]) == 0  # one process finds what two have trained
-    assert {path.name for path in (own_folder / "one").glob("digits-*")} == found and len(found) == 3
+    assert {path.name for path in (own_folder / "one").glob("digits-*")} == found and len(found) == 5
 
 
 def test_a_batch_that_cannot_be_shared_is_refused(own_folder, monkeypatch):
