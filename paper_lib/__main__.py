@@ -1,4 +1,4 @@
-"""The command line: `python -m paper_lib presets`, `train --preset digits --lr 0.5` or `bench`."""
+"""The command line: `python -m paper_lib presets`, `train --preset digits --lr 0.5`, `cooldown` or `bench`."""
 
 from __future__ import annotations
 
@@ -9,6 +9,7 @@ from collections.abc import Sequence
 
 from paper_lib.config import RunConfig, Study
 from paper_lib.presets import PRESETS, RUN_SETTINGS, STUDY_SETTINGS, study
+from paper_lib.schedules import COOLDOWNS
 from paper_lib.validate import ConfigError, check_names, parse_value
 
 
@@ -51,7 +52,13 @@ def main(argv: Sequence[str] | None = None) -> int:
         epilog="Any field of RunConfig or Study may follow as --field value; see paper_lib/config.py.",
     )
     trainer.add_argument("--preset", default="digits", help="one of: " + ", ".join(PRESETS))
+    cooler = commands.add_parser("cooldown", help="average your own checkpoints as a learning-rate cooldown would")
+    cooler.add_argument("checkpoints", nargs="+", help="files, or a folder: .pt, .pth or .safetensors, named by step")
+    cooler.add_argument("--schedule", default="linear", help="one of: " + ", ".join(COOLDOWNS))
+    cooler.add_argument("--output", required=True, help="the averaged checkpoint")
     args, rest = parser.parse_known_args(argv)
+    if rest and args.command != "train":
+        parser.error(f"unknown words for {args.command}: {' '.join(rest)}")
     try:
         if args.command == "presets":
             print("\n".join(PRESETS))
@@ -59,6 +66,10 @@ def main(argv: Sequence[str] | None = None) -> int:
             from paper_lib import bench
 
             bench.main()
+        elif args.command == "cooldown":
+            from paper_lib import checkpoints
+
+            checkpoints.cooldown_files(args.checkpoints, args.schedule, args.output)
         else:
             train_command(args.preset, rest)
     except (ConfigError, OSError) as error:
