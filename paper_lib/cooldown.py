@@ -11,13 +11,11 @@ import seaborn as sns
 from matplotlib.axes import Axes
 from tqdm import tqdm
 
-from paper_lib import averaging, emulation, figures, runs, schedules
+from paper_lib import averaging, emulation, figures, schedules
 from paper_lib.config import RunConfig
-from paper_lib.data import Dataset
 from paper_lib.equivalence import to_average
 from paper_lib.evaluation import Evaluator
 from paper_lib.timescales import Modes
-from paper_lib.train import ModelFactory
 from paper_lib.trajectory import Trajectory
 from paper_lib.validate import require
 
@@ -51,21 +49,9 @@ class Cooldown:
         on_run[run.rows([*kept[:-1], self.end])] = averaging.on_snapshots(a, kept - self.begin)
         return on_run
 
-    def branch(self, run: RunConfig) -> RunConfig:
+    def branch(self, run: RunConfig, **changes) -> RunConfig:
         """The run that leaves `run` where the cooldown begins and trains it, on the same batches."""
-        return emulation.leave(run, self.begin, self.length, schedule=self.schedule, record="")
-
-
-def train(
-    cooldowns: Sequence[Cooldown],
-    trajectories: Sequence[Trajectory],
-    dataset: Dataset | None = None,
-    model: ModelFactory | None = None,
-) -> list[list[Trajectory]]:
-    """Train what `measure` compares with: for every trajectory, the branch of each cooldown."""
-    found = runs.train_all([c.branch(run.config) for run in trajectories for c in cooldowns], dataset, model)
-    n = len(cooldowns)
-    return [found[i : i + n] for i in range(0, len(found), n)]
+        return emulation.leave(run, self.begin, self.length, **{"schedule": self.schedule, "record": "", **changes})
 
 
 def measure(
@@ -75,7 +61,7 @@ def measure(
     evaluate: Mapping[int, Evaluator],
     modes: Sequence[Modes] | None = None,
 ) -> pd.DataFrame:
-    """Hold averages against the ends of trained cooldowns and against the run's own iterates.
+    """Hold averages against the ends of trained cooldowns (`emulation.branches`) and the run's own iterates.
 
     One row per cooldown and seed: its fields and `begin`; <point>_<quantity> for the quantities of `Evaluator` at the
     points emulated, trained, last (the run at `end`) and start (the run at `begin`); `noise`, the sum of the squared
@@ -137,13 +123,22 @@ def given_up(sparse: pd.DataFrame, dense: pd.DataFrame, quantity: str = "train_l
 
 
 def plot_lengths(ax: Axes, table: pd.DataFrame, quantity: str = "train_loss") -> None:
-    """Loss against the length of the cooldown: averages as lines, trained networks as dots, a colour a schedule."""
-    figures.band(ax, table[table.schedule == table.schedule.iloc[0]], "length", f"last_{quantity}", color="0.6")
-    for (schedule, one), color in zip(table.groupby("schedule", sort=False), sns.color_palette(), strict=False):
-        figures.band(ax, one, "length", f"emulated_{quantity}", color=color, label=schedule)
-        seeds = figures.summarize(one, f"trained_{quantity}", "length")
-        ax.errorbar(seeds.length, seeds["mean"], seeds.spread, color=color, fmt="o", capsize=3, markersize=7)
-    lengths = sorted(table.length.unique())
+    """A quantity against the length of the cooldown, a colour a schedule: averages hollow, trained networks filled.
+
+    Bars are one spread either side; grey: no cooldown.
+    """
+    lengths, names = sorted(table.length.unique()), list(dict.fromkeys(table.schedule))
+    for i, (name, color) in enumerate(zip(names, sns.color_palette(), strict=False)):
+        one, aside = table[table.schedule == name], 1.07 ** (i - (len(names) - 1) / 2)
+        for point, style in (("emulated", {"fmt": "s-", "mfc": "white", "linewidth": 1}), ("trained", {"fmt": "o"})):
+            seeds = figures.summarize(one, f"{point}_{quantity}", "length")
+            label = name if point == "trained" else None
+            ax.errorbar(seeds.length * aside, seeds["mean"], seeds.spread, color=color, label=label, **style)
+    last = table.groupby("seed")[f"last_{quantity}"].mean()
+    ax.axhspan(last.mean() - last.std(), last.mean() + last.std(), color="0.85", linewidth=0, zorder=0)
+    ax.plot([], [], "s-", color="0.4", mfc="white", linewidth=1, label="average of the run")
+    ax.plot([], [], "o", color="0.4", label="trained cooldown")
+    ax.axhline(last.mean(), color="0.6", zorder=0, label="no cooldown")
     ax.set(xscale="log", xlabel="length of the cooldown (steps)", xticks=lengths, xticklabels=lengths)
     ax.minorticks_off()
 
@@ -172,7 +167,9 @@ def plot_checkpoints(ax: Axes, table: pd.DataFrame, quantity: str = "train_loss"
         model = dense + mean.noise * (mean[f"last_{quantity}"] - dense)
         figures.predicted(ax, mean.index, model, label=None, color=color, linewidth=1.5)
     ax.plot([], [], **figures.PREDICTION, label="model: independent checkpoints")
-    ax.set(xscale="log", xlabel="checkpoints in the cooldown")
+    counts = sorted(table.checkpoints.unique())
+    ax.set(xscale="log", xlabel="checkpoints in the cooldown", xticks=counts, xticklabels=counts)
+    ax.minorticks_off()
     ax.legend(fontsize="small")
 
 
@@ -218,6 +215,9 @@ def plot_weights(ax: Axes, tables: Mapping[str, pd.DataFrame]) -> None:
     for label, table in tables.items():
         relative = table.assign(relative=table.distance / table.moved)
         figures.band(ax, relative, "length", "relative", label=label, marker="o")
-    figures.predicted(ax, np.array(ax.get_xlim()), np.zeros(2), label="equivalence")
-    ax.set(xscale="log", xlabel="length of the cooldown (steps)", ylabel="distance / displacement")
+    lengths = sorted(relative.length.unique())
+    figures.predicted(ax, lengths, np.zeros(len(lengths)), label="equivalence")
+    ax.set(xscale="log", xlabel="length of the cooldown (steps)", xticks=lengths, xticklabels=lengths)
+    ax.set(ylabel="distance / displacement", ylim=(-0.08, None))
+    ax.minorticks_off()
     ax.legend(fontsize="small")
