@@ -1,4 +1,4 @@
-"""The command line: `python -m paper_lib` presets, train, plan, jpegs or bench."""
+"""The command line: `python -m paper_lib` presets, plan, train, jpegs, cooldown or bench."""
 
 from __future__ import annotations
 
@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING
 
 from paper_lib.config import RunConfig, Study, folder
 from paper_lib.presets import PRESETS, RUN_SETTINGS, STUDY_SETTINGS, study
+from paper_lib.schedules import COOLDOWNS
 from paper_lib.validate import ConfigError, check_names, parse_value, require
 
 if TYPE_CHECKING:
@@ -64,41 +65,57 @@ def _end(run: Trajectory) -> str:
     return f"{end}, batch loss {run.loss[-100:].mean():.3f}"
 
 
-def main(argv: Sequence[str] | None = None) -> int:
-    """Run a command; return the exit code (2 for settings that cannot work)."""
+def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(prog="python -m paper_lib", description=__doc__, allow_abbrev=False)
     commands = parser.add_subparsers(dest="command", required=True)
     commands.add_parser("presets", help="print the presets' names, one a line")
     commands.add_parser("bench", help="time training, probing and averaging against plain PyTorch")
-    trainer = commands.add_parser(
-        "train",
-        help="train a preset's runs",
-        allow_abbrev=False,
-        epilog="Any field of RunConfig or Study may follow as --field value; see paper_lib/config.py.",
-    )
-    trainer.add_argument("--preset", default="digits", help="one of: " + ", ".join(PRESETS))
-    planner = commands.add_parser("plan", help="print disk, memory and time that a preset's runs will take")
-    planner.add_argument("--preset", default="digits", help="one of: " + ", ".join(PRESETS))
+    settings = "Any field of RunConfig or Study may follow as --field value; see paper_lib/config.py."
+    trainer = commands.add_parser("train", help="train a preset's runs", allow_abbrev=False, epilog=settings)
+    planner = commands.add_parser("plan", help="print what these runs will take", allow_abbrev=False, epilog=settings)
+    for command in (trainer, planner):
+        command.add_argument("--preset", default="digits", help="one of: " + ", ".join(PRESETS))
     planner.add_argument("--images-per-second", type=float, help="of all devices together, as measured by bench")
     writer = commands.add_parser("jpegs", help="write CIFAR as a tree of JPEG files")
     writer.add_argument("dataset", help="cifar10 or cifar100")
     writer.add_argument("folder", type=Path)
+    cooler = commands.add_parser("cooldown", help="average your own checkpoints as a learning-rate cooldown would")
+    cooler.add_argument("checkpoints", nargs="+", help="files, or a folder: .pt, .pth or .safetensors, named by step")
+    cooler.add_argument("--schedule", default="linear", help="one of: " + ", ".join(COOLDOWNS))
+    cooler.add_argument("--output", required=True, help="the averaged checkpoint")
+    return parser
+
+
+def _carry_out(args: argparse.Namespace, words: Sequence[str]) -> None:
+    """Run one command; what it needs is imported here, because torch takes seconds."""
+    if args.command == "presets":
+        print("\n".join(PRESETS))
+    elif args.command == "bench":
+        from paper_lib import bench
+
+        bench.main()
+    elif args.command == "jpegs":
+        from paper_lib import jpegs
+
+        jpegs.write(args.dataset, folder("data"), args.folder)
+    elif args.command == "cooldown":
+        from paper_lib import checkpoints
+
+        checkpoints.cooldown_files(args.checkpoints, args.schedule, args.output)
+    elif args.command == "plan":
+        plan_command(args.preset, args.images_per_second, words)
+    else:
+        train_command(args.preset, words)
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run a command; return the exit code (2 for settings that cannot work)."""
+    parser = _parser()
     args, rest = parser.parse_known_args(argv)
+    if rest and args.command not in ("train", "plan"):
+        parser.error(f"unknown words for {args.command}: {' '.join(rest)}")
     try:
-        if args.command == "presets":
-            print("\n".join(PRESETS))
-        elif args.command == "bench":
-            from paper_lib import bench
-
-            bench.main()
-        elif args.command == "jpegs":
-            from paper_lib import jpegs
-
-            jpegs.write(args.dataset, folder("data"), args.folder)
-        elif args.command == "plan":
-            plan_command(args.preset, args.images_per_second, rest)
-        else:
-            train_command(args.preset, rest)
+        _carry_out(args, rest)
     except (ConfigError, OSError, MemoryError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 2

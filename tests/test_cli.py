@@ -1,6 +1,7 @@
 """The command line: exit codes and one-line errors."""
 
 import pytest
+import torch
 
 from paper_lib.__main__ import main
 from paper_lib.presets import PRESETS
@@ -40,3 +41,48 @@ def test_training_from_the_command_line(tmp_path, monkeypatch, capsys):
     lines = capsys.readouterr().out.splitlines()
     assert [line.split(" seed 4: ")[0].strip() for line in lines] == ["warm-up", "window", "lr / 2", "decay"]
     assert len(list(tmp_path.glob("digits-resnet8-*"))) == 4
+
+
+@pytest.fixture
+def saved(tmp_path):
+    """A folder with three checkpoints of a network, as a training loop writes them."""
+    for step in (0, 10, 20):
+        torch.save({"model": {"w": torch.full((2,), float(step))}, "epoch": 1}, tmp_path / f"step{step}.pt")
+    return tmp_path
+
+
+def test_an_average_of_checkpoints_from_the_command_line(saved, capsys):
+    assert main(["cooldown", str(saved), "--output", str(saved / "averaged.pt")]) == 0
+    printed = capsys.readouterr().out.splitlines()
+    assert [line.split()[:3] for line in printed[:3]] == [
+        ["0.2500", "step", "0"],
+        ["0.5000", "step", "10"],
+        ["0.2500", "step", "20"],
+    ]
+    assert printed[3].endswith("weights under 'model' and nothing else")
+    averaged = torch.load(saved / "averaged.pt", weights_only=True)
+    assert averaged.keys() == {"model"} and averaged["model"]["w"].tolist() == [10, 10]
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (["step0.pt", "--output", "a.pt"], "number of checkpoints = 1 is not allowed"),
+        (["step0.pt", "step10.pt", "--output", "step10.pt"], "it is one of the checkpoints"),
+        (["step0.pt", "step10.pt", "--output", "a.onnx"], "its name must end in .pt"),
+        (["step0.pt", "step30.pt", "--output", "a.pt"], "step30.pt"),
+        ([".", "--output", "a.pt", "--schedule", "linaer"], "did you mean 'linear'?"),
+    ],
+)
+def test_checkpoints_that_cannot_be_averaged_end_with_code_2_and_one_line(saved, monkeypatch, words, message, capsys):
+    monkeypatch.chdir(saved)
+    assert main(["cooldown", *words]) == 2
+    printed = capsys.readouterr().err
+    assert message in printed and printed.count("\n") == 1
+    assert sorted(path.name for path in saved.iterdir()) == ["step0.pt", "step10.pt", "step20.pt"]
+
+
+def test_unknown_words_are_not_ignored(saved, capsys):
+    with pytest.raises(SystemExit):
+        main(["cooldown", str(saved), "--output", "a.pt", "--steps", "3"])
+    assert "unknown words for cooldown: --steps 3" in capsys.readouterr().err
