@@ -16,18 +16,31 @@ def example(heading: str) -> str:
     return blocks[0]
 
 
-def test_probe_your_own_network_makes_its_figure_in_at_most_15_lines(tmp_path):
-    code = example("Probe your own network")
-    assert sum(bool(line.strip()) for line in code.splitlines()) <= 15
+def run(code, folder):
+    """Run an example in a folder of its own; return what it prints."""
     places = {
-        "PAPER_RUNS": str(tmp_path / "runs"),
+        "PAPER_RUNS": str(folder / "runs"),
         "MPLBACKEND": "agg",
         "PYTHONPATH": str(ROOT),
         "OMP_NUM_THREADS": "1",
     }
     ran = subprocess.run(
-        [sys.executable, "-c", code], cwd=tmp_path, env=os.environ | places, capture_output=True, text=True
+        [sys.executable, "-c", code], cwd=folder, env=os.environ | places, capture_output=True, text=True
     )
     assert ran.returncode == 0, ran.stderr
+    return ran.stdout
+
+
+def test_probe_your_own_network_makes_its_figure_in_at_most_15_lines(tmp_path):
+    code = example("Probe your own network")
+    assert sum(bool(line.strip()) for line in code.splitlines()) <= 15
+    run(code, tmp_path)
     assert (tmp_path / "own_network.png").stat().st_size > 10_000
     assert len([p for p in (tmp_path / "runs").iterdir() if p.is_dir()]) == 3
+
+
+def test_a_cooldown_from_your_own_checkpoints_beats_the_last_one(tmp_path):
+    printed = run("import torch; torch.manual_seed(0)\n" + example("A cooldown from your own checkpoints"), tmp_path)
+    last, cooled = (float(number) for number in re.findall(r"0\.\d+", printed))
+    assert cooled > last
+    assert len(list((tmp_path / "checkpoints").iterdir())) == 20
