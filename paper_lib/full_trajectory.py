@@ -16,10 +16,11 @@ from paper_lib.transient import Transient
 from paper_lib.validate import require
 
 N_CURVATURES = 13  # of the grid on which a response is resolved
-PREDICTORS = {
-    "response": "spectrum from the source's response",
-    "hessian": "spectrum from Hessian and gradients",
-    "current": "loss follows the current learning rate",
+PREDICTORS = {  # column: what the prediction is made from
+    "response": "spectrum fitted to the source",
+    "settled": "Hessian and noise, nothing fitted",
+    "start": "the same, and the gradient there",
+    "current": "current learning rate only",
 }
 
 
@@ -27,15 +28,17 @@ def responses(target: str, constant: Sequence[Trajectory], changed: Sequence[Seq
     """Loss under changing learning rates minus that of a twin at a constant one, on the same batches: a row per step.
 
     `changed` holds for each of the constant runs those that follow each other from where it begins. Columns target,
-    seed, step (from there), lr and response (nats): batches that are hard for one are hard for the other and cancel.
+    seed, step (from there), lr (with momentum lr / (1 - m), its effect in slow directions) and change (nats): batches
+    that are hard for one are hard for the other and cancel.
     """
     tables = []
     for twin, parts in zip(constant, changed, strict=True):
         loss, lrs = (np.concatenate([getattr(part, name) for part in parts]) for name in ("loss", "lr"))
         require(parts[0].config.start == twin.config.start, "start", parts[0].config.start, f"{twin.config.start}")
         require(len(loss) <= len(twin.loss), "steps", len(loss), f"the constant run takes only {len(twin.loss)}")
+        lrs = lrs / (1 - twin.config.momentum)
         columns = {"target": target, "seed": twin.config.seed, "step": np.arange(len(loss)), "lr": lrs}
-        tables.append(pd.DataFrame(columns).assign(response=loss - twin.loss[: len(loss)]))
+        tables.append(pd.DataFrame(columns).assign(change=loss - twin.loss[: len(loss)]))
     return pd.concat(tables, ignore_index=True)
 
 
@@ -47,7 +50,7 @@ def response_spectra(source: pd.DataFrame, lr: float) -> dict[int, Transient]:
     found = {}
     for seed, one in source.groupby("seed"):
         h = np.geomspace(1 / len(one), 1, N_CURVATURES) / lr
-        fitted = transient.fit_response(one.response.to_numpy(), one.lr.to_numpy(), lr, h)
+        fitted = transient.fit_response(one.change.to_numpy(), one.lr.to_numpy(), lr, h)
         found[seed] = transient.of_losses(h, *fitted, lr)
     return found
 
@@ -93,7 +96,7 @@ def follow_current(table: pd.DataFrame, source: pd.DataFrame) -> np.ndarray:
     """
     predicted = pd.Series(index=table.index, dtype=float)
     for seed, one in table.groupby("seed"):
-        known = source[source.seed == seed].groupby("lr").response.apply(lambda r: r.iloc[len(r) // 2 :].mean())
+        known = source[source.seed == seed].groupby("lr").change.apply(lambda r: r.iloc[len(r) // 2 :].mean())
         predicted[one.index] = np.interp(one.lr, known.index, known)
     return predicted.to_numpy()
 
@@ -114,3 +117,116 @@ def blocks(table: pd.DataFrame, n: int = 20) -> pd.DataFrame:
     width = np.maximum(1, table.groupby(["target", "seed"]).step.transform("size") // n)
     grouped = table.assign(block=table.step // width).groupby(["target", "seed", "block"], sort=False)
     return grouped.mean().reset_index()
+
+
+def errors(averaged: pd.DataFrame) -> pd.DataFrame:
+    """Errors of every predictor by target and seed, from `blocks`: target, seed, predictor, rms, relative.
+
+    rms in nats; relative: over the range of the measured curve.
+    """
+    rows = []
+    for (target, seed), one in averaged.groupby(["target", "seed"], sort=False):
+        for predictor in PREDICTORS:
+            rms = np.sqrt(np.mean((one[predictor] - one.change) ** 2))
+            row = {"target": target, "seed": seed, "predictor": predictor, "rms": rms}
+            rows.append(row | {"relative": rms / np.ptp(one.change)})
+    return pd.DataFrame(rows)
+
+
+def correlations(averaged: pd.DataFrame, predictor: str = "response") -> pd.Series:
+    """Correlation of predicted and measured changes over the blocks of all targets, by seed."""
+    return averaged.groupby("seed")[[predictor, "change"]].apply(lambda one: one.corr().iloc[0, 1])
+
+
+def final_fall(averaged: pd.DataFrame, predictor: str = "response", last: int = 2) -> pd.Series:
+    """Measured over predicted change of the loss in the last blocks of one target, by seed."""
+    end = averaged.groupby("seed")[["change", predictor]].apply(lambda one: one.tail(last).mean())
+    return end.change / end[predictor]
+
+
+def summary(states: Mapping[int, Transient], lr: float, flat: float = 0.1) -> pd.DataFrame:
+    """What states (by seed) hold: steepest curvature, noise (sum of variances), gradient2, flat_share of it.
+
+    Flat: lr h < flat.
+    """
+    rows = {}
+    for seed, state in states.items():
+        slow, total = lr * state.h < flat, state.gradient2.sum()
+        rows[seed] = {
+            "steepest": state.h.max(),
+            "noise": state.noise2.sum(),
+            "gradient2": total,
+            "flat_share": state.gradient2[slow].sum() / total,
+        }
+    return pd.DataFrame(rows).T.rename_axis("seed")
+
+
+def onward(
+    run: Trajectory, step: int, state: Transient, n: int, dataset: Dataset, model: ModelFactory | None = None
+) -> pd.DataFrame:
+    """Losses of the n steps after a snapshot and what its state predicts: seed, origin (step), step, lr, loss, model.
+
+    The prediction begins at the loss of fixed batches at the snapshot.
+    """
+    c, log = run.config, slice(step - run.config.start, step - run.config.start + n)
+    batches = probe.fixed_batches(dataset, 32, c.batch_size, c.seed)
+    level = probe.losses(runs.network(run, dataset, model), np.array(run.at(step)), *batches).mean()
+    lrs = run.lr[log] / (1 - c.momentum)
+    columns = {"seed": c.seed, "origin": step, "step": step + np.arange(len(lrs)), "lr": c.lr, "loss": run.loss[log]}
+    return pd.DataFrame(columns).assign(model=level + state.losses(lrs))
+
+
+def share_predicted(table: pd.DataFrame, tolerance: float = 0.25, n: int = 20) -> float:
+    """Share of the steps (`onward`, one seed) before a block of losses strays from the model by tolerance x the fall."""
+    block = (np.arange(len(table)) * n) // len(table)
+    mean = table.groupby(block)[["loss", "model"]].mean()
+    fall = mean.loss.iloc[0] - mean.loss.iloc[-1]
+    astray = np.abs(mean.model - mean.loss) > tolerance * abs(fall)
+    return float(np.argmax(astray) / len(mean)) if astray.any() else 1.0
+
+
+def plot_curves(ax: Axes, averaged: pd.DataFrame, targets: Sequence[str]) -> None:
+    """Measured changes of the loss under schedules (`blocks`), and the two spectra's predictions of each."""
+    for target in targets:
+        one = averaged[averaged.target == target]
+        figures.band(ax, one, "step", "change", label=target)
+        mean = one.groupby("step")[[*PREDICTORS]].mean()
+        first = target == targets[0]
+        figures.predicted(ax, mean.index, mean.response, PREDICTORS["response"] if first else None)
+        figures.predicted(ax, mean.index, mean.settled, PREDICTORS["settled"] if first else None, linestyle=":")
+        ax.plot(mean.index, mean.current, "-.", color="0.6", label=PREDICTORS["current"] if first else None, zorder=1)
+    ax.set(xlabel="steps since the common start", ylabel="loss - loss at constant lr (nats)")
+
+
+def plot_errors(ax: Axes, found: pd.DataFrame, tolerance: float) -> None:
+    """Relative errors, a row per target, a colour per predictor, a point per seed; the criterion as a line."""
+    targets = list(dict.fromkeys(found.target))
+    for i, (name, label) in enumerate(PREDICTORS.items()):
+        one = found[found.predictor == name]
+        rows = one.target.map(targets.index) + 0.17 * (i - 1.5)
+        ax.scatter(one.relative, rows, s=36, alpha=0.8, marker="osD^"[i], label=label)
+    ax.axvline(tolerance, color="0.6", linewidth=1.5, linestyle=":", zorder=0)
+    ax.set(xscale="log", yticks=range(len(targets)), yticklabels=targets, ylim=(len(targets) - 0.5, -0.5))
+    ax.set(xlabel="rms error / range of the measured curve")
+
+
+def plot_spectra(ax: Axes, spectra: Mapping[str, Mapping[int, Transient]], lr: float) -> None:
+    """Excess loss of the stationary noise in all directions up to a curvature, against lr h; a line per seed."""
+    eta = np.geomspace(1e-3, 1.5, 200)
+    for name, color in zip(spectra, ("C0", "C1"), strict=True):
+        for i, state in enumerate(spectra[name].values()):
+            excess = lr * state.noise2 / (2 * (2 - lr * state.h))
+            total = [excess[lr * state.h <= limit].sum() for limit in eta]
+            ax.plot(eta, total, color=color, linewidth=1.5, label=None if i else PREDICTORS[name])
+    ax.set(xscale="log", xlabel="lr x curvature, up to", ylabel="excess loss (nats, cumulative)", ylim=(0, None))
+
+
+def plot_onward(ax: Axes, table: pd.DataFrame, n: int = 20) -> None:
+    """Measured losses from the initialization (mean over seeds and blocks) and predictions from each origin."""
+    for rate, one in table.groupby("lr", sort=False):
+        for origin, part in one.groupby("origin"):
+            steps = np.unique(np.geomspace(1, np.ptp(part.step) + 1, n).astype(int)) - 1 + origin
+            mean = part.assign(step=steps[np.searchsorted(steps, part.step)]).groupby("step")[["loss", "model"]].mean()
+            ax.plot(mean.index + 1, mean.loss, label=f"lr {rate:g}")
+            figures.predicted(ax, mean.index + 1, mean.model, label=None)
+    ax.set(xscale="log", xlabel="training step", ylabel="training loss (nats)")

@@ -16,7 +16,7 @@ from dataclasses import dataclass
 import numpy as np
 from scipy.optimize import nnls
 
-from paper_lib.quadratic import check_eta
+from paper_lib.quadratic import check_eta, stationary_variance
 
 
 @dataclass(frozen=True)
@@ -43,6 +43,14 @@ class Transient:
         """Expected loss at x_t minus that at x_0 when step t takes lrs[t], (T,): t = 0..T-1, as a run logs it."""
         fall, rise = unit_losses(self.h, lrs)
         return rise @ self.noise2 - fall @ self.gradient2
+
+    def settled(self, lr: float) -> Transient:
+        """The stationary state of the same noise at a constant lr, where h^2 u = lr h g2 / (2 - lr h) (plain SGD).
+
+        ValueError unless lr h < 2 in every direction.
+        """
+        ratio = stationary_variance(lr * np.maximum(self.h, np.finfo(float).tiny))  # flat directions: none
+        return Transient(self.h, ratio * self.noise2, self.noise2)
 
     def response(self, lrs: np.ndarray, lr: float) -> np.ndarray:
         """Expected loss under a schedule minus that at a constant lr from the same start, (T,)."""

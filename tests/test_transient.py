@@ -36,6 +36,14 @@ def test_a_stationary_state_stays_and_a_lower_rate_leads_to_its_own(eta, seed):
     assert state.losses(np.full(500, LR / 2))[-1] == pytest.approx(level, rel=1e-3)
 
 
+def test_settled_is_the_stationary_state_of_the_same_noise():
+    start = Transient(np.append(H, 0), np.ones(4), np.ones(4))
+    settled = start.settled(LR)
+    np.testing.assert_allclose(settled.losses(np.full(100, LR))[1:], 0, atol=1e-12)
+    np.testing.assert_allclose(settled.gradient2[:3], H**2 * quadratic.stationary_variance(LR * H, 1 / H**2))
+    assert settled.gradient2[3] == pytest.approx(0)
+
+
 def test_without_noise_the_mean_is_all():
     lrs = LR * schedules.factors("linear", 40)
     state = transient.of_losses(H, np.zeros(3), np.ones(3), LR)
