@@ -144,21 +144,18 @@ def final_fall(averaged: pd.DataFrame, predictor: str = "response", last: int = 
     return end.change / end[predictor]
 
 
-def summary(states: Mapping[int, Transient], lr: float, flat: float = 0.1) -> pd.DataFrame:
-    """What states (by seed) hold: steepest curvature, noise (sum of variances), gradient2, flat_share of it.
-
-    Flat: lr h < flat.
-    """
-    rows = {}
-    for seed, state in states.items():
-        slow, total = lr * state.h < flat, state.gradient2.sum()
-        rows[seed] = {
-            "steepest": state.h.max(),
-            "noise": state.noise2.sum(),
-            "gradient2": total,
-            "flat_share": state.gradient2[slow].sum() / total,
-        }
+def summary(states: Mapping[int, Transient], lr: float) -> pd.DataFrame:
+    """By seed: the steepest curvature, noise (sum of variances) and the excess loss that it keeps up at lr (nats)."""
+    rows = {
+        seed: {"steepest": state.h.max(), "noise": state.noise2.sum(), "excess": state.excess(lr).sum()}
+        for seed, state in states.items()
+    }
     return pd.DataFrame(rows).T.rename_axis("seed")
+
+
+def flat_share(state: Transient, lr: float, flat: float = 0.1) -> float:
+    """Share of the squared gradient in directions with lr h < flat."""
+    return float(state.gradient2[lr * state.h < flat].sum() / state.gradient2.sum())
 
 
 def onward(
@@ -177,7 +174,7 @@ def onward(
 
 
 def share_predicted(table: pd.DataFrame, tolerance: float = 0.25, n: int = 20) -> float:
-    """Share of the steps (`onward`, one seed) before a block of losses strays from the model by tolerance x the fall."""
+    """Share of the steps (`onward`, one seed) before a block mean strays from the model by tolerance x the whole fall."""
     block = (np.arange(len(table)) * n) // len(table)
     mean = table.groupby(block)[["loss", "model"]].mean()
     fall = mean.loss.iloc[0] - mean.loss.iloc[-1]
@@ -185,48 +182,55 @@ def share_predicted(table: pd.DataFrame, tolerance: float = 0.25, n: int = 20) -
     return float(np.argmax(astray) / len(mean)) if astray.any() else 1.0
 
 
-def plot_curves(ax: Axes, averaged: pd.DataFrame, targets: Sequence[str]) -> None:
-    """Measured changes of the loss under schedules (`blocks`), and the two spectra's predictions of each."""
+LINES = {"response": {}, "settled": {"linestyle": ":"}, "current": {"linestyle": "-.", "color": "0.6", "zorder": 1}}
+
+
+def plot_curves(ax: Axes, averaged: pd.DataFrame, targets: Sequence[str], key: bool = False) -> None:
+    """Measured changes of the loss under schedules (`blocks`) and three predictions of each, named if `key`."""
     for target in targets:
         one = averaged[averaged.target == target]
         figures.band(ax, one, "step", "change", label=target)
-        mean = one.groupby("step")[[*PREDICTORS]].mean()
-        first = target == targets[0]
-        figures.predicted(ax, mean.index, mean.response, PREDICTORS["response"] if first else None)
-        figures.predicted(ax, mean.index, mean.settled, PREDICTORS["settled"] if first else None, linestyle=":")
-        ax.plot(mean.index, mean.current, "-.", color="0.6", label=PREDICTORS["current"] if first else None, zorder=1)
+        for name, line in LINES.items():
+            mean = one.groupby("step")[name].mean()
+            figures.predicted(ax, mean.index, mean, PREDICTORS[name] if key else None, linewidth=1.8, **line)
     ax.set(xlabel="steps since the common start", ylabel="loss - loss at constant lr (nats)")
+    ax.legend(fontsize="small", loc="lower left" if key else "upper right")
 
 
-def plot_errors(ax: Axes, found: pd.DataFrame, tolerance: float) -> None:
-    """Relative errors, a row per target, a colour per predictor, a point per seed; the criterion as a line."""
+def plot_errors(ax: Axes, found: pd.DataFrame, tolerance: float, most: float = 100) -> None:
+    """Relative errors, a row per target, a colour per predictor, a point per seed; any above `most` lie there."""
     targets = list(dict.fromkeys(found.target))
     for i, (name, label) in enumerate(PREDICTORS.items()):
         one = found[found.predictor == name]
         rows = one.target.map(targets.index) + 0.17 * (i - 1.5)
-        ax.scatter(one.relative, rows, s=36, alpha=0.8, marker="osD^"[i], label=label)
+        at = np.minimum(one.relative, most)
+        ax.scatter(at, rows, s=40, alpha=0.8, marker="osD^"[i], edgecolor="white", linewidth=0.5, label=label)
     ax.axvline(tolerance, color="0.6", linewidth=1.5, linestyle=":", zorder=0)
-    ax.set(xscale="log", yticks=range(len(targets)), yticklabels=targets, ylim=(len(targets) - 0.5, -0.5))
-    ax.set(xlabel="rms error / range of the measured curve")
+    ax.set(xscale="log", xlim=(None, 1.5 * most), yticks=range(len(targets)), yticklabels=targets)
+    ax.set(xlabel=f"rms error / range of the measured curve (edge: {most:g} or more)", ylim=(len(targets) - 0.5, -2.4))
+    ax.legend(fontsize="small", loc="upper right")
 
 
 def plot_spectra(ax: Axes, spectra: Mapping[str, Mapping[int, Transient]], lr: float) -> None:
-    """Excess loss of the stationary noise in all directions up to a curvature, against lr h; a line per seed."""
-    eta = np.geomspace(1e-3, 1.5, 200)
+    """Excess loss that noise keeps up in all directions up to a curvature, against lr h; a line per seed."""
+    eta = np.geomspace(1e-3, 2, 400)
     for name, color in zip(spectra, ("C0", "C1"), strict=True):
         for i, state in enumerate(spectra[name].values()):
-            excess = lr * state.noise2 / (2 * (2 - lr * state.h))
-            total = [excess[lr * state.h <= limit].sum() for limit in eta]
+            total = [state.excess(lr)[lr * state.h <= limit].sum() for limit in eta]
             ax.plot(eta, total, color=color, linewidth=1.5, label=None if i else PREDICTORS[name])
-    ax.set(xscale="log", xlabel="lr x curvature, up to", ylabel="excess loss (nats, cumulative)", ylim=(0, None))
+    ax.set(xscale="log", xlabel="lr x curvature", ylabel="excess loss up to there (nats)", ylim=(0, None))
+    ax.legend(fontsize="small", loc="upper left")
 
 
 def plot_onward(ax: Axes, table: pd.DataFrame, n: int = 20) -> None:
-    """Measured losses from the initialization (mean over seeds and blocks) and predictions from each origin."""
-    for rate, one in table.groupby("lr", sort=False):
+    """Losses of `onward` against the step, logarithmic, means over seeds and blocks, and the model from each origin."""
+    label = "model, from its origin"
+    for (rate, one), color in zip(table.groupby("lr", sort=False), ("C0", "C1"), strict=False):
         for origin, part in one.groupby("origin"):
-            steps = np.unique(np.geomspace(1, np.ptp(part.step) + 1, n).astype(int)) - 1 + origin
-            mean = part.assign(step=steps[np.searchsorted(steps, part.step)]).groupby("step")[["loss", "model"]].mean()
-            ax.plot(mean.index + 1, mean.loss, label=f"lr {rate:g}")
-            figures.predicted(ax, mean.index + 1, mean.model, label=None)
-    ax.set(xscale="log", xlabel="training step", ylabel="training loss (nats)")
+            edges = np.unique(np.geomspace(1, np.ptp(part.step) + 1, n).astype(int)) + origin
+            mean = part.assign(step=edges[edges.searchsorted(part.step + 1)]).groupby("step")[["loss", "model"]].mean()
+            ax.plot(mean.index, mean.loss, color=color, label=None if origin else f"lr {rate:g}")
+            figures.predicted(ax, mean.index, mean.model, label)
+            label = None
+    ax.set(xscale="log", xlabel="training step", ylabel="training loss (nats)", ylim=(0, 1.1 * table.loss.max()))
+    ax.legend(fontsize="small", loc="lower left")

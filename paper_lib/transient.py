@@ -16,7 +16,7 @@ from dataclasses import dataclass
 import numpy as np
 from scipy.optimize import nnls
 
-from paper_lib.quadratic import check_eta, stationary_variance
+from paper_lib.quadratic import check_eta
 
 
 @dataclass(frozen=True)
@@ -44,13 +44,17 @@ class Transient:
         fall, rise = unit_losses(self.h, lrs)
         return rise @ self.noise2 - fall @ self.gradient2
 
-    def settled(self, lr: float) -> Transient:
-        """The stationary state of the same noise at a constant lr, where h^2 u = lr h g2 / (2 - lr h) (plain SGD).
+    def excess(self, lr: float) -> np.ndarray:
+        """Stationary loss h v / 2 = lr g2 / (2 (2 - lr h)) that noise keeps up in each direction at constant lr, (d,).
 
-        ValueError unless lr h < 2 in every direction.
+        A flat direction has the limit of small curvatures, an unstable one (lr h >= 2) infinity.
         """
-        ratio = stationary_variance(lr * np.maximum(self.h, np.finfo(float).tiny))  # flat directions: none
-        return Transient(self.h, ratio * self.noise2, self.noise2)
+        room = 2 - lr * self.h
+        return np.where(room > 0, lr * self.noise2 / (2 * np.where(room > 0, room, 1)), np.inf)
+
+    def settled(self, lr: float) -> Transient:
+        """The stationary state of the same noise at a constant lr."""
+        return Transient(self.h, 2 * self.h * self.excess(lr), self.noise2)
 
     def response(self, lrs: np.ndarray, lr: float) -> np.ndarray:
         """Expected loss under a schedule minus that at a constant lr from the same start, (T,)."""

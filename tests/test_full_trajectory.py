@@ -1,4 +1,4 @@
-"""Full trajectories: the model's own curves are predicted exactly, and a network's state is what plain products give."""
+"""Full trajectories: the model's own curves are predicted exactly, a network's state is what plain products give."""
 
 from types import SimpleNamespace
 
@@ -49,7 +49,9 @@ def test_momentum_counts_as_a_larger_learning_rate():
     assert table.lr[0] == pytest.approx(1.0)
 
 
-@pytest.mark.parametrize(("other", "message"), [(run([1.0], [1.0], start=8), "start"), (run([1.0] * 3, [1.0] * 3), "steps")])
+@pytest.mark.parametrize(
+    ("other", "message"), [(run([1.0], [1.0], start=8), "start"), (run([1.0] * 3, [1.0] * 3), "steps")]
+)
 def test_runs_that_cannot_be_compared_are_refused(other, message):
     with pytest.raises(ConfigError, match=message):
         full_trajectory.responses("a", [run([1.0, 1.0], [1.0, 1.0])], [[other]])
@@ -119,7 +121,7 @@ def test_plots_draw_measurement_and_predictions(predicted):
     figures.style()
     fig, (curves, error, spectrum, start) = plt.subplots(1, 4)
     averaged = full_trajectory.blocks(predicted)
-    full_trajectory.plot_curves(curves, averaged, ["linear", "cosine"])
+    full_trajectory.plot_curves(curves, averaged, ["linear", "cosine"], key=True)
     assert [line.get_linestyle() for line in curves.lines[:3]] == ["-", "--", ":"]
     full_trajectory.plot_errors(error, full_trajectory.errors(averaged), 0.25)
     assert [label.get_text() for label in error.get_yticklabels()] == ["step", "linear", "cosine"]

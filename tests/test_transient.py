@@ -39,9 +39,12 @@ def test_a_stationary_state_stays_and_a_lower_rate_leads_to_its_own(eta, seed):
 def test_settled_is_the_stationary_state_of_the_same_noise():
     start = Transient(np.append(H, 0), np.ones(4), np.ones(4))
     settled = start.settled(LR)
+    v = quadratic.stationary_variance(LR * H, 1 / H**2)
+    np.testing.assert_allclose(start.excess(LR)[:3], H * v / 2)
     np.testing.assert_allclose(settled.losses(np.full(100, LR))[1:], 0, atol=1e-12)
-    np.testing.assert_allclose(settled.gradient2[:3], H**2 * quadratic.stationary_variance(LR * H, 1 / H**2))
-    assert settled.gradient2[3] == pytest.approx(0)
+    np.testing.assert_allclose(settled.gradient2[:3], H**2 * v)
+    assert settled.gradient2[3] == 0
+    assert Transient(np.full(1, 2 / LR), np.ones(1), np.ones(1)).excess(LR)[0] == np.inf
 
 
 def test_without_noise_the_mean_is_all():
