@@ -7,9 +7,11 @@ from collections.abc import Mapping, Sequence
 import numpy as np
 import pandas as pd
 from matplotlib.axes import Axes
+from tqdm import tqdm
 
 from paper_lib import figures, probe, runs, transient
 from paper_lib.data import Dataset
+from paper_lib.models import FlatModel
 from paper_lib.train import ModelFactory
 from paper_lib.trajectory import Trajectory
 from paper_lib.transient import Transient
@@ -55,37 +57,46 @@ def response_spectra(source: pd.DataFrame, lr: float) -> dict[int, Transient]:
     return found
 
 
-def hessian_state(
-    run: Trajectory,
+def hessian_states(
+    trajectories: Sequence[Trajectory],
     step: int,
     dataset: Dataset,
     n_gradients: int = 128,
     n_products: int = 8,
-    n_nodes: int = 10,
+    n_nodes: int = 12,
     model: ModelFactory | None = None,
-) -> Transient:
-    """Where a run stands at one of its snapshots: squared gradient and gradient noise by curvature, nothing fitted.
+) -> dict[int, Transient]:
+    """Where runs stand at a snapshot, by seed: squared gradient and gradient noise by curvature, nothing fitted.
 
-    Lanczos quadrature of the Hessian (n_products batches, weight decay included) seen from half the sum and half the
-    difference of two mean gradients, each over half of n_gradients other batches: the difference is noise, the sum is
-    gradient and as much noise. Negative curvatures, along which a quadratic falls without end, count as flat.
+    Lanczos quadrature (n_nodes) of the Hessian (n_products batches, weight decay included) seen from half the sum and
+    half the difference of two mean gradients, each over half of n_gradients other batches: the difference is noise,
+    the sum is gradient and as much noise. Negative curvatures count as flat: a quadratic would fall there without end.
     """
-    c, net = run.config, runs.network(run, dataset, model)
-    weights, half = np.array(run.at(step)), n_gradients // 2
+    sizes = (n_products, max(1, n_gradients // 2), n_nodes)
+    return {
+        run.config.seed: _hessian_state(run, step, dataset, runs.network(run, dataset, model), *sizes)
+        for run in tqdm(trajectories, desc=f"Hessian at step {step}")
+    }
+
+
+def _hessian_state(
+    run: Trajectory, step: int, dataset: Dataset, net: FlatModel, n_products: int, half: int, n_nodes: int
+) -> Transient:
+    """The state of one run; `half` is the number of batches in each of the two mean gradients."""
+    c, weights = run.config, np.array(run.at(step))
     x, y = probe.fixed_batches(dataset, n_products + 2 * half, c.batch_size, c.seed)
-    x_products, y_products, x, y = x[:n_products], y[:n_products], x[n_products:], y[n_products:]
 
     def product(d: np.ndarray) -> np.ndarray:
-        return probe.mean_hessian_product(net, weights, d, x_products, y_products) + c.weight_decay * d
+        return probe.mean_hessian_product(net, weights, d, x[:n_products], y[:n_products]) + c.weight_decay * d
 
-    one, other = (
-        probe.mean_gradient(net, weights, x[part], y[part]) + c.weight_decay * weights
-        for part in (slice(half), slice(half, None))
-    )
-    h, both = transient.spectral_measure(product, (one + other) / 2.0, n_nodes)
-    h_noise, noise = transient.spectral_measure(product, (one - other) / 2.0, n_nodes)
-    gradient2 = np.append(both, -noise)
-    noise2 = np.append(0 * both, 2 * half * noise)
+    def gradient(first: int) -> np.ndarray:
+        part = slice(first, first + half)
+        return probe.mean_gradient(net, weights, x[part], y[part]) + c.weight_decay * weights
+
+    one, other = gradient(n_products), gradient(n_products + half)
+    h, both = transient.spectral_measure(product, (one + other) / 2, n_nodes)
+    h_noise, noise = transient.spectral_measure(product, (one - other) / 2, n_nodes)
+    gradient2, noise2 = np.append(both, -noise), np.append(0 * both, 2 * half * noise)
     return Transient(np.maximum(np.append(h, h_noise), 0), gradient2, noise2)
 
 
@@ -174,7 +185,7 @@ def onward(
 
 
 def share_predicted(table: pd.DataFrame, tolerance: float = 0.25, n: int = 20) -> float:
-    """Share of the steps (`onward`, one seed) before a block mean strays from the model by tolerance x the whole fall."""
+    """Share of the steps (`onward`, one seed) before a block mean strays from the model by tolerance x the fall."""
     block = (np.arange(len(table)) * n) // len(table)
     mean = table.groupby(block)[["loss", "model"]].mean()
     fall = mean.loss.iloc[0] - mean.loss.iloc[-1]

@@ -63,7 +63,7 @@ def test_the_models_own_curves_are_predicted(predicted):
     assert found.response < 0.03  # its grid does not hold the true curvatures
     assert found.settled < 1e-12
     assert found.current > 0.05
-    assert (full_trajectory.correlations(averaged) > 0.9999).all()
+    assert (full_trajectory.correlations(averaged) > 0.999).all()
     fall = full_trajectory.final_fall(averaged[averaged.target == "cosine"])
     np.testing.assert_allclose(fall, 1, atol=0.02)
 
@@ -98,7 +98,7 @@ def recorded(tmp_path_factory):
 
 def test_state_holds_unbiased_squares_and_their_curvatures(recorded):
     found, dataset = recorded
-    state = full_trajectory.hessian_state(found, 4, dataset, n_gradients=6, n_products=2, n_nodes=3)
+    state = full_trajectory.hessian_states([found], 4, dataset, n_gradients=6, n_products=2, n_nodes=3)[0]
     net, weights = runs.network(found, dataset), np.array(found.at(4))
     x, y = probe.fixed_batches(dataset, 8, 64, 0)
     a, b = (probe.gradients(net, weights, x[s], y[s]).mean(0) + 30 * weights for s in (slice(2, 5), slice(5, 8)))
