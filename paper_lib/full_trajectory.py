@@ -20,8 +20,8 @@ from paper_lib.validate import require
 N_CURVATURES = 13  # of the grid on which a response is resolved
 PREDICTORS = {  # column: what the prediction is made from
     "response": "spectrum fitted to the source",
-    "settled": "Hessian and noise, nothing fitted",
-    "start": "the same, and the gradient there",
+    "settled": "spectrum from Hessian and noise",
+    "start": "Hessian, noise and gradient at the start",
     "current": "current learning rate only",
 }
 
@@ -164,9 +164,13 @@ def summary(states: Mapping[int, Transient], lr: float) -> pd.DataFrame:
     return pd.DataFrame(rows).T.rename_axis("seed")
 
 
-def flat_share(state: Transient, lr: float, flat: float = 0.1) -> float:
-    """Share of the squared gradient in directions with lr h < flat."""
-    return float(state.gradient2[lr * state.h < flat].sum() / state.gradient2.sum())
+def tabulate(spectra: Mapping[str, Mapping[int, Transient]], lr: float) -> pd.DataFrame:
+    """Spectra by name and seed as a table: predictor, seed, h (ascending), and the excess loss kept up there at lr."""
+    return pd.concat(
+        pd.DataFrame({"predictor": name, "seed": seed, "h": state.h, "excess": state.excess(lr)}).sort_values("h")
+        for name, by_seed in spectra.items()
+        for seed, state in by_seed.items()
+    )
 
 
 def onward(
@@ -218,17 +222,16 @@ def plot_errors(ax: Axes, found: pd.DataFrame, tolerance: float, most: float = 1
         ax.scatter(at, rows, s=40, alpha=0.8, marker="osD^"[i], edgecolor="white", linewidth=0.5, label=label)
     ax.axvline(tolerance, color="0.6", linewidth=1.5, linestyle=":", zorder=0)
     ax.set(xscale="log", xlim=(None, 1.5 * most), yticks=range(len(targets)), yticklabels=targets)
-    ax.set(xlabel=f"rms error / range of the measured curve (edge: {most:g} or more)", ylim=(len(targets) - 0.5, -2.4))
+    ax.set(xlabel=f"rms error / range of the curve (edge: {most:g}+)", ylim=(len(targets) - 0.5, -2.4))
     ax.legend(fontsize="small", loc="upper right")
 
 
-def plot_spectra(ax: Axes, spectra: Mapping[str, Mapping[int, Transient]], lr: float) -> None:
-    """Excess loss that noise keeps up in all directions up to a curvature, against lr h; a line per seed."""
-    eta = np.geomspace(1e-3, 2, 400)
-    for name, color in zip(spectra, ("C0", "C1"), strict=True):
-        for i, state in enumerate(spectra[name].values()):
-            total = [state.excess(lr)[lr * state.h <= limit].sum() for limit in eta]
-            ax.plot(eta, total, color=color, linewidth=1.5, label=None if i else PREDICTORS[name])
+def plot_spectra(ax: Axes, table: pd.DataFrame, lr: float, least: float = 1e-3) -> None:
+    """Excess loss up to a curvature, against lr h (all below `least` stand there); a line per predictor and seed."""
+    for (name, one), color in zip(table.groupby("predictor", sort=False), ("C0", "C1"), strict=False):
+        for i, (_, seed) in enumerate(one.groupby("seed")):
+            eta, label = np.maximum(lr * seed.h, least), None if i else PREDICTORS[name]
+            ax.step(eta, seed.excess.cumsum(), where="post", color=color, linewidth=1.5, label=label)
     ax.set(xscale="log", xlabel="lr x curvature", ylabel="excess loss up to there (nats)", ylim=(0, None))
     ax.legend(fontsize="small", loc="upper left")
 
@@ -238,7 +241,7 @@ def plot_onward(ax: Axes, table: pd.DataFrame, n: int = 20) -> None:
     label = "model, from its origin"
     for (rate, one), color in zip(table.groupby("lr", sort=False), ("C0", "C1"), strict=False):
         for origin, part in one.groupby("origin"):
-            edges = np.unique(np.geomspace(1, np.ptp(part.step) + 1, n).astype(int)) + origin
+            edges = np.unique(np.geomspace(origin + 1, part.step.max() + 1, n).astype(int))
             mean = part.assign(step=edges[edges.searchsorted(part.step + 1)]).groupby("step")[["loss", "model"]].mean()
             ax.plot(mean.index, mean.loss, color=color, label=None if origin else f"lr {rate:g}")
             figures.predicted(ax, mean.index, mean.model, label)

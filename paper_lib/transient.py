@@ -52,6 +52,10 @@ class Transient:
         room = 2 - lr * self.h
         return np.where(room > 0, lr * self.noise2 / (2 * np.where(room > 0, room, 1)), np.inf)
 
+    def gradient_share(self, below: float) -> float:
+        """Share of the squared gradient in directions of curvature below a bound."""
+        return float(self.gradient2[self.h < below].sum() / self.gradient2.sum())
+
     def settled(self, lr: float) -> Transient:
         """The stationary state of the same noise at a constant lr."""
         return Transient(self.h, 2 * self.h * self.excess(lr), self.noise2)

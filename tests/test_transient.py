@@ -44,6 +44,7 @@ def test_settled_is_the_stationary_state_of_the_same_noise():
     np.testing.assert_allclose(settled.losses(np.full(100, LR))[1:], 0, atol=1e-12)
     np.testing.assert_allclose(settled.gradient2[:3], H**2 * v)
     assert settled.gradient2[3] == 0
+    assert start.gradient_share(below=0.1) == pytest.approx(0.5)
     assert Transient(np.full(1, 2 / LR), np.ones(1), np.ones(1)).excess(LR)[0] == np.inf
 
 
