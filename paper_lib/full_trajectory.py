@@ -36,8 +36,9 @@ def responses(target: str, constant: Sequence[Trajectory], changed: Sequence[Seq
     tables = []
     for twin, parts in zip(constant, changed, strict=True):
         loss, lrs = (np.concatenate([getattr(part, name) for part in parts]) for name in ("loss", "lr"))
-        require(parts[0].config.start == twin.config.start, "start", parts[0].config.start, f"{twin.config.start}")
-        require(len(loss) <= len(twin.loss), "steps", len(loss), f"the constant run takes only {len(twin.loss)}")
+        first = parts[0].config.start
+        require(first == twin.config.start, "start", first, f"the constant run begins at step {twin.config.start}")
+        require(len(loss) <= len(twin.loss), "steps", len(loss), f"the constant run takes only {len(twin.loss)} steps")
         lrs = lrs / (1 - twin.config.momentum)
         columns = {"target": target, "seed": twin.config.seed, "step": np.arange(len(loss)), "lr": lrs}
         tables.append(pd.DataFrame(columns).assign(change=loss - twin.loss[: len(loss)]))

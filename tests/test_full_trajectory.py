@@ -6,6 +6,8 @@ import matplotlib.pyplot as plt
 import numpy as np
 import pandas as pd
 import pytest
+import torch
+from helpers import SMALL, small_data
 
 from paper_lib import figures, full_trajectory, presets, probe, runs, schedules, transient
 from paper_lib.validate import ConfigError
@@ -115,6 +117,20 @@ def test_onward_begins_at_the_snapshot(recorded):
     np.testing.assert_allclose(table.loss, found.loss[2:5])
     assert table.model[0] == pytest.approx(found.loss.mean(), abs=0.3)
     np.testing.assert_allclose(table.model - table.model[0], TRUTH.losses(np.full(3, 0.001)), atol=1e-6)
+
+
+def test_a_network_of_ones_own_without_batchnorm(tmp_path, monkeypatch):
+    monkeypatch.setenv("PAPER_RUNS", str(tmp_path))
+    dataset = small_data()
+
+    def net():
+        return torch.nn.Sequential(torch.nn.Flatten(), torch.nn.Linear(16, 3))
+
+    trained = runs.train_seeds(SMALL, [0, 1], dataset, net, progress=False)
+    states = full_trajectory.hessian_states(trained, 20, dataset, 8, 2, 3, model=net)
+    assert sorted(states) == [0, 1]
+    table = full_trajectory.onward(trained[1], 20, states[1], 30, dataset, model=net)
+    assert len(table) == 20 and np.isfinite(table.model).all()
 
 
 def test_plots_draw_measurement_and_predictions(predicted):
