@@ -1,0 +1,149 @@
+"""Full trajectories: the model's own curves are predicted exactly, a network's state is what plain products give."""
+
+from types import SimpleNamespace
+
+import matplotlib.pyplot as plt
+import numpy as np
+import pandas as pd
+import pytest
+import torch
+from helpers import SMALL, small_data
+
+from paper_lib import figures, full_trajectory, presets, probe, runs, schedules, transient
+from paper_lib.validate import ConfigError
+
+LR, T = 0.5, 200
+TRUTH = transient.of_losses(np.array([0.02, 0.2, 0.8]) / LR, np.array([0.05, 0.1, 0.05]), np.zeros(3), LR)
+
+
+def run(loss, lr, start=7, momentum=0.0, seed=0):
+    """What `responses` reads of a run."""
+    config = SimpleNamespace(start=start, seed=seed, momentum=momentum)
+    return SimpleNamespace(config=config, loss=np.asarray(loss), lr=np.asarray(lr))
+
+
+def curve(target, seed):
+    """The model's own response under a named schedule, as `responses` gives it."""
+    lrs = LR * schedules.factors(target, T)
+    columns = {"target": target, "seed": seed, "step": np.arange(T), "lr": lrs}
+    return pd.DataFrame(columns).assign(change=TRUTH.response(lrs, LR))
+
+
+@pytest.fixture(scope="module")
+def predicted():
+    table = pd.concat([curve(target, seed) for target in ("step", "linear", "cosine") for seed in (0, 1)])
+    table, source = table.reset_index(drop=True), table[table.target == "step"]
+    known = {0: TRUTH, 1: TRUTH}
+    spectra = {"response": full_trajectory.response_spectra(source, LR), "settled": known, "start": known}
+    return full_trajectory.predict(table, source, spectra, LR)
+
+
+def test_responses_join_the_parts_and_subtract_the_twin():
+    parts = [run([3.0, 2.0], [0.1, 0.1]), run([5.0], [1.0], start=9)]
+    table = full_trajectory.responses("there and back", [run([1.0, 1.0, 2.0, 9.0], np.ones(4))], [parts])
+    assert table.change.tolist() == [2.0, 1.0, 3.0]
+    assert table.lr.tolist() == [0.1, 0.1, 1.0]
+    assert table.step.tolist() == [0, 1, 2]
+
+
+def test_momentum_counts_as_a_larger_learning_rate():
+    table = full_trajectory.responses("a", [run([1.0], [0.1], momentum=0.9)], [[run([1.0], [0.1], momentum=0.9)]])
+    assert table.lr[0] == pytest.approx(1.0)
+
+
+@pytest.mark.parametrize(
+    ("other", "message"), [(run([1.0], [1.0], start=8), "start"), (run([1.0] * 3, [1.0] * 3), "steps")]
+)
+def test_runs_that_cannot_be_compared_are_refused(other, message):
+    with pytest.raises(ConfigError, match=message):
+        full_trajectory.responses("a", [run([1.0, 1.0], [1.0, 1.0])], [[other]])
+
+
+def test_the_models_own_curves_are_predicted(predicted):
+    averaged = full_trajectory.blocks(predicted)
+    found = full_trajectory.errors(averaged).groupby("predictor").relative.max()
+    assert found.response < 0.03  # its grid does not hold the true curvatures
+    assert found.settled < 1e-12
+    assert found.current > 0.05
+    assert (full_trajectory.correlations(averaged) > 0.999).all()
+    fall = full_trajectory.final_fall(averaged[averaged.target == "cosine"])
+    np.testing.assert_allclose(fall, 1, atol=0.05)
+
+
+def test_the_rule_to_beat_takes_settled_levels_and_draws_lines_between_them():
+    source = pd.DataFrame({"seed": 0, "lr": np.repeat([1.0, 0.1], 4), "change": [0, 0, 0, 0, 9, 9, -1, -3]})
+    table = pd.DataFrame({"seed": 0, "lr": [0.1, 0.55, 1.0, 2.0]})
+    np.testing.assert_allclose(full_trajectory.follow_current(table, source), [-2, -1, 0, 0])
+
+
+def test_blocks_are_means():
+    averaged = full_trajectory.blocks(curve("linear", 0), n=10)
+    np.testing.assert_allclose(averaged.change, curve("linear", 0).change.to_numpy().reshape(10, -1).mean(1))
+
+
+def test_share_predicted_ends_where_the_model_strays():
+    loss = np.linspace(1, 0, 100)
+    model = np.where(np.arange(100) < 60, loss + 0.1, loss + 0.5)
+    assert full_trajectory.share_predicted(pd.DataFrame({"loss": loss, "model": model})) == pytest.approx(0.6)
+    assert full_trajectory.share_predicted(pd.DataFrame({"loss": loss, "model": loss})) == 1
+
+
+@pytest.fixture(scope="module")
+def recorded(tmp_path_factory):
+    """A few steps under a weight decay that makes every curvature positive."""
+    config = presets.study("smoke").run.replace(steps=6, record="0-6", lr=0.001, weight_decay=30.0)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("PAPER_RUNS", str(tmp_path_factory.mktemp("runs")))
+        (found,) = runs.train_seeds(config, [0], progress=False)
+        return found, runs.load_dataset(config)
+
+
+def test_state_holds_unbiased_squares_and_their_curvatures(recorded):
+    found, dataset = recorded
+    state = full_trajectory.hessian_states([found], 4, dataset, n_gradients=6, n_products=2, n_nodes=3)[0]
+    net, weights = runs.network(found, dataset), np.array(found.at(4))
+    x, y = probe.fixed_batches(dataset, 8, 64, 0)
+    a, b = (probe.gradients(net, weights, x[s], y[s]).mean(0) + 30 * weights for s in (slice(2, 5), slice(5, 8)))
+    assert state.gradient2.sum() == pytest.approx(a @ b, rel=1e-4)
+    assert state.noise2.sum() == pytest.approx(6 * np.sum((a - b) ** 2) / 4, rel=1e-4)
+    products = [probe.mean_hessian_product(net, weights, d, x[:2], y[:2]) + 30 * d for d in (a, b)]
+    assert state.h @ state.gradient2 == pytest.approx((a @ products[1] + b @ products[0]) / 2, rel=1e-3)
+
+
+def test_onward_begins_at_the_snapshot(recorded):
+    found, dataset = recorded
+    table = full_trajectory.onward(found, 2, TRUTH, 3, dataset)
+    assert table.step.tolist() == [2, 3, 4]
+    np.testing.assert_allclose(table.loss, found.loss[2:5])
+    assert table.model[0] == pytest.approx(found.loss.mean(), abs=0.3)
+    np.testing.assert_allclose(table.model - table.model[0], TRUTH.losses(np.full(3, 0.001)), atol=1e-6)
+
+
+def test_a_network_of_ones_own_without_batchnorm(tmp_path, monkeypatch):
+    monkeypatch.setenv("PAPER_RUNS", str(tmp_path))
+    dataset = small_data()
+
+    def net():
+        return torch.nn.Sequential(torch.nn.Flatten(), torch.nn.Linear(16, 3))
+
+    trained = runs.train_seeds(SMALL, [0, 1], dataset, net, progress=False)
+    states = full_trajectory.hessian_states(trained, 20, dataset, 8, 2, 3, model=net)
+    assert sorted(states) == [0, 1]
+    table = full_trajectory.onward(trained[1], 20, states[1], 30, dataset, model=net)
+    assert len(table) == 20 and np.isfinite(table.model).all()
+
+
+def test_plots_draw_measurement_and_predictions(predicted):
+    figures.style()
+    fig, (curves, error, spectrum, start) = plt.subplots(1, 4)
+    averaged = full_trajectory.blocks(predicted)
+    full_trajectory.plot_curves(curves, averaged, ["linear", "cosine"], key=True)
+    assert [line.get_linestyle() for line in curves.lines[:3]] == ["-", "--", ":"]
+    full_trajectory.plot_errors(error, full_trajectory.errors(averaged), 0.25)
+    assert [label.get_text() for label in error.get_yticklabels()] == ["step", "linear", "cosine"]
+    full_trajectory.plot_spectra(spectrum, full_trajectory.tabulate({"response": {0: TRUTH}}, LR), LR)
+    assert spectrum.lines[0].get_ydata()[-1] == pytest.approx(0.2)
+    beginning = pd.DataFrame({"lr": LR, "origin": 0, "step": np.arange(50), "loss": 1.0, "model": 2.0})
+    full_trajectory.plot_onward(start, beginning)
+    assert start.lines[0].get_ydata() == pytest.approx(1.0)
+    plt.close(fig)
