@@ -92,6 +92,8 @@ class _Entry:
 def mean_and_spread(values: np.ndarray) -> tuple[float, float]:
     """Mean and sample standard deviation over seeds; the spread of a single seed, and both of none, are NaN."""
     mean = float(np.mean(values)) if values.size else math.nan
+    if values.size > 1 and np.ptp(values) == 0:
+        return mean, 0.0  # not the dust of rounding
     with np.errstate(invalid="ignore"):  # infinite values have no spread
         return mean, float(np.std(values, ddof=1)) if values.size > 1 else math.nan
 
