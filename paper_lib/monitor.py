@@ -4,25 +4,26 @@ Every step gives s_t = g_t . u_(t-1): the gradient that the step uses, against a
 u_t = b u_(t-1) + g_t. While the run descends, gradients agree and E s_t > 0. In the stationary model of claim C4,
 for plain SGD and in a direction of eta = lr x curvature, q = 1 - eta,
 
-    E s_t = -E|g_t|^2 (eta/2) / (1 - b q) < 0,   with b = 0 equal to minus the squared norm of the full gradient,
+    E s_t = -E|g_t|^2 (eta/2) / (1 - b q) < 0,   for b = 0 minus the squared norm of the full gradient,
 
 and with momentum m and b = m, where u is the optimizer's own velocity, E s_t = -|full gradient|^2 / (1 + m) whatever
-the curvatures are. (b < m can have either sign: keep b >= m.)
+the curvatures are. (For b < m it can have either sign: keep b >= m.)
 
-b = 0 is the statistic of Pflug (1990). Its mean is smaller than its noise by the factor eta/2, so the sign of its sum
-stops too early, or long too late (Pesme, Dieuleveut and Flammarion 2020). Two things help. Remembering more than one
-gradient: the noise of s_t is white, so b = q is its matched filter and raises the signal per step from (eta/2) to
-sqrt(eta/(2-eta))/2, times the root of the number of noisy directions: a stationary run is recognized after a number of
-relaxation times, not after its square. And knowing the noise: means over blocks longer than the memory of u are
-nearly independent, so a t-test over a window of blocks has a known rate of false alarms.
+b = 0 is the statistic of Pflug (1990). Its mean is smaller than its noise by the factor eta/2, so that the sign of its
+sum stops too early, or long too late (Pesme, Dieuleveut and Flammarion 2020). Two things help. A longer memory raises
+the signal per step from eta/2 to sqrt(eta)/2 at b = q, times the root of the number of noisy directions, and no memory
+gets beyond sqrt(eta/2): stationarity shows within a number of relaxation times 1/eta, not of their squares. And a known
+noise: the means of blocks longer than the memory are nearly independent, so that a t-test can be made of them.
 
-Not used: E g_t . x_t (Yaida 2018, Lang et al. 2019). Where the loss does not depend on the scale of the weights, as
-under BatchNorm, a gradient is orthogonal to its weights, and that relation only tests the norm against weight decay.
+Not used is the relation for E g_t . x_t of Yaida (2018) and Lang et al. (2019). Where the loss does not depend on the
+scale of the weights, as under BatchNorm, the gradient is orthogonal to the weights, and that relation only tests
+whether their norm is in balance with weight decay.
 """
 
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -32,16 +33,16 @@ from torch import Tensor
 
 from paper_lib.validate import require
 
-BLOCKS = 8  # block means in a test
-MEMORIES = 2  # length of the shortest block, in memories 1 / (1 - b) of the sum of gradients
+BLOCKS = 8  # block means in a window
+MEMORIES = 4  # steps of the shortest block, in memories 1 / (1 - b)
 
 
 @dataclass(frozen=True)
 class Window:
-    """One test: `end` counts the values that the test has seen so far, the window's `steps` last ones included.
+    """One test, over the last `steps` of the `end` values that were seen so far.
 
-    `t` is the mean of the window over its standard error, BLOCKS - 1 degrees of freedom; `stationary` whether that is
-    significantly negative.
+    `mean` is that of the values, `t` the mean over its standard error (BLOCKS - 1 degrees of freedom), `stationary`
+    whether it is significantly negative.
     """
 
     end: int
@@ -52,90 +53,95 @@ class Window:
 
     @property
     def descending(self) -> bool:
-        """Whether the gradients still agreed on the whole."""
+        """Whether the gradients agreed on the whole."""
         return self.mean >= 0
 
 
 class StationarityTest:
     """A one-sided t-test for E s_t < 0 on consecutive windows of values s_t; no value belongs to two windows.
 
-    `alpha` is the rate of false alarms of a window in which E s_t = 0, and bounds it where E s_t > 0. A window that is
-    negative but not significantly is followed by one twice as long, any other by one of the first length.
+    `alpha` is the nominal rate of false alarms of a window at the edge, E s_t = 0. With ten or more noisy directions
+    the true one is less than twice that (the sums are skewed: notebook 13); it falls quickly where the run descends.
+    `block` is the length of the first blocks. A window that is negative but not significantly is followed by one of
+    twice the length, any other by one of the first length. Values that are not finite never raise an alarm.
     """
 
-    def __init__(self, alpha: float = 0.05, block: int = 20):
+    def __init__(self, alpha: float = 0.05, block: int = 40):
         require(0 < alpha < 0.5, "alpha", alpha, "a rate of false alarms lies in (0, 0.5)")
         require(block >= 1, "block", block, "it must be at least 1 step")
         self.threshold = float(stats.t.ppf(alpha, BLOCKS - 1))
-        self._first, self._seen = block, 0
+        self._first, self._end = block, 0
         self._begin(block)
 
+    @property
+    def window(self) -> int:
+        """Steps of the current window."""
+        return BLOCKS * self._block
+
     def _begin(self, block: int) -> None:
-        self._block, self._count, self._sums = block, 0, [0.0]
+        self._block, self._count, self._sums = block, 0, [0.0] * BLOCKS
 
     def add(self, value: float | Tensor) -> Window | None:
-        """Take the next value; at the end of a window return its test. A tensor is not read before that."""
-        self._sums[-1] = self._sums[-1] + value
+        """Take the next value; return the test at the end of a window. Until then a tensor is not read."""
+        index = self._count // self._block
+        self._sums[index] = self._sums[index] + value
         self._count += 1
-        self._seen += 1
-        if self._count == BLOCKS * self._block:
-            return self._decide()
-        if self._count % self._block == 0:
-            self._sums.append(0.0)
-        return None
+        return self.decide([float(total) for total in self._sums]) if self._count == self.window else None
 
-    def _decide(self) -> Window:
-        means = np.array([float(total) for total in self._sums]) / self._block
+    def decide(self, sums: Sequence[float]) -> Window:
+        """Test a whole window, given the sum of the values in each of its blocks, and begin the next one."""
+        means = np.array(sums) / self._block
         mean, error = means.mean(), means.std(ddof=1) / math.sqrt(BLOCKS)
         t = float(mean / error) if error > 0 else 0.0
-        window = Window(self._seen, self._count, float(mean), t, t < self.threshold)
-        undecided = not (window.stationary or window.descending)
+        self._end += self.window
+        decision = Window(self._end, self.window, float(mean), t, t < self.threshold)
+        undecided = not (decision.stationary or decision.descending)
         self._begin(2 * self._block if undecided else self._first)
-        return window
+        return decision
 
 
 class Monitor:
-    """Watches the gradients of a training loop, as flat vectors (P,), NumPy's or PyTorch's on any device.
+    """Watches the gradients of a training loop, flat vectors (P,) of NumPy or of PyTorch on any device.
 
-    `memory` is b: the run is tested for stationarity over about 1 / (1 - b) steps and faster; it must not be less than
-    the optimizer's momentum. `alpha` is the rate of false alarms per window (see `StationarityTest`). Costs one vector,
-    and a read from the device per window. `windows` lists the tests so far.
+    `memory` is b: the run is tested for being stationary over about 1 / (1 - b) steps; it must not be less than the
+    optimizer's momentum. `alpha` is the rate of false alarms of a window (see `StationarityTest`). It costs a vector,
+    an inner product a step, and one read from the device a window. `windows` lists the tests so far.
     """
 
     def __init__(self, memory: float = 0.9, alpha: float = 0.05):
-        require(0 <= memory < 1, "memory", memory, "it must lie in [0, 1)")
         self.memory, self.windows = memory, []
         self._test = StationarityTest(alpha, block_length(memory))
-        self._direction = None
+        self._past = None
 
     def observe(self, gradient: np.ndarray | Tensor) -> bool:
         """Take the gradient of the step that is about to be made; True if the run has been found stationary.
 
-        After that a new test begins from nothing, as it should when the learning rate has been lowered.
+        After that the test begins from nothing, as it should when the learning rate has been lowered.
         """
-        if self._direction is None:
-            self._direction = gradient + 0
+        if self._past is None:
+            self._past = gradient + 0
             return False
-        window = self._test.add(gradient @ self._direction)
-        self._direction *= self.memory
-        self._direction += gradient
+        window = self._test.add(gradient @ self._past)
+        self._past *= self.memory
+        self._past += gradient
         if window is None:
             return False
         self.windows.append(window)
         if window.stationary:
-            self._direction = None
+            self._past = None
         return window.stationary
 
 
 def block_length(memory: float) -> int:
-    """Steps of the shortest block: long enough that what two blocks share of the sum of gradients is small."""
+    """Steps of the shortest block for a memory b in [0, 1): what two blocks share of the past is then small."""
+    require(0 <= memory < 1, "memory", memory, "it must lie in [0, 1)")
     return max(2, round(MEMORIES / (1 - memory)))
 
 
 def gradient_vector(optimizer: torch.optim.Optimizer) -> Tensor:
-    """What the optimizer's next step descends, (P,): every gradient plus weight decay times its parameter.
+    """What the optimizer's next step descends, (P,): gradients, plus weight decay times the parameters.
 
-    Call it between backward() and step(). Parameters without a gradient are left out, so it must always be the same.
+    Call it between backward() and step(). Parameters without a gradient are left out, and must be so every time.
     """
     parts = []
     for group in optimizer.param_groups:
