@@ -132,6 +132,45 @@ class Monitor:
         return window.stationary
 
 
+class Averages:
+    """Exponential averages of the weights with several memories, each with the loss that it saves at this moment.
+
+    With decay b, the average a_t = (1 - b) sum_j b^j x_(t-j) has a lower loss than the iterate x_t, on a quadratic and
+    for any stationary sequence of iterates (any curvatures, noise, momentum or optimizer), by exactly
+
+        E [loss(x_t) - loss(a_t)] = E g_t . (x_t - a_t) / (1 + b),
+
+    where g_t is the gradient of the next batch at x_t. For plain SGD x_t - a_t = -lr b u_(t-1) (see `Monitor`): a test
+    that finds s_t negative has found that the average with its memory is better than the iterate.
+
+    `vectors` are the averages, `gains` running means of the right-hand side over 1 / (1 - smoothing) steps. Costs a vector and an inner product
+    a step for every memory. Until an average has lasted its memory, it is the uniform one.
+    """
+
+    def __init__(self, memories: Sequence[float] = (0.9, 0.97, 0.99, 0.997), smoothing: float = 0.99):
+        require(len(memories) > 0, "memories", memories, "give at least one")
+        for memory in (*memories, smoothing):
+            require(0 <= memory < 1, "memory", memory, "it must lie in [0, 1)")
+        self.memories, self.smoothing = tuple(memories), smoothing
+        self.gains, self.vectors, self._steps = [0.0] * len(memories), [], 0
+
+    def observe(self, weights: np.ndarray | Tensor, gradient: np.ndarray | Tensor) -> None:
+        """Take the weights (P,) before a step and the gradient (P,) of its batch there."""
+        if not self.vectors:
+            self.vectors = [weights + 0 for _ in self.memories]
+        self._steps += 1
+        for i, (memory, average) in enumerate(zip(self.memories, self.vectors, strict=True)):
+            average += max(1 - memory, 1 / self._steps) * (weights - average)
+            gain = gradient @ (weights - average) / (1 + memory)
+            self.gains[i] = self.gains[i] + max(1 - self.smoothing, 1 / self._steps) * (gain - self.gains[i])
+
+    def best(self) -> tuple[float, np.ndarray | Tensor]:
+        """The memory that saves most at this moment, and its average (P,)."""
+        require(self._steps > 0, "steps", 0, "observe some first")
+        i = max(range(len(self.memories)), key=lambda i: float(self.gains[i]))
+        return self.memories[i], self.vectors[i]
+
+
 def block_length(memory: float) -> int:
     """Steps of the shortest block for a memory b in [0, 1): what two blocks share of the past is then small."""
     require(0 <= memory < 1, "memory", memory, "it must lie in [0, 1)")

@@ -19,7 +19,7 @@ from paper_lib import alignment, evaluation, figures, probe, runs, train
 from paper_lib.config import RunConfig, Study
 from paper_lib.data import Dataset
 from paper_lib.models import FlatModel
-from paper_lib.monitor import BLOCKS, Monitor, Window
+from paper_lib.monitor import BLOCKS, Averages, Monitor, Window
 from paper_lib.stationarity import replay
 from paper_lib.train import ModelFactory
 from paper_lib.trajectory import Trajectory
@@ -27,10 +27,10 @@ from paper_lib.trajectory import Trajectory
 
 @dataclass(frozen=True, eq=False)
 class Watched:
-    """A run whose learning rate followed its gradients.
+    """A run that was watched: its end, and what happened on the way.
 
-    weights (P,) at its end; average (P,) of the iterates since the test last found it descending, or its learning rate
-    was lowered; loss and lr of every step, (n_steps,); windows by the number of steps after which they ended.
+    weights (P,) at its end; average (P,), the one of `Averages` that was then predicted to save most; loss, lr and
+    memory (of the average that was best) before every step, (n_steps,); windows by the number of steps before them.
     """
 
     seed: int
@@ -38,11 +38,12 @@ class Watched:
     average: np.ndarray
     loss: np.ndarray
     lr: np.ndarray
+    memory: np.ndarray
     windows: dict[int, Window]
 
     @property
     def alarms(self) -> list[int]:
-        """Steps after which the run was found stationary."""
+        """Steps at which the run was found stationary."""
         return [step for step, window in self.windows.items() if window.stationary]
 
 
@@ -58,28 +59,26 @@ def _backward(config: RunConfig, dataset: Dataset, net: FlatModel) -> Iterator[f
         yield float(loss.detach())
 
 
-def watch(config: RunConfig, dataset: Dataset, net: FlatModel, monitor: Monitor, factor: float) -> Watched:
+def watch(
+    config: RunConfig, dataset: Dataset, net: FlatModel, monitor: Monitor, factor: float, averages: Averages
+) -> Watched:
     """Train from the network's weights on the batches of `config`, multiplying the learning rate at every alarm.
 
     With `factor` = 1 this is the run of `config` at its constant learning rate, to the same bits.
     """
     velocity, lr = torch.zeros_like(net.weights), config.lr
-    average, n_averaged = net.weights.clone(), 0
-    losses, rates, windows = [], [], {}
-    for loss in _backward(config, dataset, net):
-        train.sgd_step(net, velocity, lr, config)  # adds weight decay to net.grad: the model is about that sum
-        losses.append(loss)
-        rates.append(lr)
-        n_averaged += 1
-        average.lerp_(net.weights, 1 / n_averaged)
-        alarm = monitor.observe(net.grad)
+    log, windows = [], {}
+    for step, loss in enumerate(_backward(config, dataset, net)):
+        gradient = net.grad + config.weight_decay * net.weights  # the model is about all that the step descends
+        if monitor.observe(gradient):
+            lr *= factor
         if len(monitor.windows) > len(windows):
-            windows[len(losses)] = window = monitor.windows[-1]
-            if window.descending or (alarm and factor != 1):
-                n_averaged = 0  # the next iterate replaces the average
-        lr *= factor if alarm else 1
-    ends = (vector.cpu().numpy().copy() for vector in (net.weights, average))
-    return Watched(config.seed, *ends, np.array(losses), np.array(rates), windows)
+            windows[step] = monitor.windows[-1]
+        averages.observe(net.weights, gradient)
+        log.append((loss, lr, averages.best()[0]))
+        train.sgd_step(net, velocity, lr, config)
+    ends = (vector.cpu().numpy().copy() for vector in (net.weights, averages.best()[1]))
+    return Watched(config.seed, *ends, *np.array(log).T, windows)
 
 
 def schedule_free(config: RunConfig, dataset: Dataset, net: FlatModel, lr: float, momentum: float) -> np.ndarray:
@@ -195,6 +194,43 @@ def measure_velocity(
     return pd.DataFrame(rows)
 
 
+def measure_gains(
+    trajectories: Sequence[Trajectory],
+    dataset: Dataset,
+    first: int,
+    memories: Sequence[float],
+    n_points: int = 8,
+    n_batches: int = 16,
+    model: ModelFactory | None = None,
+) -> pd.DataFrame:
+    """What exponential averages save, predicted from the gradients that a run used and measured on held-out batches.
+
+    Averages begin at step `first` of a recorded run; its second half from there counts. One row per seed and memory:
+    seed; memory; `predicted`, the mean of g_t . (x_t - a_t) / (1 + b) (see `Averages`); `measured`, the mean of the
+    loss at x_t minus that at a_t over n_points steps, with batch statistics and weight decay, as the gradients have it.
+    """
+    tables = []
+    for run in trajectories:
+        c = run.config
+        begin = first + (1 if c.momentum else 0)
+        x, (g, _) = np.asarray(run.window(begin, c.steps)), alignment.used_gradients(run, begin, c.steps - 1)
+        half, averages = len(g) // 2, Averages(memories, smoothing=0)
+        at, products, points = np.linspace(half, len(g) - 1, n_points).astype(int), [], []
+        for i, gradient in enumerate(g):
+            averages.observe(x[i], gradient)
+            products.append(averages.gains.copy())
+            if i in at:
+                points += [x[i], *(vector.copy() for vector in averages.vectors)]
+        held = dataset.batches(n_batches, c.batch_size, c.stream, "held")
+        losses = probe.losses(runs.network(run, dataset, model), np.stack(points), *held).mean(1)
+        losses = losses + c.weight_decay / 2 * np.square(points).sum(1)
+        losses = losses.reshape(-1, 1 + len(memories))
+        measured = (losses[:, :1] - losses[:, 1:]).mean(0)
+        found = {"memory": memories, "predicted": np.mean(products[half:], axis=0), "measured": measured}
+        tables.append(pd.DataFrame({"seed": c.seed, **found}))
+    return pd.concat(tables, ignore_index=True)
+
+
 def t_of_run(run: Trajectory, first: int, memory: float, alpha: float) -> float:
     """t of the test when the steps of a recorded plain SGD run from `first` to its end are one window."""
     g, _ = alignment.used_gradients(run, first, run.config.steps - 1)
@@ -216,3 +252,31 @@ def windows_table(watched: Sequence[Watched]) -> pd.DataFrame:
         for step, w in run.windows.items()
     ]
     return pd.DataFrame(rows, columns=["seed", "step", "steps", "t", "stationary"])
+
+
+def plot_windows(ax: Axes, table: pd.DataFrame, threshold: float) -> None:
+    """t of every window at the step where it ended, one line a seed; below the dashed line the test is alarmed."""
+    for (seed, one), color in zip(table.groupby("seed"), sns.color_palette(), strict=False):
+        ax.plot(one.step, one.t, color=color, marker="o", label=f"seed {seed}")
+    ax.axhline(0, color="0.7", linewidth=1)
+    ax.axhline(threshold, label="stationary below", **figures.PREDICTION)
+    ax.set(xlabel="step", ylabel="t of the window")
+    ax.legend(fontsize="small")
+
+
+def plot_rates(ax: Axes, rates: Mapping[str, np.ndarray]) -> None:
+    """Learning rate of every step, one line per name."""
+    for name, lr in rates.items():
+        ax.plot(lr, label=name)
+    ax.set(yscale="log", xlabel="step", ylabel="learning rate")
+    ax.legend(fontsize="small")
+
+
+def plot_methods(ax: Axes, table: pd.DataFrame, column: str, label: str, watched: Sequence[str]) -> None:
+    """One dot a seed and a bar for the mean, one line per method; those in `watched` in another colour."""
+    for i, (method, one) in enumerate(table.groupby("method", sort=False)):
+        color = sns.color_palette()[1 if method in watched else 0]
+        ax.scatter(one[column], np.full(len(one), i), color=color, s=45, alpha=0.8)
+        ax.plot([one[column].mean()] * 2, [i - 0.3, i + 0.3], color="black")
+    methods = table.method.unique()
+    ax.set(yticks=range(len(methods)), yticklabels=methods, ylim=(len(methods) - 0.5, -0.5), xlabel=label)
