@@ -91,7 +91,8 @@ class StationarityTest:
     def decide(self, sums: Sequence[float]) -> Window:
         """Test a whole window, given the sum of the values in each of its blocks, and begin the next one."""
         means = np.array(sums) / self._block
-        mean, error = means.mean(), means.std(ddof=1) / math.sqrt(BLOCKS)
+        with np.errstate(invalid="ignore"):  # a diverged run has no deviation
+            mean, error = means.mean(), means.std(ddof=1) / math.sqrt(BLOCKS)
         t = float(mean / error) if error > 0 else 0.0
         self._end += self.window
         decision = Window(self._end, self.window, float(mean), t, t < self.threshold)
@@ -143,8 +144,8 @@ class Averages:
     where g_t is the gradient of the next batch at x_t. For plain SGD x_t - a_t = -lr b u_(t-1) (see `Monitor`): a test
     that finds s_t negative has found that the average with its memory is better than the iterate.
 
-    `vectors` are the averages, `gains` running means of the right-hand side over 1 / (1 - smoothing) steps. Costs a vector and an inner product
-    a step for every memory. Until an average has lasted its memory, it is the uniform one.
+    `vectors` are the averages, `gains` running means of the right-hand side over 1 / (1 - smoothing) steps. A memory
+    costs a vector and an inner product a step. Until an average has lasted its memory, it is the uniform one.
     """
 
     def __init__(self, memories: Sequence[float] = (0.9, 0.97, 0.99, 0.997), smoothing: float = 0.99):

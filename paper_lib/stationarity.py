@@ -1,4 +1,4 @@
-"""Claim C10, on simulated quadratics: false alarms, power and delays of the stationarity test, where the truth is known.
+"""Claim C10, where the truth is known: false alarms, power and delays of the stationarity test on quadratics.
 
 The gradient noise has variance 1 in every direction, so that a stationary direction of eta = lr x curvature has
 E g_t^2 = 2 / (2 - eta). A run that never stops descending has one more direction, in which the loss falls with a

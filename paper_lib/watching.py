@@ -29,8 +29,9 @@ from paper_lib.trajectory import Trajectory
 class Watched:
     """A run that was watched: its end, and what happened on the way.
 
-    weights (P,) at its end; average (P,), the one of `Averages` that was then predicted to save most; loss, lr and
-    memory (of the average that was best) before every step, (n_steps,); windows by the number of steps before them.
+    weights (P,) at its end; average (P,), the one of `Averages` that was then predicted to save most; at every step,
+    (n_steps,), loss and lr, and the memory of the average that was best and its gain (nats); windows by the step at
+    which they had ended.
     """
 
     seed: int
@@ -39,6 +40,7 @@ class Watched:
     loss: np.ndarray
     lr: np.ndarray
     memory: np.ndarray
+    gain: np.ndarray
     windows: dict[int, Window]
 
     @property
@@ -75,7 +77,7 @@ def watch(
         if len(monitor.windows) > len(windows):
             windows[step] = monitor.windows[-1]
         averages.observe(net.weights, gradient)
-        log.append((loss, lr, averages.best()[0]))
+        log.append((loss, lr, averages.best()[0], max(map(float, averages.gains))))
         train.sgd_step(net, velocity, lr, config)
     ends = (vector.cpu().numpy().copy() for vector in (net.weights, averages.best()[1]))
     return Watched(config.seed, *ends, *np.array(log).T, windows)
@@ -112,21 +114,23 @@ def each_seed(
 # --- comparison --------------------------------------------------------------------------------------------------
 
 
-def fixed(study: Study, late: float = 0.6, drop: float = 0.1) -> dict[str, RunConfig]:
-    """Runs of as many steps as the study's warm-up under schedules that know the end.
+def train_fixed(study: Study, late: float = 0.6, drop: float = 0.1) -> dict[str, list[Trajectory]]:
+    """Runs of as many steps as the study's warm-up under schedules that know the end, one per seed.
 
-    "step" multiplies the learning rate by `drop`, "linear" lowers it to zero, from the snapshot of the warm-up that is
-    the last one in the fraction `late` of its steps.
+    "step" multiplies the learning rate by `drop`, "linear" lowers it to zero, from the last snapshot of the warm-up
+    that lies in the fraction `late` of its steps.
     """
     run = study.run
     at = int(max(step for step in run.snapshot_steps if step <= late * run.steps))
     rest = run.steps - at
-    return {
+    configs = {
         "constant": run,
         "step": run.branch(rest, at=at, schedule=(drop,) * rest),
         "linear": run.branch(rest, at=at, schedule="linear"),
         "cosine": run.replace(schedule="cosine", record=""),
     }
+    trained = iter(runs.train_all([c.replace(seed=seed) for c in configs.values() for seed in study.seeds]))
+    return {name: [next(trained) for _ in study.seeds] for name in configs}
 
 
 def compare(
@@ -254,6 +258,28 @@ def windows_table(watched: Sequence[Watched]) -> pd.DataFrame:
     return pd.DataFrame(rows, columns=["seed", "step", "steps", "t", "stationary"])
 
 
+def steps_table(watched: Sequence[Watched], n_points: int = 150) -> pd.DataFrame:
+    """seed, step, lr, memory and `horizon` (1 / (1 - memory), steps) at n_points steps of every run."""
+    tables = []
+    for run in watched:
+        at = np.linspace(0, len(run.lr) - 1, n_points).astype(int)
+        columns = {"step": at, "lr": run.lr[at], "memory": run.memory[at], "horizon": 1 / (1 - run.memory[at])}
+        tables.append(pd.DataFrame({"seed": run.seed, **columns}))
+    return pd.concat(tables, ignore_index=True)
+
+
+def plot_gains(ax: Axes, gains: Mapping[str, pd.DataFrame]) -> None:
+    """What `measure_gains` found, by name, against the averages' horizon: measured (bands), predicted (dashed)."""
+    for (name, table), color in zip(gains.items(), sns.color_palette(), strict=False):
+        table = table.assign(horizon=1 / (1 - table.memory))
+        figures.band(ax, table, "horizon", "measured", label=name, color=color, marker="o")
+        model = table.groupby("horizon").predicted.mean()
+        figures.predicted(ax, model.index, model, label=None)
+    ax.plot([], [], **figures.PREDICTION, label="read off the gradients")
+    ax.set(xscale="log", xlabel="horizon of the average, 1 / (1 - b) (steps)", ylabel="loss saved (nats)")
+    ax.legend(fontsize="small")
+
+
 def plot_windows(ax: Axes, table: pd.DataFrame, threshold: float) -> None:
     """t of every window at the step where it ended, one line a seed; below the dashed line the test is alarmed."""
     for (seed, one), color in zip(table.groupby("seed"), sns.color_palette(), strict=False):
@@ -264,10 +290,12 @@ def plot_windows(ax: Axes, table: pd.DataFrame, threshold: float) -> None:
     ax.legend(fontsize="small")
 
 
-def plot_rates(ax: Axes, rates: Mapping[str, np.ndarray]) -> None:
-    """Learning rate of every step, one line per name."""
-    for name, lr in rates.items():
-        ax.plot(lr, label=name)
+def plot_rates(ax: Axes, schedules: Mapping[str, Sequence[Trajectory]], watched: Sequence[Watched]) -> None:
+    """Learning rate against the step: the fixed schedules, and every watched run."""
+    for name, (run, *_) in schedules.items():
+        ax.plot(run.config.start + np.arange(len(run.lr)), run.lr, label=name)
+    for i, run in enumerate(watched):
+        ax.plot(run.lr, color="black", linewidth=1.5, label=None if i else "watched: lowered")
     ax.set(yscale="log", xlabel="step", ylabel="learning rate")
     ax.legend(fontsize="small")
 
