@@ -259,12 +259,12 @@ def windows_table(watched: Sequence[Watched]) -> pd.DataFrame:
 
 
 def steps_table(watched: Sequence[Watched], n_points: int = 150) -> pd.DataFrame:
-    """seed, step, lr, memory and `horizon` (1 / (1 - memory), steps) at n_points steps of every run."""
+    """seed, step, lr, memory, `horizon` (1 / (1 - memory), steps) and gain at n_points steps after the first few."""
     tables = []
     for run in watched:
-        at = np.linspace(0, len(run.lr) - 1, n_points).astype(int)
-        columns = {"step": at, "lr": run.lr[at], "memory": run.memory[at], "horizon": 1 / (1 - run.memory[at])}
-        tables.append(pd.DataFrame({"seed": run.seed, **columns}))
+        at = np.linspace(len(run.lr) // 20, len(run.lr) - 1, n_points).astype(int)
+        columns = {"step": at, "lr": run.lr[at], "memory": run.memory[at], "gain": run.gain[at]}
+        tables.append(pd.DataFrame({"seed": run.seed, "horizon": 1 / (1 - run.memory[at]), **columns}))
     return pd.concat(tables, ignore_index=True)
 
 
