@@ -15,12 +15,11 @@ from matplotlib.axes import Axes
 from torch import nn
 from tqdm import tqdm
 
-from paper_lib import alignment, evaluation, figures, probe, runs, train
+from paper_lib import evaluation, figures, runs, train
 from paper_lib.config import RunConfig, Study
 from paper_lib.data import Dataset
 from paper_lib.models import FlatModel
-from paper_lib.monitor import BLOCKS, Averages, Monitor, Window
-from paper_lib.stationarity import replay
+from paper_lib.monitor import Averages, Monitor, Window
 from paper_lib.train import ModelFactory
 from paper_lib.trajectory import Trajectory
 
@@ -114,19 +113,19 @@ def each_seed(
 # --- comparison --------------------------------------------------------------------------------------------------
 
 
-def train_fixed(study: Study, late: float = 0.6, drop: float = 0.1) -> dict[str, list[Trajectory]]:
+def train_fixed(study: Study, step_at: float = 0.75, linear_at: float = 0.6) -> dict[str, list[Trajectory]]:
     """Runs of as many steps as the study's warm-up under schedules that know the end, one per seed.
 
-    "step" multiplies the learning rate by `drop`, "linear" lowers it to zero, from the last snapshot of the warm-up
-    that lies in the fraction `late` of its steps.
+    "step" divides the learning rate by 10, "linear" begins to lower it to zero, at the last snapshot of the warm-up
+    that lies in the given fraction of its steps.
     """
     run = study.run
-    at = int(max(step for step in run.snapshot_steps if step <= late * run.steps))
-    rest = run.steps - at
+    snapshots = run.snapshot_steps
+    step, linear = (int(snapshots[snapshots <= part * run.steps].max()) for part in (step_at, linear_at))
     configs = {
         "constant": run,
-        "step": run.branch(rest, at=at, schedule=(drop,) * rest),
-        "linear": run.branch(rest, at=at, schedule="linear"),
+        "step": run.branch(run.steps - step, at=step, schedule=(0.1,) * (run.steps - step)),
+        "linear": run.branch(run.steps - linear, at=linear, schedule="linear"),
         "cosine": run.replace(schedule="cosine", record=""),
     }
     trained = iter(runs.train_all([c.replace(seed=seed) for c in configs.values() for seed in study.seeds]))
@@ -167,84 +166,6 @@ def loss_at_alarm(run: Watched) -> float:
     return float(run.loss[at - n : at].mean() / run.loss[-n:].mean())
 
 
-# --- the model's two laws on recorded runs -----------------------------------------------------------------------
-
-
-def measure_velocity(
-    trajectories: Sequence[Trajectory],
-    dataset: Dataset,
-    first: int,
-    n_points: int = 100,
-    n_batches: int = 4,
-    model: ModelFactory | None = None,
-) -> pd.DataFrame:
-    """E g_t . v_(t-1) along recorded runs, and what the model makes of it from full gradients, -|E g|^2 / (1 + m).
-
-    One row per seed: seed; `used`, over all steps from first + 1 (first + 2 with momentum) to the end; `predicted`,
-    from the product of g_t with the mean gradient G_t of n_batches held-out batches at n_points of these steps.
-    """
-    rows = []
-    for run in trajectories:
-        c, net = run.config, runs.network(run, dataset, model)
-        begin = first + (1 if c.momentum else 0)
-        g, v = alignment.used_gradients(run, begin, c.steps - 1)
-        products = []
-        for t in tqdm(np.linspace(begin, c.steps - 1, n_points).astype(int), desc="full gradients"):
-            held = dataset.batches(range(t * n_batches, (t + 1) * n_batches), c.batch_size, c.stream, "held")
-            x = np.array(run.at(t))
-            products.append(g[t - begin] @ (probe.mean_gradient(net, x, *held) + c.weight_decay * x))
-        used = np.einsum("tp,tp->t", g[1:], v[:-1]).mean()
-        rows.append({"seed": c.seed, "used": used, "predicted": -np.mean(products) / (1 + c.momentum)})
-    return pd.DataFrame(rows)
-
-
-def measure_gains(
-    trajectories: Sequence[Trajectory],
-    dataset: Dataset,
-    first: int,
-    memories: Sequence[float],
-    n_points: int = 8,
-    n_batches: int = 16,
-    model: ModelFactory | None = None,
-) -> pd.DataFrame:
-    """What exponential averages save, predicted from the gradients that a run used and measured on held-out batches.
-
-    Averages begin at step `first` of a recorded run; its second half from there counts. One row per seed and memory:
-    seed; memory; `predicted`, the mean of g_t . (x_t - a_t) / (1 + b) (see `Averages`); `measured`, the mean of the
-    loss at x_t minus that at a_t over n_points steps, with batch statistics and weight decay, as the gradients have it.
-    """
-    tables = []
-    for run in trajectories:
-        c = run.config
-        begin = first + (1 if c.momentum else 0)
-        x, (g, _) = np.asarray(run.window(begin, c.steps)), alignment.used_gradients(run, begin, c.steps - 1)
-        half, averages = len(g) // 2, Averages(memories, smoothing=0)
-        at, products, points = np.linspace(half, len(g) - 1, n_points).astype(int), [], []
-        for i, gradient in enumerate(g):
-            averages.observe(x[i], gradient)
-            products.append(averages.gains.copy())
-            if i in at:
-                points += [x[i], *(vector.copy() for vector in averages.vectors)]
-        held = dataset.batches(n_batches, c.batch_size, c.stream, "held")
-        losses = probe.losses(runs.network(run, dataset, model), np.stack(points), *held).mean(1)
-        losses = losses + c.weight_decay / 2 * np.square(points).sum(1)
-        losses = losses.reshape(-1, 1 + len(memories))
-        measured = (losses[:, :1] - losses[:, 1:]).mean(0)
-        found = {"memory": memories, "predicted": np.mean(products[half:], axis=0), "measured": measured}
-        tables.append(pd.DataFrame({"seed": c.seed, **found}))
-    return pd.concat(tables, ignore_index=True)
-
-
-def t_of_run(run: Trajectory, first: int, memory: float, alpha: float) -> float:
-    """t of the test when the steps of a recorded plain SGD run from `first` to its end are one window."""
-    g, _ = alignment.used_gradients(run, first, run.config.steps - 1)
-    past, values = g[0].copy(), []
-    for gradient in g[1:]:
-        values.append(gradient @ past)
-        past = memory * past + gradient
-    return replay(np.array(values), alpha, len(values) // BLOCKS)[0].t
-
-
 # --- figures -----------------------------------------------------------------------------------------------------
 
 
@@ -266,18 +187,6 @@ def steps_table(watched: Sequence[Watched], n_points: int = 150) -> pd.DataFrame
         columns = {"step": at, "lr": run.lr[at], "memory": run.memory[at], "gain": run.gain[at]}
         tables.append(pd.DataFrame({"seed": run.seed, "horizon": 1 / (1 - run.memory[at]), **columns}))
     return pd.concat(tables, ignore_index=True)
-
-
-def plot_gains(ax: Axes, gains: Mapping[str, pd.DataFrame]) -> None:
-    """What `measure_gains` found, by name, against the averages' horizon: measured (bands), predicted (dashed)."""
-    for (name, table), color in zip(gains.items(), sns.color_palette(), strict=False):
-        table = table.assign(horizon=1 / (1 - table.memory))
-        figures.band(ax, table, "horizon", "measured", label=name, color=color, marker="o")
-        model = table.groupby("horizon").predicted.mean()
-        figures.predicted(ax, model.index, model, label=None)
-    ax.plot([], [], **figures.PREDICTION, label="read off the gradients")
-    ax.set(xscale="log", xlabel="horizon of the average, 1 / (1 - b) (steps)", ylabel="loss saved (nats)")
-    ax.legend(fontsize="small")
 
 
 def plot_windows(ax: Axes, table: pd.DataFrame, threshold: float) -> None:

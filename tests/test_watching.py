@@ -5,7 +5,7 @@ import pandas as pd
 import pytest
 import torch
 
-from paper_lib import config, data, presets, runs, stationarity, train, watching
+from paper_lib import config, data, gains, presets, runs, stationarity, train, watching
 from paper_lib.monitor import Averages, Monitor, StationarityTest
 
 SETTINGS = config.RunConfig(data="mine", lr=0.3, batch_size=16, steps=150, record="0-150", weight_decay=0.01)
@@ -119,14 +119,14 @@ def test_seeds_train_side_by_side_as_they_do_alone(dataset):
 # --- tables ------------------------------------------------------------------------------------------------------
 
 
-def test_fixed_schedules_end_together_and_cost_no_more_than_they_must(tmp_path, monkeypatch):
+def test_fixed_schedules_leave_the_warm_up_late_and_end_with_it(tmp_path, monkeypatch):
     monkeypatch.setenv("PAPER_RUNS", str(tmp_path))
     study = presets.study("smoke", seeds=(0,), steps=10, width=2)
-    trained = watching.train_fixed(study, late=0.6, drop=0.1)
+    trained = watching.train_fixed(study)
     assert list(trained) == ["constant", "step", "linear", "cosine"]
     assert {run.config.steps for (run,) in trained.values()} == {10}
-    assert [run.config.start for (run,) in trained.values()] == [0, 6, 6, 0]
-    assert trained["step"][0].lr == pytest.approx([0.1] * 4)
+    assert [run.config.start for (run,) in trained.values()] == [0, 7, 6, 0]
+    assert trained["step"][0].lr == pytest.approx([0.1] * 3)
     assert trained["linear"][0].lr == pytest.approx([1, 0.75, 0.5, 0.25])
 
 
@@ -150,7 +150,7 @@ def test_loss_at_the_alarm_compares_windows_of_one_length(dataset):
 
 
 def test_measured_gains_are_those_of_averages_made_by_hand(dataset, recorded):
-    table = watching.measure_gains(recorded, dataset, 100, [0.9], n_points=1, n_batches=2, model=net)
+    table = gains.measure_gains(recorded, dataset, 100, [0.9], n_points=1, n_batches=2, model=net)
     assert table.seed.tolist() == [0, 1]
     x = np.array(recorded[0].window(100, 125), np.float64)  # the one point: half of the way
     average = x[:10].mean(0)
@@ -167,7 +167,7 @@ def test_measured_gains_are_those_of_averages_made_by_hand(dataset, recorded):
 
 
 def test_velocity_is_the_last_step_and_the_prediction_a_full_gradient(dataset, recorded):
-    table = watching.measure_velocity(recorded[:1], dataset, 50, n_points=100, n_batches=4, model=net)
+    table = gains.measure_velocity(recorded[:1], dataset, 50, n_points=100, n_batches=4, model=net)
     x = np.array(recorded[0].window(50, 150), np.float64)
     g = (x[:-1] - x[1:]) / 0.3
     assert table.used[0] == pytest.approx(np.mean(np.sum(g[1:] * g[:-1], axis=1)), rel=1e-3)
@@ -181,4 +181,4 @@ def test_t_of_a_run_is_that_of_a_monitor_with_one_window(recorded):
     values = stationarity.statistic(g.T, 0.5)
     test = StationarityTest(block=len(values) // 8)
     (window,) = (window for value in values if (window := test.add(value)))
-    assert watching.t_of_run(run, 100, 0.5, 0.05) == pytest.approx(window.t, rel=1e-3)
+    assert gains.t_of_run(run, 100, 0.5, 0.05) == pytest.approx(window.t, rel=1e-3)
