@@ -119,15 +119,15 @@ def test_seeds_train_side_by_side_as_they_do_alone(dataset):
 # --- tables ------------------------------------------------------------------------------------------------------
 
 
-def test_fixed_schedules_leave_the_warm_up_late_and_end_with_it(tmp_path, monkeypatch):
-    monkeypatch.setenv("PAPER_RUNS", str(tmp_path))
-    study = presets.study("smoke", seeds=(0,), steps=10, width=2)
-    trained = watching.train_fixed(study)
-    assert list(trained) == ["constant", "step", "linear", "cosine"]
-    assert {run.config.steps for (run,) in trained.values()} == {10}
-    assert [run.config.start for (run,) in trained.values()] == [0, 7, 6, 0]
-    assert trained["step"][0].lr == pytest.approx([0.1] * 3)
-    assert trained["linear"][0].lr == pytest.approx([1, 0.75, 0.5, 0.25])
+def test_fixed_schedules_leave_the_warm_up_late_and_end_with_it(monkeypatch):
+    monkeypatch.setattr(runs, "train_all", lambda configs: configs)
+    study = presets.study("smoke", seeds=(0, 1), steps=10)
+    configs = watching.train_fixed(study)
+    assert list(configs) == ["constant", "step", "linear", "cosine"]
+    assert all([c.seed for c in each] == [0, 1] and {c.steps for c in each} == {10} for each in configs.values())
+    assert [each[0].start for each in configs.values()] == [0, 7, 6, 0]
+    assert train.learning_rates(configs["step"][0]) == pytest.approx([0.1] * 3)
+    assert train.learning_rates(configs["linear"][0]) == pytest.approx([1, 0.75, 0.5, 0.25])
 
 
 def test_difference_pairs_the_seeds():
