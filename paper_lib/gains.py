@@ -52,7 +52,7 @@ def measure_gains(
     first: int,
     memories: Sequence[float],
     n_points: int = 8,
-    n_batches: int = 16,
+    n_batches: int = 8,
     model: ModelFactory | None = None,
 ) -> pd.DataFrame:
     """What exponential averages save, predicted from the gradients that a run used and measured on held-out batches.

@@ -103,7 +103,7 @@ def first_alarm(values: np.ndarray, alpha: float, block: int) -> np.ndarray:
 
 
 def measure_false_alarms(
-    memory: float, alphas: Sequence[float] = ALPHAS, steps: int = 3200, seeds: int = 40, repetitions: int = 3
+    memory: float, alphas: Sequence[float] = ALPHAS, steps: int = 3200, seeds: int = 30, repetitions: int = 3
 ) -> pd.DataFrame:
     """Share of the windows that raise an alarm in runs at the edge of descent.
 
@@ -122,7 +122,7 @@ def measure_false_alarms(
 
 
 def measure_stopped(
-    memory: float, alpha: float, n_windows: int = 20, seeds: int = 40, repetitions: int = 3
+    memory: float, alpha: float, n_windows: int = 20, seeds: int = 30, repetitions: int = 3
 ) -> pd.DataFrame:
     """Share of runs that descend on average, E s_t as positive as it is negative at stationarity, but are stopped.
 

@@ -205,7 +205,8 @@ def plot_rates(ax: Axes, schedules: Mapping[str, Sequence[Trajectory]], watched:
         ax.plot(run.config.start + np.arange(len(run.lr)), run.lr, label=name)
     for i, run in enumerate(watched):
         ax.plot(run.lr, color="black", linewidth=1.5, label=None if i else "watched: lowered")
-    ax.set(yscale="log", xlabel="step", ylabel="learning rate")
+    shown = np.concatenate([run.lr for run in watched])
+    ax.set(yscale="log", xlabel="step", ylabel="learning rate", ylim=(shown.min() / 3, 1.5 * shown.max()))
     ax.legend(fontsize="small")
 
 
