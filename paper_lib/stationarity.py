@@ -103,7 +103,7 @@ def first_alarm(values: np.ndarray, alpha: float, block: int) -> np.ndarray:
 
 
 def measure_false_alarms(
-    memory: float, alphas: Sequence[float] = ALPHAS, steps: int = 3200, seeds: int = 30, repetitions: int = 3
+    memory: float, alphas: Sequence[float] = ALPHAS, steps: int = 3200, seeds: int = 60, repetitions: int = 3
 ) -> pd.DataFrame:
     """Share of the windows that raise an alarm in runs at the edge of descent.
 
@@ -214,7 +214,7 @@ def plot_false_alarms(ax: Axes, table: pd.DataFrame) -> None:
     ax.set(xscale="log", yscale="log", xlabel="nominal rate, alpha", ylabel="false alarms per window")
     ax.set_xticks(alphas, [f"{a:g}" for a in alphas])
     ax.minorticks_off()
-    ax.legend(fontsize="small")
+    ax.legend(fontsize="small", loc="upper left")
 
 
 def plot_signal(ax: Axes, table: pd.DataFrame) -> None:
