@@ -1,0 +1,188 @@
+"""The monitor: its decisions against plain ones, its laws against simulation, NumPy against PyTorch."""
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from scipy import stats
+
+from paper_lib import averaging, simulate
+from paper_lib.monitor import BLOCKS, Averages, Monitor, StationarityTest, block_length, gradient_vector
+from paper_lib.validate import ConfigError
+
+ETA = np.geomspace(0.02, 1, 6)
+
+
+def windows_of(values, **settings):
+    test = StationarityTest(**settings)
+    return [window for value in values if (window := test.add(value))]
+
+
+def stationary_run(momentum, steps, seed=0):
+    """Iterates (d, steps + 1) and gradients (d, steps) of SGD on quadratics of curvatures ETA, lr 1."""
+    h = ETA[:, None]
+    minima = simulate.sample_minima(np.random.default_rng(seed), np.ones(len(ETA)), steps)[0]
+    x = simulate.sgd(minima, 1.0, h, momentum=momentum)
+    return x, h * (x[:, :-1] - minima)
+
+
+# --- the test ----------------------------------------------------------------------------------------------------
+
+
+def test_a_window_is_scipys_t_test_of_its_block_means():
+    values = np.random.default_rng(0).normal(-0.3, 1, BLOCKS * 5)
+    (window,) = windows_of(values, alpha=0.05, block=5)
+    expected = stats.ttest_1samp(values.reshape(BLOCKS, 5).mean(1), 0, alternative="less")
+    assert window.t == pytest.approx(expected.statistic)
+    assert window.stationary == (expected.pvalue < 0.05)
+    assert (window.end, window.steps, window.mean) == (40, 40, pytest.approx(values.mean()))
+
+
+def test_only_an_undecided_window_is_followed_by_a_longer_one():
+    undecided = np.where(np.arange(16) % 4 < 2, 1.0, -1.01)  # blocks of both signs, a mean just below zero
+    negative, positive = -1 - 0.01 * np.arange(8.0), 1 + 0.01 * np.arange(8.0)
+    found = windows_of([*undecided, *np.repeat(negative, 4), *np.repeat(positive, 2), *undecided], block=2)
+    assert [window.steps for window in found] == [16, 32, 16, 16]
+    assert [window.stationary for window in found] == [False, True, False, False]
+    assert [window.descending for window in found] == [False, False, True, False]
+
+
+@settings(max_examples=30)
+@given(st.floats(1e-3, 1e3), st.integers(0, 1000))
+def test_decisions_do_not_depend_on_the_scale_of_the_gradients(scale, seed):
+    values = np.random.default_rng(seed).normal(-0.2, 1, 400)
+    some, others = windows_of(values, block=2), windows_of(scale * values, block=2)
+    assert [(w.end, w.stationary) for w in some] == [(w.end, w.stationary) for w in others]
+    assert [w.t for w in some] == pytest.approx([w.t for w in others])
+
+
+def test_independent_values_without_a_mean_raise_alarms_at_the_nominal_rate():
+    values = np.random.default_rng(1).standard_normal(160_000)
+    alarms = [window.stationary for window in windows_of(values, alpha=0.1, block=2)]
+    assert np.mean(alarms) == pytest.approx(0.1, abs=4 * np.sqrt(0.09 / len(alarms)))
+
+
+@pytest.mark.parametrize("value", [0.0, float("nan"), float("inf")])
+def test_values_without_information_raise_no_alarm(value):
+    assert not any(window.stationary for window in windows_of([value] * 1000, block=5))
+
+
+# --- the monitor -------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("momentum", [0.0, 0.5, 0.9])
+def test_gradient_and_velocity_are_opposed_as_the_full_gradient_is_long(momentum):
+    x, g = stationary_run(momentum, 20_000)
+    v = x[:, :-1] - x[:, 1:]
+    full = (ETA[:, None] * x[:, :-1])[:, 2000:]
+    opposed = np.sum(g[:, 2001:] * v[:, 2000:-1], axis=0).mean()
+    assert opposed == pytest.approx(-np.sum(full**2, axis=0).mean() / (1 + momentum), rel=0.05)
+
+
+def test_a_stationary_run_raises_an_alarm_and_a_descending_one_does_not():
+    _, g = stationary_run(0.0, 2000)
+    slope = np.ones(6)
+    stationary, descending = Monitor(), Monitor()
+    assert any([stationary.observe(gradient) for gradient in g.T])
+    assert not any([descending.observe(gradient + slope) for gradient in g.T])
+    assert all(window.descending for window in descending.windows)
+
+
+def test_after_an_alarm_everything_begins_again():
+    _, g = stationary_run(0.0, 3000)
+    monitor = Monitor(0.5)
+    at = next(i for i, gradient in enumerate(g.T) if monitor.observe(gradient))
+    fresh = Monitor(0.5)
+    later = [monitor.observe(gradient) for gradient in g.T[at + 1 :]]
+    assert later == [fresh.observe(gradient) for gradient in g.T[at + 1 :]]
+    assert [w.t for w in monitor.windows[-len(fresh.windows) :]] == [w.t for w in fresh.windows]
+
+
+def test_tensors_and_arrays_are_watched_alike_and_left_alone():
+    _, g = stationary_run(0.0, 1000)
+    before = g.copy()
+    some, others = Monitor(), Monitor()
+    alarms = [some.observe(gradient) for gradient in g.T]
+    assert alarms == [others.observe(gradient) for gradient in torch.from_numpy(g.T.copy())]
+    assert [w.t for w in some.windows] == pytest.approx([w.t for w in others.windows])
+    assert np.array_equal(g, before)
+
+
+@pytest.mark.parametrize(("memory", "steps"), [(0.0, 4), (0.8, 20), (0.9, 40)])
+def test_blocks_are_longer_than_the_memory(memory, steps):
+    assert block_length(memory) == steps
+
+
+@pytest.mark.parametrize("bad", [{"memory": 1.0}, {"memory": -0.1}, {"alpha": 0.0}, {"alpha": 0.5}])
+def test_bad_settings_are_refused(bad):
+    with pytest.raises(ConfigError, match=next(iter(bad))):
+        Monitor(**bad)
+
+
+# --- averages ----------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("momentum", [0.0, 0.9])
+def test_gradients_tell_what_an_average_saves_whatever_the_curvatures_and_momentum(momentum):
+    x, g = stationary_run(momentum, 20_000)
+    averages, predicted, saved = Averages((0.5, 0.9, 0.99), smoothing=0), [], []
+    for iterate, gradient in zip(x.T, g.T, strict=False):
+        averages.observe(iterate, gradient)
+        predicted.append(averages.gains.copy())
+        saved.append([ETA @ (iterate**2 - average**2) / 2 for average in averages.vectors])
+    assert np.mean(predicted[1000:], axis=0) == pytest.approx(np.mean(saved[1000:], axis=0), rel=0.05)
+
+
+def test_an_average_is_uniform_first_and_exponential_then():
+    x = np.random.default_rng(0).standard_normal((60, 3))
+    averages = Averages((0.9,))
+    for n, row in enumerate(x, start=1):
+        averages.observe(row, row)
+        if n == 10:
+            assert averages.vectors[0] == pytest.approx(x[:10].mean(0))
+    expected = x[:10].mean(0) * 0.9**50 + averaging.average(averaging.ema(50, 0.9), x[10:])
+    first = 0.9**49 * x[10] - 0.9**49 * 0.1 * x[10]  # `ema` begins at its first iterate, this one goes on
+    assert averages.vectors[0] == pytest.approx(expected - first)
+
+
+def test_the_best_average_is_short_far_from_the_minimum_and_long_near_it():
+    x = np.linspace(1000.0, 0, 300)
+    averages = Averages((0.0, 0.9))
+    for value in x:
+        averages.observe(np.array([value]), np.array([1.0]))  # a steady descent: any average lags behind
+    assert averages.best() == (0.0, pytest.approx(np.array([0.0])))
+    _, g = stationary_run(0.0, 2000)
+    averages = Averages((0.0, 0.9))
+    for iterate, gradient in zip(stationary_run(0.0, 2000)[0].T, g.T, strict=False):
+        averages.observe(iterate, gradient)
+    assert averages.best()[0] == 0.9
+
+
+def test_averages_need_a_memory_and_an_observation():
+    with pytest.raises(ConfigError, match="memories"):
+        Averages(())
+    with pytest.raises(ConfigError, match="memory"):
+        Averages((1.0,))
+    with pytest.raises(ConfigError, match="observe"):
+        Averages().best()
+
+
+# --- an optimizer's gradient -------------------------------------------------------------------------------------
+
+
+def test_the_gradient_vector_is_what_sgd_descends():
+    torch.manual_seed(0)
+    net = torch.nn.Sequential(torch.nn.Linear(3, 4), torch.nn.Linear(4, 2))
+    groups = [{"params": net[0].parameters(), "weight_decay": 0.1}, {"params": net[1].parameters()}]
+    optimizer = torch.optim.SGD(groups, lr=0.5)
+    net(torch.randn(5, 3)).square().sum().backward()
+    before = torch.nn.utils.parameters_to_vector(net.parameters()).detach().clone()
+    gradient = gradient_vector(optimizer)
+    optimizer.step()
+    after = torch.nn.utils.parameters_to_vector(net.parameters()).detach()
+    torch.testing.assert_close(before - after, 0.5 * gradient)
+    assert not gradient.requires_grad
+    optimizer.zero_grad()
+    with pytest.raises(ConfigError, match="backward"):
+        gradient_vector(optimizer)

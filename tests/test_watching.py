@@ -1,0 +1,184 @@
+"""Watched runs: the same steps as recorded ones, alarms that lower, averages and laws against plain references."""
+
+import numpy as np
+import pandas as pd
+import pytest
+import torch
+
+from paper_lib import config, data, gains, presets, runs, stationarity, train, watching
+from paper_lib.monitor import Averages, Monitor, StationarityTest
+
+SETTINGS = config.RunConfig(data="mine", lr=0.3, batch_size=16, steps=150, record="0-150", weight_decay=0.01)
+
+
+def net():
+    return torch.nn.Sequential(torch.nn.Linear(6, 8), torch.nn.Tanh(), torch.nn.Linear(8, 3))
+
+
+@pytest.fixture(scope="module")
+def dataset():
+    generator = torch.Generator().manual_seed(0)
+    x = torch.randn(600, 6, generator=generator)
+    y = (x[:, :3] + torch.randn(600, 3, generator=generator)).argmax(1)
+    return data.from_tensors(x[:500], y[:500], x[500:], y[500:], held_out=100)
+
+
+@pytest.fixture(scope="module")
+def recorded(dataset, tmp_path_factory):
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("PAPER_RUNS", str(tmp_path_factory.mktemp("runs")))
+        yield runs.train_seeds(SETTINGS, [0, 1], dataset, net, progress=False)
+
+
+def watch(dataset, settings=SETTINGS, monitor=None, factor=1.0, memories=(0.0, 0.9)):
+    fresh = train.initial_model(settings, dataset, net)
+    return watching.watch(settings, dataset, fresh, monitor or Monitor(0.5), factor, Averages(memories))
+
+
+# --- loops -------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("momentum", [0.0, 0.9])
+def test_watching_changes_nothing(dataset, momentum, tmp_path, monkeypatch):
+    monkeypatch.setenv("PAPER_RUNS", str(tmp_path))
+    settings = SETTINGS.replace(momentum=momentum, steps=60, record="60")
+    (plain,) = runs.train_seeds(settings, [0], dataset, net, progress=False)
+    watched = watch(dataset, settings, Monitor(momentum))
+    assert np.array_equal(watched.weights, plain.at(60))
+    assert watched.loss == pytest.approx(plain.loss)
+    assert np.all(watched.lr == 0.3)
+
+
+class AlarmAt(Monitor):
+    """Says so at the given observations."""
+
+    def __init__(self, *at):
+        super().__init__()
+        self.at, self.count = at, -1
+
+    def observe(self, gradient):
+        self.count += 1
+        return self.count in self.at
+
+
+def test_an_alarm_lowers_the_learning_rate_of_the_step_that_it_precedes(dataset):
+    watched = watch(dataset, monitor=AlarmAt(50, 100), factor=0.1)
+    assert watched.lr == pytest.approx(np.repeat([0.3, 0.03, 0.003], 50))
+    assert not np.array_equal(watched.weights, watch(dataset).weights)
+
+
+def test_the_average_is_the_best_of_the_averages_of_the_iterates(dataset, recorded):
+    watched = watch(dataset, memories=(0.9,))
+    assert np.all(watched.memory == 0.9)
+    x = np.array(recorded[0].window(0, 149))
+    expected = x[:10].mean(0) * 0.9**140
+    expected = expected + 0.1 * np.tensordot(0.9 ** np.arange(139, -1, -1), x[10:], 1)
+    assert watched.average == pytest.approx(expected, abs=1e-5)
+
+
+def test_windows_carry_the_step_at_which_they_ended(dataset):
+    watched = watch(dataset, monitor=Monitor(0.0, alpha=0.4))
+    steps = np.array(list(watched.windows))
+    lengths = np.array([w.steps for w in watched.windows.values()])
+    fresh = np.array([True, *(w.stationary for w in watched.windows.values())][:-1])  # the first gradient is no value
+    assert np.array_equal(np.diff([-1, *steps]), lengths + fresh)
+    assert watched.alarms == [step for step, w in watched.windows.items() if w.stationary]
+    table = watching.windows_table([watched])
+    assert table.step.tolist() == steps.tolist() and table.stationary.sum() == len(watched.alarms)
+
+
+def test_schedule_free_is_the_package_on_the_networks_own_parameters(dataset):
+    import schedulefree
+
+    fresh, plain = (train.initial_model(SETTINGS, dataset, net) for _ in range(2))
+    found = watching.schedule_free(SETTINGS, dataset, fresh, lr=0.5, momentum=0.9)
+    optimizer = schedulefree.SGDScheduleFree(plain.parameters, lr=0.5, momentum=0.9, weight_decay=0.01)
+    optimizer.train()
+    for x, y in dataset.stream(0, SETTINGS.steps, SETTINGS.batch_size, SETTINGS.stream):
+        plain.backward(train.batch_loss(plain, x, y, SETTINGS))
+        optimizer.step()
+    optimizer.eval()
+    assert found == pytest.approx(plain.weights.numpy(), abs=1e-5)
+
+
+def test_seeds_train_side_by_side_as_they_do_alone(dataset):
+    def end(settings, fresh):
+        return watching.schedule_free(settings, dataset, fresh, lr=0.5, momentum=0.9)
+
+    settings = SETTINGS.replace(steps=30, record="")
+    before = torch.get_num_threads()
+    torch.set_num_threads(2)
+    try:
+        together = watching.each_seed(end, settings, [3, 1], dataset, net)
+    finally:
+        torch.set_num_threads(before)
+    alone = [watching.each_seed(end, settings, [seed], dataset, net)[0] for seed in (3, 1)]
+    assert all(np.array_equal(some, others) for some, others in zip(together, alone, strict=True))
+
+
+# --- tables ------------------------------------------------------------------------------------------------------
+
+
+def test_fixed_schedules_leave_the_warm_up_late_and_end_with_it(monkeypatch):
+    monkeypatch.setattr(runs, "train_all", lambda configs: configs)
+    study = presets.study("smoke", seeds=(0, 1), steps=10)
+    configs = watching.train_fixed(study)
+    assert list(configs) == ["constant", "step", "linear", "cosine"]
+    assert all([c.seed for c in each] == [0, 1] and {c.steps for c in each} == {10} for each in configs.values())
+    assert [each[0].start for each in configs.values()] == [0, 7, 6, 0]
+    assert train.learning_rates(configs["step"][0]) == pytest.approx([0.1] * 3)
+    assert train.learning_rates(configs["linear"][0]) == pytest.approx([1, 0.75, 0.5, 0.25])
+
+
+def test_difference_pairs_the_seeds():
+    rows = [("a", 1, 5.0), ("b", 0, 1.0), ("a", 0, 3.0), ("b", 1, 2.0)]
+    table = pd.DataFrame(rows, columns=["method", "seed", "test_loss"])
+    assert watching.difference(table, "test_loss", "a", "b").tolist() == [2.0, 3.0]
+
+
+def test_loss_at_the_alarm_compares_windows_of_one_length(dataset):
+    watched = watch(dataset, monitor=Monitor(0.0, alpha=0.4))
+    at = watched.alarms[0]
+    n = watched.windows[at].steps
+    expected = watched.loss[at - n : at].mean() / watched.loss[-n:].mean()
+    assert watching.loss_at_alarm(watched) == pytest.approx(expected)
+    never = watch(dataset, SETTINGS.replace(steps=5, record=""))
+    assert np.isnan(watching.loss_at_alarm(never))
+
+
+# --- laws --------------------------------------------------------------------------------------------------------
+
+
+def test_measured_gains_are_those_of_averages_made_by_hand(dataset, recorded):
+    table = gains.measure_gains(recorded, dataset, 100, [0.9], n_points=1, n_batches=2, model=net)
+    assert table.seed.tolist() == [0, 1]
+    x = np.array(recorded[0].window(100, 125), np.float64)  # the one point: half of the way
+    average = x[:10].mean(0)
+    for row in x[10:]:
+        average = 0.9 * average + 0.1 * row
+    fresh = train.initial_model(SETTINGS, dataset, net)
+    losses = []
+    for weights in (x[-1], average):
+        fresh.weights.copy_(torch.from_numpy(weights))
+        batches = dataset.batches(2, 16, 0, "held")
+        loss = np.mean([train.batch_loss(fresh, *pair, SETTINGS).item() for pair in zip(*batches, strict=True)])
+        losses.append(loss + 0.005 * weights @ weights)
+    assert table.measured[0] == pytest.approx(losses[0] - losses[1], abs=1e-5)
+
+
+def test_velocity_is_the_last_step_and_the_prediction_a_full_gradient(dataset, recorded):
+    table = gains.measure_velocity(recorded[:1], dataset, 50, n_points=100, n_batches=4, model=net)
+    x = np.array(recorded[0].window(50, 150), np.float64)
+    g = (x[:-1] - x[1:]) / 0.3
+    assert table.used[0] == pytest.approx(np.mean(np.sum(g[1:] * g[:-1], axis=1)), rel=1e-3)
+    assert table.predicted[0] < 0
+
+
+def test_t_of_a_run_is_that_of_a_monitor_with_one_window(recorded):
+    run = recorded[0]
+    x = np.array(run.window(100, 150), np.float64)
+    g = (x[:-1] - x[1:]) / 0.3
+    values = stationarity.statistic(g.T, 0.5)
+    test = StationarityTest(block=len(values) // 8)
+    (window,) = (window for value in values if (window := test.add(value)))
+    assert gains.t_of_run(run, 100, 0.5, 0.05) == pytest.approx(window.t, rel=1e-3)
