@@ -44,3 +44,9 @@ def test_a_cooldown_from_your_own_checkpoints_beats_the_last_one(tmp_path):
     last, cooled = (float(number) for number in re.findall(r"0\.\d+", printed))
     assert cooled > last
     assert len(list((tmp_path / "checkpoints").iterdir())) == 20
+
+
+def test_the_monitor_watches_a_training_loop(tmp_path):
+    printed = run(example("Let the gradients say when to average, or to slow down"), tmp_path)
+    assert re.search(r"step \d+: stationary, lr 0\.05, t = -\d", printed)
+    assert float(re.search(r"a loss lower by (\S+)", printed)[1]) > 0
