@@ -75,7 +75,7 @@ def _parser() -> argparse.ArgumentParser:
     planner = commands.add_parser("plan", help="print what these runs will take", allow_abbrev=False, epilog=settings)
     for command in (trainer, planner):
         command.add_argument("--preset", default="digits", help="one of: " + ", ".join(PRESETS))
-    planner.add_argument("--images-per-second", type=float, help="of all devices together, as measured by bench")
+    planner.add_argument("--images-per-second", type=float, help="of all devices, as the progress bar of train shows")
     writer = commands.add_parser("jpegs", help="write CIFAR as a tree of JPEG files")
     writer.add_argument("dataset", help="cifar10 or cifar100")
     writer.add_argument("folder", type=Path)

@@ -132,7 +132,8 @@ def large_run() -> list[dict]:
 
 def naive_losses(config: RunConfig, dataset: Dataset, states: list[dict], x: torch.Tensor, y: torch.Tensor) -> None:
     """One load_state_dict per snapshot, one forward pass per batch."""
-    net = models.build(config.model, dataset.shape[0], dataset.n_classes, config.width, config.norm).train()
+    net = models.build(config.model, dataset.shape[0], dataset.n_classes, config.width, config.norm)
+    net.to(dataset.device).train()
     with torch.no_grad():
         for state in states:
             net.load_state_dict(state, strict=False)  # flat models drop BatchNorm's batch counters

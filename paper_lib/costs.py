@@ -26,7 +26,7 @@ def table(study: Study, averages: Iterable[str] = (), images_per_second: float |
     """What the shared runs take, all seeds together: images, snapshots, GB on disk and on the device, and hours.
 
     The network's size is counted; of a tree of images the classes are assumed, see TREES. GB on the device are of one
-    run and leave out activations. Hours need a rate, measured with `make bench`, of all devices together.
+    run and leave out activations. Hours need a rate, of all devices together, as the progress bar of `train` shows.
     """
     classes = CLASSES.get(study.run.data) or TREES.get(study.run.image_size, 10)
     with torch.device("meta"):

@@ -124,14 +124,27 @@ def build(name: str, in_channels: int, n_classes: int, width: int = 16, norm: st
     return ResNet(((depth - 2) // 6,) * 3, width, norm, in_channels, n_classes)
 
 
+def forked_rng(device: torch.device) -> contextlib.AbstractContextManager:
+    """Give back the random states of the CPU and of this device afterwards, and touch those of no other GPU."""
+    return torch.random.fork_rng([device] if device.type == "cuda" else [])
+
+
 @contextlib.contextmanager
 def exact_float32(device: torch.device) -> Iterator[None]:
-    """On a GPU: convolutions in IEEE float32, not TF32 as PyTorch lets cuDNN round, and by repeatable algorithms."""
+    """On a GPU: products and convolutions in IEEE float32, never TF32, and convolutions by repeatable algorithms."""
+    cudnn, blas = torch.backends.cudnn, torch.backends.cuda.matmul
+    wanted = [(cudnn.conv, "fp32_precision", "ieee"), (blas, "fp32_precision", "ieee")]
+    wanted += [(cudnn, "benchmark", False), (cudnn, "deterministic", True)]
     if device.type != "cuda":  # nothing to set, and threads that probe side by side must not touch global flags
+        wanted = []
+    before = [getattr(owner, name) for owner, name, _ in wanted]
+    try:
+        for owner, name, value in wanted:
+            setattr(owner, name, value)
         yield
-        return
-    with torch.backends.cudnn.flags(enabled=True, benchmark=False, deterministic=True, allow_tf32=False):
-        yield
+    finally:
+        for (owner, name, _), value in zip(wanted, before, strict=True):
+            setattr(owner, name, value)
 
 
 class FlatModel:
@@ -180,9 +193,8 @@ class FlatModel:
         """Evaluate in train or eval mode at any weights; weights, gradient, buffers, modes and RNG come back."""
         modes = {sub: sub.training for sub in self.module.modules()}
         saved = [v.clone() for v in (self.weights, self.grad, self.buffers)]
-        devices = [self.device] if self.device.type == "cuda" else []
         try:
-            with torch.random.fork_rng(devices), exact_float32(self.device):
+            with forked_rng(self.device), exact_float32(self.device):
                 self.module.train(train)
                 yield self
         finally:

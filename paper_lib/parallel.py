@@ -8,6 +8,7 @@ from __future__ import annotations
 import contextlib
 import os
 from collections.abc import Iterator
+from datetime import timedelta
 from typing import TypeVar
 
 import torch
@@ -21,20 +22,28 @@ from paper_lib.models import FlatModel
 T = TypeVar("T")
 
 
+PATIENCE = timedelta(days=7)  # of processes that wait while the first one waits for a lock, or writes
+
+_control: dist.ProcessGroup | None = None  # on the CPU, for decisions; tensors go through the default group
+
+
 @contextlib.contextmanager
 def processes() -> Iterator[None]:
-    """Join the processes that torchrun started, if it did; each takes the GPU of its local rank."""
+    """Join the processes that torchrun started, if it did; each takes the GPU of its local rank.
+
+    A process that fails simply ends, and torchrun then ends the others: an orderly farewell would wait for them.
+    """
+    global _control
     if "LOCAL_RANK" not in os.environ:
         yield
         return
     cuda = torch.cuda.is_available()
     if cuda:
         torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
-    dist.init_process_group("nccl" if cuda else "gloo")
-    try:
-        yield
-    finally:
-        dist.destroy_process_group()
+    dist.init_process_group("nccl" if cuda else "gloo", timeout=PATIENCE)
+    _control = dist.new_group(backend="gloo", timeout=PATIENCE)
+    yield
+    dist.destroy_process_group()
 
 
 def active() -> bool:
@@ -57,7 +66,7 @@ def share(value: T) -> T:
     if not active():
         return value
     box = [value]
-    dist.broadcast_object_list(box)
+    dist.broadcast_object_list(box, group=_control)
     return box[0]
 
 

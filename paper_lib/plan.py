@@ -14,7 +14,7 @@ CHUNK = 25  # steps between looks at the loss, each of which waits for a GPU; sn
 def disk_bytes(config: RunConfig, n_weights: int, n_buffers: int = 0) -> int:
     """What a run takes on disk at most, in bytes: snapshots, averages, states, log, what a killed run resumes from."""
     n, k = len(config.snapshot_steps), len(config.averages)
-    state = 2 * n_weights + n_buffers  # weights, momentum, buffers
+    state = (1 + (config.momentum > 0)) * n_weights + n_buffers  # momentum too
     n_states = len({*config.checkpoints, config.steps})
     resume = 2 * (state + k * n_weights)  # twice while it is being replaced
     floats = n * (n_weights + n_buffers) + k * n_weights + n_states * state + resume
@@ -27,14 +27,15 @@ def memory_bytes(config: RunConfig, n_weights: int) -> int:
     Activations come on top; they depend on the network and the batch size.
     """
     steps = config.snapshot_steps
-    pending = np.searchsorted(steps, steps + CHUNK) - np.arange(len(steps))
+    pending = np.searchsorted(steps, steps + CHUNK, side="right") - np.arange(len(steps))  # the last chunk adds the end
     return 4 * n_weights * (3 + len(config.averages) + int(pending.max(initial=0)))
 
 
 def require_memory(config: RunConfig, n_weights: int, device: torch.device) -> None:
     """Raise MemoryError with the arithmetic if a run's vectors do not fit into what is free on its device."""
-    needed = memory_bytes(config, n_weights)
-    free = torch.cuda.mem_get_info()[0] if device.type == "cuda" else psutil.virtual_memory().available
+    needed, free = memory_bytes(config, n_weights), psutil.virtual_memory().available
+    if device.type == "cuda":  # what PyTorch has reserved and does not use is free as well
+        free = torch.cuda.mem_get_info()[0] + torch.cuda.memory_reserved() - torch.cuda.memory_allocated()
     if needed > free:
         raise MemoryError(
             f"weights, gradient, momentum, {len(config.averages)} averages and up to {CHUNK} pending snapshots of "

@@ -14,12 +14,13 @@ from torch import Tensor, nn
 from paper_lib import averaging, models, parallel, plan, schedules
 from paper_lib.config import RunConfig
 from paper_lib.data import Dataset
-from paper_lib.models import FlatModel, exact_float32
+from paper_lib.models import FlatModel, exact_float32, forked_rng
 from paper_lib.plan import CHUNK
 from paper_lib.trajectory import Follower, Recorder, State, Trajectory
 from paper_lib.validate import require
 
-RESUME_EVERY_S = 10.0  # at most this much work is lost when a run is killed
+RESUME_EVERY_S = 10.0  # about this much work is lost when a run is killed,
+RESUME_SHARE = 0.05  # or more, where saving it takes long: at most this share of the time goes into that
 
 Report = Callable[[int, float, float], None]  # steps done since the last report, latest loss, learning rate
 ModelFactory = Callable[[], nn.Module]
@@ -32,7 +33,7 @@ def default_device() -> torch.device:
 
 def initial_model(config: RunConfig, dataset: Dataset, factory: ModelFactory | None = None) -> FlatModel:
     """Return the network with its initial weights, which are a function of config.seed alone."""
-    with torch.random.fork_rng():
+    with forked_rng(dataset.device):
         torch.manual_seed(config.seed)
         if factory is None:
             module = models.build(config.model, dataset.shape[0], dataset.n_classes, config.width, config.norm)
@@ -50,8 +51,9 @@ def set_state(net: FlatModel, state: State) -> Tensor:
     return torch.from_numpy(state["momentum"]).to(net.device)
 
 
-def get_state(net: FlatModel, momentum: Tensor) -> State:
-    """Inverse of `set_state`, as NumPy copies."""
+def get_state(net: FlatModel, momentum: Tensor | None) -> State:
+    """Inverse of `set_state`, as NumPy copies; without momentum its vector is empty."""
+    momentum = net.weights[:0] if momentum is None else momentum
     vectors = {"weights": net.weights, "buffers": net.buffers, "momentum": momentum}
     return {name: vector.cpu().numpy().copy() for name, vector in vectors.items()}
 
@@ -135,11 +137,14 @@ def _fixed_threads(n_threads: int) -> Iterator[None]:
         torch.set_num_threads(before)
 
 
-def _seed(device: torch.device, seed: int) -> None:
-    """torch.manual_seed for one device: the general one costs a tenth of a small network's step."""
+def seed_step(device: torch.device, step: int, config: RunConfig) -> None:
+    """Make dropout a function of (stream, step), and of the process: each draws for its own part of the batch.
+
+    It seeds one device, because torch.manual_seed costs a tenth of a small network's step.
+    """
     cuda = device.type == "cuda"
     generator = torch.cuda.default_generators[torch.cuda.current_device()] if cuda else torch.default_generator
-    generator.manual_seed(seed)
+    generator.manual_seed((step * 1_000_003 + config.stream) * parallel.world() + parallel.rank())
 
 
 class _Training:
@@ -149,7 +154,6 @@ class _Training:
         self.config, self.dataset, self.net, self.recorder = config, dataset, net, recorder
         self.velocity, self.averages = torch.zeros_like(net.weights), _Averages(config, net)
         self.lrs, self.wanted = learning_rates(config), set(recorder.steps.tolist())
-        self.rank, self.world = parallel.rank(), parallel.world()
 
     def begin(self, state: State | None) -> tuple[int, float]:
         """Put the run where it was killed, else at `state`, else leave it at the initialization.
@@ -170,13 +174,13 @@ class _Training:
 
     def take_steps(self, first: int, clock: float, report: Report) -> int | None:
         """Take the steps from `first` to the end; return the step of divergence, or None."""
-        config, last_save = self.config, time.monotonic()
+        config = self.config
         if config.compile:
             self.net.module.compile()
         self.net.module.train()
-        part = {"rank": self.rank, "world": self.world}
+        part = {"rank": parallel.rank(), "world": parallel.world()}
         batches = self.dataset.stream(first, config.steps, config.batch_size, config.stream, **part)
-        chunk = _Chunk(first)
+        chunk, next_save = _Chunk(first), time.monotonic() + RESUME_EVERY_S
         for step, (x, y) in enumerate(batches, start=first):
             self._keep(step, chunk)
             chunk.losses.append(self._step(step, x, y))
@@ -188,16 +192,16 @@ class _Training:
                     return chunk.diverged_at
                 report(len(chunk.losses), loss, self.lrs[step - config.start])
                 chunk = _Chunk(step + 1)
-                if time.monotonic() - last_save > RESUME_EVERY_S and self.rank == 0:
-                    state = get_state(self.net, self.velocity) | {"averages": self.averages.sums.cpu().numpy()}
-                    self.recorder.save_resume(step + 1, time.monotonic() - clock, state)
-                    last_save = time.monotonic()
+                if (now := time.monotonic()) >= next_save and parallel.rank() == 0:
+                    state = self._state() | {"averages": self.averages.sums.cpu().numpy()}
+                    self.recorder.save_resume(step + 1, now - clock, state)
+                    saved = time.monotonic()
+                    next_save = saved + max(RESUME_EVERY_S, (saved - now) / RESUME_SHARE)
         return None
 
     def _step(self, step: int, x: Tensor, y: Tensor) -> Tensor:
         """Take one step; return the loss of its batch before it."""
-        # Dropout is a function of (stream, step), and of the process: each draws for its part of the batch.
-        _seed(self.net.device, (step * 1_000_003 + self.config.stream) * self.world + self.rank)
+        seed_step(self.net.device, step, self.config)
         loss = batch_loss(self.net, x, y, self.config)
         self.net.backward(loss)
         sgd_step(self.net, self.velocity, self.lrs[step - self.config.start], self.config)
@@ -209,7 +213,10 @@ class _Training:
             chunk.snapshots.append((step, self.net.weights.clone(), self.net.buffers.clone()))
         self.averages.add(step - self.config.start, self.net.weights)
         if step in self.recorder.keep and step > self.config.start:
-            self.recorder.save_state(step, get_state(self.net, self.velocity))
+            self.recorder.save_state(step, self._state())
+
+    def _state(self) -> State:
+        return get_state(self.net, self.velocity if self.config.momentum else None)
 
 
 def train_run(
@@ -228,7 +235,7 @@ def train_run(
     """
     share = f"the {parallel.world()} processes that share it must divide it"
     require(config.batch_size % parallel.world() == 0, "batch_size", config.batch_size, share)
-    with _fixed_threads(config.threads), torch.random.fork_rng(), exact_float32(dataset.device):
+    with _fixed_threads(config.threads), forked_rng(dataset.device), exact_float32(dataset.device):
         net = initial_model(config, dataset, factory)
         plan.require_memory(config, net.weights.numel(), net.device)
         training = _Training(config, dataset, net, recorder_for(net))

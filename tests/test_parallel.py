@@ -20,7 +20,7 @@ JOB = textwrap.dedent(
     from helpers import SmallNet, small_data
     from paper_lib import parallel, runs, train
     from test_parallel import CONFIG
-    train.CHUNK, train.RESUME_EVERY_S = 5, 0.0
+    train.CHUNK, train.RESUME_EVERY_S, train.RESUME_SHARE = 5, 0.0, float("inf")
     def report(steps, loss, lr, seen=[0]):
         seen[0] += steps
         if sys.argv[1] == "die" and seen[0] == 15 and parallel.rank() == 1:

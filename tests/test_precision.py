@@ -45,13 +45,33 @@ def test_probes_do_not_know_how_a_run_was_trained(pair):
     np.testing.assert_allclose(found[0], exact, rtol=1e-5)  # bfloat16 or TF32 would be off by 1e-3
 
 
-def test_on_a_gpu_convolutions_are_exact_and_repeatable_and_settings_come_back():
-    before = torch.backends.cudnn.deterministic, torch.backends.cudnn.allow_tf32
-    with models.exact_float32(torch.device("cuda")):
-        assert torch.backends.cudnn.deterministic and not torch.backends.cudnn.allow_tf32
-    assert (torch.backends.cudnn.deterministic, torch.backends.cudnn.allow_tf32) == before
-    with models.exact_float32(torch.device("cpu")):
-        assert (torch.backends.cudnn.deterministic, torch.backends.cudnn.allow_tf32) == before
+FLAGS = [
+    (torch.backends.cudnn.conv, "fp32_precision"),
+    (torch.backends.cuda.matmul, "fp32_precision"),
+    (torch.backends.cudnn, "benchmark"),
+    (torch.backends.cudnn, "deterministic"),
+]
+
+
+def numerics(*values):
+    """The settings that decide numerics on a GPU, after setting them if values are given."""
+    for (owner, name), value in zip(FLAGS, values, strict=False):
+        setattr(owner, name, value)
+    return [getattr(owner, name) for owner, name in FLAGS]
+
+
+@pytest.mark.parametrize("users", ["none", "tf32", "ieee"])
+def test_on_a_gpu_float32_is_exact_and_repeatable_and_settings_come_back(users):
+    original = numerics()
+    try:
+        mine = numerics(users, users, True, False)
+        with models.exact_float32(torch.device("cuda")):
+            assert numerics() == ["ieee", "ieee", False, True]
+        assert numerics() == mine
+        with models.exact_float32(torch.device("cpu")):
+            assert numerics() == mine
+    finally:
+        numerics(*original)
 
 
 @pytest.mark.parametrize(

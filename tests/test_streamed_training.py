@@ -48,6 +48,7 @@ def test_a_run_stopped_amid_an_epoch_goes_on_to_the_same_bits(tree, tmp_path, mo
     monkeypatch.setenv("PAPER_RUNS", str(tmp_path / "interrupted"))
     monkeypatch.setattr(train, "CHUNK", 2)
     monkeypatch.setattr(train, "RESUME_EVERY_S", 0.0)
+    monkeypatch.setattr(train, "RESUME_SHARE", float("inf"))
     done = []
 
     def interrupt(steps, loss, lr):

@@ -142,7 +142,7 @@ KILLED = textwrap.dedent(
     import os, signal
     from helpers import SMALL, SmallNet, small_data
     from paper_lib import runs, train
-    train.CHUNK, train.RESUME_EVERY_S = 5, 0.0
+    train.CHUNK, train.RESUME_EVERY_S, train.RESUME_SHARE = 5, 0.0, float("inf")
     def report(steps, loss, lr, seen=[0]):
         seen[0] += steps
         if seen[0] > 20:
