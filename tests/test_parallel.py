@@ -18,7 +18,7 @@ JOB = textwrap.dedent(
     """
     import os, signal, sys
     from helpers import SmallNet, small_data
-    from paper_lib import parallel, runs, train
+    from paper_lib import files, parallel, runs, train
     from test_parallel import CONFIG
     train.CHUNK, train.RESUME_EVERY_S, train.RESUME_SHARE = 5, 0.0, float("inf")
     def report(steps, loss, lr, seen=[0]):
@@ -27,11 +27,16 @@ JOB = textwrap.dedent(
             os.kill(os.getpid(), signal.SIGKILL)
         if sys.argv[1] == "resume" and parallel.rank() == 0:
             print("report", steps, flush=True)
+    def full(*args):
+        raise OSError("no space on the disk of the first process")
+    if sys.argv[1] == "full":
+        files.require_space = full
     with parallel.processes():
         assert parallel.world() == 2
         run = runs.obtain(CONFIG, small_data(), SmallNet, report)
         if sys.argv[1] == "resume":
             runs.obtain(CONFIG.branch(5, record="35"), small_data(), SmallNet)
+            assert runs.obtain(CONFIG.replace(lr=1e30, weight_decay=0.1), small_data(), SmallNet).diverged
         assert run.status["processes"] == 2  # it is there for every process
     """
 )
@@ -63,6 +68,12 @@ def test_two_processes_take_the_path_of_one_and_resume_when_one_is_killed(own_fo
     np.testing.assert_allclose(together._averages, alone._averages, rtol=1e-4, atol=2e-6)
     other = Trajectory(folder.with_name(branch.folder.name))
     np.testing.assert_allclose(other.at(35), branch.at(35), rtol=1e-4, atol=2e-6)
+
+
+def test_a_process_that_fails_ends_them_all(own_folder):
+    (own_folder / "job.py").write_text(JOB)
+    failed = torchrun(str(own_folder / "job.py"), "full")
+    assert failed.returncode != 0 and "no space on the disk of the first process" in failed.stderr
 
 
 def test_a_preset_trains_under_torchrun(own_folder, capsys):
