@@ -142,6 +142,11 @@ def _seed(device: torch.device, seed: int) -> None:
     generator.manual_seed(seed)
 
 
+def seed_step(device: torch.device, step: int, config: RunConfig) -> None:
+    """Make what a step draws, as dropout does, a function of the run's stream and the step alone."""
+    _seed(device, step * 1_000_003 + config.stream)
+
+
 class _Training:
     """A run in progress: the network, its momentum, its averages so far, and the recorder of it all."""
 
