@@ -33,6 +33,7 @@ from torch import Tensor
 
 from paper_lib.validate import require
 
+DECOUPLED = (torch.optim.AdamW, torch.optim.Adafactor, torch.optim.Muon)  # they decay beside the gradient's step
 BLOCKS = 8  # block means in a window
 MEMORIES = 4  # steps of the shortest block, in memories 1 / (1 - b)
 
@@ -61,8 +62,8 @@ class StationarityTest:
     """A one-sided t-test for E s_t < 0 on consecutive windows of values s_t; no value belongs to two windows.
 
     `alpha` is the nominal rate of false alarms of a window at the edge, E s_t = 0; it falls quickly where the run
-    descends. At 0.05 the true rate is 1.3 to 1.7 times that with ten noisy directions or more, twice with one (sums of
-    products are skewed: notebook 13).
+    descends. The true rate is higher, most so with few noisy directions, as sums of products are skewed: notebook 13
+    measures it.
     `block` is the length of the first blocks. A window that is negative but not significantly is followed by one of
     twice the length, any other by one of the first length. Values that are not finite never raise an alarm.
     """
@@ -87,7 +88,9 @@ class StationarityTest:
         index = self._count // self._block
         self._sums[index] = self._sums[index] + value
         self._count += 1
-        return self.decide([float(total) for total in self._sums]) if self._count == self.window else None
+        if self._count < self.window:
+            return None
+        return self.decide(torch.stack(self._sums).tolist() if isinstance(value, Tensor) else self._sums)
 
     def decide(self, sums: Sequence[float]) -> Window:
         """Test a whole window, given the sum of the values in each of its blocks, and begin the next one."""
@@ -180,13 +183,17 @@ def block_length(memory: float) -> int:
 
 
 def gradient_vector(optimizer: torch.optim.Optimizer) -> Tensor:
-    """What the optimizer's next step descends, (P,): gradients, plus weight decay times the parameters.
+    """The gradient (P,) of what the optimizer descends: the loss, and weight decay where the optimizer couples them.
 
-    Call it between backward() and step(). Parameters without a gradient are left out, and must be so every time.
+    Decay that is decoupled, as in AdamW, is no part of it: a gain then refers to the loss without decay. Call it
+    between backward() and step(). Parameters without a gradient are left out, and must be so every time. Raises
+    ConfigError where no parameter has one, or the optimizer maximizes.
     """
     parts = []
     for group in optimizer.param_groups:
-        decay = group.get("weight_decay", 0.0)
+        require(not group.get("maximize"), "maximize", True, "minimize the negative instead")
+        decoupled = isinstance(optimizer, DECOUPLED) or group.get("decoupled_weight_decay")
+        decay = 0.0 if decoupled else group.get("weight_decay", 0.0)
         parts += [(p.grad + decay * p.detach()).flatten() for p in group["params"] if p.grad is not None]
     require(bool(parts), "gradients", "none", "call this after backward() and before zero_grad()")
     return torch.cat(parts)

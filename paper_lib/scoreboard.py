@@ -17,6 +17,7 @@ from paper_lib.files import replacing
 from paper_lib.trajectory import Trajectory
 
 DECAYS = ("linear", "cosine", "step")
+LOWERED = ("learning rate halved", *(f"{name} decay" for name in DECAYS))
 
 
 def averages(n_steps: int) -> dict[str, str]:
@@ -39,7 +40,7 @@ def measure(study: Study, dataset: Dataset) -> pd.DataFrame:
     methods = averages(study.averaged_steps)
     constant = runs.train_seeds(study.averaged(methods.values()), study.seeds)
     halved = study.averaged((), lr=study.run.lr / 2)
-    others = {"learning rate halved": halved, **{f"{name} decay": study.decayed(schedule=name) for name in DECAYS}}
+    others = dict(zip(LOWERED, [halved, *(study.decayed(schedule=name) for name in DECAYS)], strict=True))
     ends = {name: runs.train_seeds(config, study.seeds) for name, config in others.items()}
     tables = []
     for i, (seed, evaluator) in enumerate(evaluation.evaluators(constant, dataset, study.eval_images).items()):
@@ -80,15 +81,22 @@ def write_markdown(summary: pd.DataFrame, results: Path) -> None:
         temporary.write_text("\n".join(lines) + "\n")
 
 
-def plot(ax: Axes, table: pd.DataFrame, column: str, label: str, scale: float = 1.0) -> None:
-    """One point per seed and a bar for the mean, one line per method; `column` times `scale`."""
+def plot(
+    ax: Axes,
+    table: pd.DataFrame,
+    column: str,
+    label: str,
+    scale: float = 1.0,
+    highlighted: Sequence[str] = LOWERED,
+) -> None:
+    """One point per seed and a bar for the mean, one line per method; `column` times `scale`.
+
+    The methods that are `highlighted` (by default the runs that lower the learning rate) have another colour.
+    """
     palette, methods = sns.color_palette(), list(dict.fromkeys(table.method))
     for i, method in enumerate(methods):
         values = scale * table.loc[table.method == method, column]
-        color = (
-            palette[0] if i < len(methods) - 1 - len(DECAYS) else palette[1]
-        )  # averages, then runs that lower the lr
-        ax.scatter(values, np.full(len(values), i), color=color, s=45, alpha=0.8)
+        ax.scatter(values, np.full(len(values), i), color=palette[method in highlighted], s=45, alpha=0.8)
         ax.plot([values.mean()] * 2, [i - 0.3, i + 0.3], color="black", linewidth=2)
     ax.set(yticks=range(len(methods)), yticklabels=methods, xlabel=label, ylim=(len(methods) - 0.5, -0.5))
 

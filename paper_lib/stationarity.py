@@ -110,9 +110,9 @@ def measure_false_alarms(
     One row per spectrum, alpha and repetition: spectrum, directions, alpha, repetition, rate, `windows` (how many).
     """
     rows, block = [], block_length(memory)
-    for spectrum, eta in SPECTRA.items():
+    for index, (spectrum, eta) in enumerate(SPECTRA.items()):
         for repetition in range(repetitions):
-            rng = np.random.default_rng([repetition, eta.size])
+            rng = np.random.default_rng([repetition, index])
             values = statistic(gradients(rng, eta, steps, seeds, slope=edge(eta, memory)), memory)
             for alpha in alphas:
                 alarms = [w.stationary for row in values for w in replay(row, alpha, block)]
@@ -131,9 +131,9 @@ def measure_stopped(
     """
     rows, block = [], block_length(memory)
     steps = n_windows * BLOCKS * block
-    for spectrum, eta in SPECTRA.items():
+    for index, (spectrum, eta) in enumerate(SPECTRA.items()):
         for repetition in range(repetitions):
-            rng = np.random.default_rng([repetition, eta.size])
+            rng = np.random.default_rng([repetition, index])
             slopes = {b: np.sqrt(2) * edge(eta, b) for b in (memory, 0.0)}
             values = {b: statistic(gradients(rng, eta, steps + 1, seeds, slope=s), b) for b, s in slopes.items()}
             stops = {
@@ -156,7 +156,7 @@ def measure_signal(
 ) -> pd.DataFrame:
     """-mean over standard deviation of s_t at stationarity, beside its closed form.
 
-    One row per eta, memory and repetition: eta, memory, repetition, signal, predicted.
+    One row per eta, memory and repetition: directions, eta, memory, repetition, signal, predicted.
     """
     rows = []
     for eta in etas:
@@ -166,7 +166,7 @@ def measure_signal(
             for memory in memories:
                 s = statistic(g, memory)
                 found = {"signal": -s.mean() / s.std(), "predicted": signal(spectrum, memory)}
-                rows.append({"eta": eta, "memory": memory, "repetition": repetition, **found})
+                rows.append({"directions": directions, "eta": eta, "memory": memory, "repetition": repetition, **found})
     return pd.DataFrame(rows)
 
 
@@ -220,7 +220,7 @@ def plot_false_alarms(ax: Axes, table: pd.DataFrame) -> None:
 def plot_signal(ax: Axes, table: pd.DataFrame) -> None:
     """Signal over noise per step against eta, one line per memory, with the closed form of each."""
     fine = np.geomspace(table.eta.min(), table.eta.max(), 100)
-    directions = 10
+    (directions,) = table.directions.unique()
     for (memory, one), color in zip(table.groupby("memory"), sns.color_palette(), strict=False):
         label = "b = 0 (Pflug)" if memory == 0 else f"b = {memory:g}"
         figures.band(ax, one, "eta", "signal", label=label, color=color, marker="o", linestyle="none")

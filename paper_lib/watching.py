@@ -18,10 +18,11 @@ from tqdm import tqdm
 from paper_lib import evaluation, figures, runs, train
 from paper_lib.config import RunConfig, Study
 from paper_lib.data import Dataset
-from paper_lib.models import FlatModel
+from paper_lib.models import FlatModel, exact_float32
 from paper_lib.monitor import Averages, Monitor, Window
 from paper_lib.train import ModelFactory
 from paper_lib.trajectory import Trajectory
+from paper_lib.validate import require
 
 
 @dataclass(frozen=True, eq=False)
@@ -52,9 +53,16 @@ class Watched:
 
 
 def _backward(config: RunConfig, dataset: Dataset, net: FlatModel) -> Iterator[float]:
-    """Leave the gradient of each batch of a run from scratch in net.grad, and yield the batch's loss."""
+    """Leave the gradient of each batch of a run from scratch in net.grad, and yield the batch's loss.
+
+    Raises ConfigError for a branch, a schedule, or a perturbed start.
+    """
+    require(config.start == 0, "start", config.start, "a watched run begins at its initialization")
+    require(config.schedule == "constant", "schedule", config.schedule, "the watching method lowers the learning rate")
+    require(config.perturbation == 0, "perturbation", config.perturbation, "a watched run starts unperturbed")
     net.module.train()
-    for x, y in dataset.stream(0, config.steps, config.batch_size, config.stream):
+    for step, (x, y) in enumerate(dataset.stream(0, config.steps, config.batch_size, config.stream)):
+        train.seed_step(net.device, step, config)
         loss = train.batch_loss(net, x, y, config)
         net.backward(loss)
         yield float(loss.detach())
@@ -65,7 +73,8 @@ def watch(
 ) -> Watched:
     """Train from the network's weights on the batches of `config`, multiplying the learning rate at every alarm.
 
-    With `factor` = 1 this is the run of `config` at its constant learning rate, to the same bits.
+    With `factor` = 1 this is the run of `config` at its constant learning rate, to the same bits under `each_seed`.
+    Raises ConfigError unless `config` starts from an unperturbed initialization and has a constant learning rate.
     """
     velocity, lr = torch.zeros_like(net.weights), config.lr
     log, windows = [], {}
@@ -83,7 +92,10 @@ def watch(
 
 
 def schedule_free(config: RunConfig, dataset: Dataset, net: FlatModel, lr: float, momentum: float) -> np.ndarray:
-    """The averaged weights (P,) of schedule-free SGD (Defazio et al. 2024) on the batches of `config`."""
+    """The averaged weights (P,) of schedule-free SGD (Defazio et al. 2024) on the batches of `config`.
+
+    Raises ConfigError as `watch` does.
+    """
     weights = nn.Parameter(net.weights)  # shares its memory, as the gradient does
     weights.grad = net.grad
     optimizer = schedulefree.SGDScheduleFree([weights], lr=lr, momentum=momentum, weight_decay=config.weight_decay)
@@ -102,11 +114,21 @@ def each_seed(
     model: ModelFactory | None = None,
     progress: str = "",
 ) -> list:
-    """train_one(config, initial network) for every seed, on a CPU side by side in as many threads as torch may use."""
+    """train_one(config, initial network) for every seed, with exact float32; the random generators come back.
+
+    On a CPU they run side by side in as many threads as torch may use, but one after the other with layers of dropout,
+    as threads share a generator.
+    """
     configs = [config.replace(seed=seed) for seed in seeds]
     nets = [train.initial_model(c, dataset, model) for c in configs]  # here: it seeds the global generator
-    n_threads = torch.get_num_threads() if dataset.device.type == "cpu" else 1
-    with ThreadPoolExecutor(n_threads, initializer=torch.set_num_threads, initargs=(1,)) as pool:
+    device = dataset.device
+    draws = any(isinstance(sub, nn.modules.dropout._DropoutNd) for net in nets for sub in net.module.modules())
+    n_threads = torch.get_num_threads() if device.type == "cpu" and not draws else 1
+    with (
+        torch.random.fork_rng([device] if device.type == "cuda" else []),
+        exact_float32(device),
+        ThreadPoolExecutor(n_threads, initializer=torch.set_num_threads, initargs=(1,)) as pool,
+    ):
         return list(tqdm(pool.map(train_one, configs, nets), total=len(configs), desc=progress))
 
 
@@ -117,16 +139,18 @@ def train_fixed(study: Study, step_at: float = 0.75, linear_at: float = 0.6) -> 
     """Runs of as many steps as the study's warm-up under schedules that know the end, one per seed.
 
     "step" divides the learning rate by 10, "linear" begins to lower it to zero, at the last snapshot of the warm-up
-    that lies in the given fraction of its steps.
+    that lies in the given fraction of its steps. With momentum, the warm-up keeps the states that they start from.
     """
     run = study.run
     snapshots = run.snapshot_steps
     step, linear = (int(snapshots[snapshots <= part * run.steps].max()) for part in (step_at, linear_at))
+    if run.momentum:
+        run = run.replace(checkpoints=tuple(sorted({*run.checkpoints, step, linear})))
     configs = {
         "constant": run,
         "step": run.branch(run.steps - step, at=step, schedule=(0.1,) * (run.steps - step)),
         "linear": run.branch(run.steps - linear, at=linear, schedule="linear"),
-        "cosine": run.replace(schedule="cosine", record=""),
+        "cosine": run.replace(schedule="cosine", record="", checkpoints=()),
     }
     trained = iter(runs.train_all([c.replace(seed=seed) for c in configs.values() for seed in study.seeds]))
     return {name: [next(trained) for _ in study.seeds] for name in configs}
@@ -208,13 +232,3 @@ def plot_rates(ax: Axes, schedules: Mapping[str, Sequence[Trajectory]], watched:
     shown = np.concatenate([run.lr for run in watched])
     ax.set(yscale="log", xlabel="step", ylabel="learning rate", ylim=(shown.min() / 3, 1.5 * shown.max()))
     ax.legend(fontsize="small")
-
-
-def plot_methods(ax: Axes, table: pd.DataFrame, column: str, label: str, watched: Sequence[str]) -> None:
-    """One dot a seed and a bar for the mean, one line per method; those in `watched` in another colour."""
-    for i, (method, one) in enumerate(table.groupby("method", sort=False)):
-        color = sns.color_palette()[1 if method in watched else 0]
-        ax.scatter(one[column], np.full(len(one), i), color=color, s=45, alpha=0.8)
-        ax.plot([one[column].mean()] * 2, [i - 0.3, i + 0.3], color="black")
-    methods = table.method.unique()
-    ax.set(yticks=range(len(methods)), yticklabels=methods, ylim=(len(methods) - 0.5, -0.5), xlabel=label)

@@ -1,5 +1,7 @@
 """The monitor: its decisions against plain ones, its laws against simulation, NumPy against PyTorch."""
 
+import functools
+
 import numpy as np
 import pytest
 import torch
@@ -109,6 +111,16 @@ def test_tensors_and_arrays_are_watched_alike_and_left_alone():
     assert np.array_equal(g, before)
 
 
+def test_a_window_is_read_from_the_device_once(monkeypatch):
+    reads, real = [], torch.Tensor.tolist
+    monkeypatch.setattr(torch.Tensor, "tolist", lambda self: reads.append(len(self)) or real(self))
+    monkeypatch.setattr(torch.Tensor, "__float__", lambda self: pytest.fail("a tensor was read by itself"))
+    monitor = Monitor(0.5)
+    for gradient in torch.randn(200, 3, generator=torch.Generator().manual_seed(0)):
+        monitor.observe(gradient)
+    assert reads == [BLOCKS] * len(monitor.windows) and reads
+
+
 @pytest.mark.parametrize(("memory", "steps"), [(0.0, 4), (0.8, 20), (0.9, 40)])
 def test_blocks_are_longer_than_the_memory(memory, steps):
     assert block_length(memory) == steps
@@ -186,3 +198,40 @@ def test_the_gradient_vector_is_what_sgd_descends():
     optimizer.zero_grad()
     with pytest.raises(ConfigError, match="backward"):
         gradient_vector(optimizer)
+
+
+def quadratic(weights):
+    """A parameter and its gradient under the loss |p|^2 / 2 + sum p, as `backward` leaves it."""
+    p = torch.nn.Parameter(torch.tensor(weights))
+    (p.square().sum() / 2 + p.sum()).backward()
+    return p
+
+
+@pytest.mark.parametrize(
+    ("make", "coupled"),
+    [
+        (torch.optim.SGD, True),
+        (torch.optim.Adam, True),
+        (functools.partial(torch.optim.Adam, decoupled_weight_decay=True), False),
+        (torch.optim.AdamW, False),
+        (torch.optim.Adafactor, False),
+    ],
+)
+def test_decay_belongs_to_the_gradient_where_it_is_coupled(make, coupled):
+    p = quadratic([1.0, -3.0])
+    gradient = gradient_vector(make([p], lr=0.1, weight_decay=0.5))
+    torch.testing.assert_close(gradient, torch.tensor([2.0, -2.0]) + coupled * 0.5 * p.detach())
+
+
+def test_what_adam_averages_is_the_gradient_vector():
+    for make in (torch.optim.Adam, torch.optim.AdamW):
+        p = quadratic([1.0, -3.0])
+        optimizer = make([p], lr=0.1, weight_decay=0.5)
+        gradient = gradient_vector(optimizer)
+        optimizer.step()
+        torch.testing.assert_close(optimizer.state[p]["exp_avg"], 0.1 * gradient)
+
+
+def test_an_optimizer_that_maximizes_is_refused():
+    with pytest.raises(ConfigError, match="maximize"):
+        gradient_vector(torch.optim.SGD([quadratic([1.0])], lr=0.1, maximize=True))

@@ -49,4 +49,6 @@ def test_the_figure_has_a_line_for_each_method(table):
     fig, ax = plt.subplots()
     scoreboard.plot(ax, table, "test_accuracy", "test accuracy (%)", 100)
     assert [label.get_text() for label in ax.get_yticklabels()] == list(table.method[:8])
+    colors = [tuple(dots.get_facecolor()[0]) for dots in ax.collections]
+    assert len(set(colors[:4])) == len(set(colors[4:])) == 1 and colors[0] != colors[4]
     plt.close(fig)

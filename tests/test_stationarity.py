@@ -1,5 +1,6 @@
 """The test on quadratics: closed forms against simulation, fast paths against step-by-step references."""
 
+import matplotlib.pyplot as plt
 import numpy as np
 import pytest
 from hypothesis import given, settings
@@ -96,10 +97,44 @@ def test_false_alarms_grow_with_alpha_and_every_spectrum_is_there():
     assert (rates[0.3] > rates[0.01]).all()
 
 
-def test_stopped_runs_are_a_share():
-    table = stationarity.measure_stopped(0.5, 0.05, n_windows=3, seeds=5, repetitions=2)
-    assert table.groupby("rule").size().to_dict() == {"sign test": 8, "test": 8}
-    assert table.share.between(0, 1).all()
+def test_spectra_of_one_size_have_draws_of_their_own(monkeypatch):
+    monkeypatch.setattr(stationarity, "SPECTRA", {"some": SPECTRUM, "others": SPECTRUM})
+    table = stationarity.measure_false_alarms(0.5, (0.2,), steps=3200, seeds=10, repetitions=1)
+    some, others = table.rate
+    assert some != others
+    assert some == pytest.approx(others, abs=0.1)
+
+
+def test_a_strict_test_stops_few_descending_runs_and_the_sign_test_does_not_know_alpha():
+    strict, loose = (
+        stationarity.measure_stopped(0.5, alpha, n_windows=5, seeds=10, repetitions=2) for alpha in (1e-4, 0.4)
+    )
+    strict, loose = (table.pivot_table(index="rule", columns="spectrum", values="share") for table in (strict, loose))
+    assert set(loose.columns) == set(stationarity.SPECTRA)
+    assert (strict.loc["sign test"] == loose.loc["sign test"]).all()
+    assert strict.loc["test"].mean() < 0.05 < 0.3 < loose.loc["test"].mean()
+
+
+def test_stopped_runs_are_counted_as_plain_loops_count_them(monkeypatch):
+    monkeypatch.setattr(stationarity, "SPECTRA", {"one": SPECTRUM})
+    table = stationarity.measure_stopped(0.5, 0.4, n_windows=4, seeds=10, repetitions=1).set_index("rule")
+    slope = np.sqrt(2) * stationarity.edge(SPECTRUM, 0.5)
+    n = 4 * 8 * 8
+    g = stationarity.gradients(np.random.default_rng([0, 0]), SPECTRUM, n + 1, 10, slope=slope)
+    stopped = []
+    for run in g:
+        monitor = Monitor(0.5, alpha=0.4)
+        stopped.append(any([monitor.observe(gradient) for gradient in run.T]))
+    assert table.share["test"] == np.mean(stopped)
+
+
+def test_the_signal_is_drawn_for_as_many_directions_as_were_simulated():
+    table = stationarity.measure_signal([0.1, 0.5], [0.0], directions=4, steps=200, seeds=2, repetitions=1)
+    fig, ax = plt.subplots()
+    stationarity.plot_signal(ax, table)
+    drawn = ax.lines[-1].get_ydata()
+    assert [drawn[0], drawn[-1]] == pytest.approx(table.predicted.tolist())
+    plt.close(fig)
 
 
 def test_pflugs_delay_grows_with_the_square_of_the_distance_and_the_tests_does_not():

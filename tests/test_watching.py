@@ -7,12 +7,17 @@ import torch
 
 from paper_lib import config, data, gains, presets, runs, stationarity, train, watching
 from paper_lib.monitor import Averages, Monitor, StationarityTest
+from paper_lib.validate import ConfigError
 
 SETTINGS = config.RunConfig(data="mine", lr=0.3, batch_size=16, steps=150, record="0-150", weight_decay=0.01)
 
 
 def net():
     return torch.nn.Sequential(torch.nn.Linear(6, 8), torch.nn.Tanh(), torch.nn.Linear(8, 3))
+
+
+def dropping():
+    return torch.nn.Sequential(torch.nn.Linear(6, 8), torch.nn.Dropout(0.5), torch.nn.Linear(8, 3))
 
 
 @pytest.fixture(scope="module")
@@ -28,6 +33,10 @@ def recorded(dataset, tmp_path_factory):
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("PAPER_RUNS", str(tmp_path_factory.mktemp("runs")))
         yield runs.train_seeds(SETTINGS, [0, 1], dataset, net, progress=False)
+
+
+def watched_end(dataset):
+    return lambda settings, fresh: watching.watch(settings, dataset, fresh, Monitor(0.5), 1.0, Averages((0.9,)))
 
 
 def watch(dataset, settings=SETTINGS, monitor=None, factor=1.0, memories=(0.0, 0.9)):
@@ -47,6 +56,34 @@ def test_watching_changes_nothing(dataset, momentum, tmp_path, monkeypatch):
     assert np.array_equal(watched.weights, plain.at(60))
     assert watched.loss == pytest.approx(plain.loss)
     assert np.all(watched.lr == 0.3)
+
+
+def test_a_watched_run_with_dropout_draws_what_the_recorded_one_drew(dataset, tmp_path, monkeypatch):
+    monkeypatch.setenv("PAPER_RUNS", str(tmp_path))
+    settings = SETTINGS.replace(steps=30, record="30")
+    plain = runs.train_seeds(settings, [0, 1], dataset, dropping, progress=False)
+    before, threads = torch.get_rng_state(), torch.get_num_threads()
+    torch.set_num_threads(2)
+    try:
+        watched = watching.each_seed(watched_end(dataset), settings, [0, 1], dataset, dropping)
+    finally:
+        torch.set_num_threads(threads)
+    assert all(np.array_equal(some.weights, run.at(30)) for some, run in zip(watched, plain, strict=True))
+    assert torch.equal(torch.get_rng_state(), before)
+
+
+@pytest.mark.parametrize("change", [{"schedule": "cosine"}, {"schedule": (1.0,) * 150}, {"perturbation": 0.1}])
+def test_only_plain_runs_at_a_constant_learning_rate_are_watched(dataset, change):
+    settings = SETTINGS.replace(**change)
+    with pytest.raises(ConfigError, match=next(iter(change))):
+        watch(dataset, settings)
+    with pytest.raises(ConfigError, match=next(iter(change))):
+        watching.schedule_free(settings, dataset, train.initial_model(settings, dataset, net), 0.5, 0.9)
+
+
+def test_a_branch_is_not_watched(dataset):
+    with pytest.raises(ConfigError, match="start"):
+        watch(dataset, SETTINGS.branch(10))
 
 
 class AlarmAt(Monitor):
@@ -130,6 +167,20 @@ def test_fixed_schedules_leave_the_warm_up_late_and_end_with_it(monkeypatch):
     assert train.learning_rates(configs["linear"][0]) == pytest.approx([1, 0.75, 0.5, 0.25])
 
 
+def test_fixed_schedules_branch_with_their_momentum(dataset, tmp_path, monkeypatch):
+    monkeypatch.setenv("PAPER_RUNS", str(tmp_path))
+    train_all = runs.train_all
+    monkeypatch.setattr(runs, "train_all", lambda configs: train_all(configs, dataset, net, progress=False))
+    study = presets.study("smoke", seeds=(0,), steps=10, momentum=0.9, lr=0.05)
+    trained = {name: run for name, (run,) in watching.train_fixed(study).items()}
+    assert trained["constant"].config.checkpoints == (6, 7)
+    for name, at in {"step": 7, "linear": 6}.items():
+        first = trained[name].config.parent.replace(steps=at + 1, record="", checkpoints=())
+        (expected,) = train_all([first], dataset, net, progress=False)  # its last step is the branch's first but for lr
+        (branch,) = train_all([trained[name].config.replace(steps=at + 1, schedule=(1.0,))], dataset, net, False)
+        assert np.array_equal(branch.state()["weights"], expected.state()["weights"])
+
+
 def test_difference_pairs_the_seeds():
     rows = [("a", 1, 5.0), ("b", 0, 1.0), ("a", 0, 3.0), ("b", 1, 2.0)]
     table = pd.DataFrame(rows, columns=["method", "seed", "test_loss"])
@@ -167,11 +218,19 @@ def test_measured_gains_are_those_of_averages_made_by_hand(dataset, recorded):
 
 
 def test_velocity_is_the_last_step_and_the_prediction_a_full_gradient(dataset, recorded):
-    table = gains.measure_velocity(recorded[:1], dataset, 50, n_points=100, n_batches=4, model=net)
+    table = gains.measure_velocity(recorded[:1], dataset, 50, n_points=3, n_batches=4, model=net)
     x = np.array(recorded[0].window(50, 150), np.float64)
     g = (x[:-1] - x[1:]) / 0.3
     assert table.used[0] == pytest.approx(np.mean(np.sum(g[1:] * g[:-1], axis=1)), rel=1e-3)
-    assert table.predicted[0] < 0
+    fresh, products = train.initial_model(SETTINGS, dataset, net), []
+    for t in (50, 99, 149):
+        full = 0.01 * x[t - 50]
+        for batch in zip(*dataset.batches(range(4 * t, 4 * t + 4), 16, 0, "held"), strict=True):
+            fresh.weights.copy_(torch.from_numpy(x[t - 50]))
+            fresh.backward(train.batch_loss(fresh, *batch, SETTINGS))
+            full = full + fresh.grad.numpy() / 4
+        products.append(g[t - 50] @ full)
+    assert table.predicted[0] == pytest.approx(-np.mean(products), rel=1e-3)
 
 
 def test_t_of_a_run_is_that_of_a_monitor_with_one_window(recorded):
