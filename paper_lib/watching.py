@@ -18,7 +18,7 @@ from tqdm import tqdm
 from paper_lib import evaluation, figures, runs, train
 from paper_lib.config import RunConfig, Study
 from paper_lib.data import Dataset
-from paper_lib.models import FlatModel, exact_float32
+from paper_lib.models import FlatModel, exact_float32, forked_rng
 from paper_lib.monitor import Averages, Monitor, Window
 from paper_lib.train import ModelFactory
 from paper_lib.trajectory import Trajectory
@@ -125,7 +125,7 @@ def each_seed(
     draws = any(isinstance(sub, nn.modules.dropout._DropoutNd) for net in nets for sub in net.module.modules())
     n_threads = torch.get_num_threads() if device.type == "cpu" and not draws else 1
     with (
-        torch.random.fork_rng([device] if device.type == "cuda" else []),
+        forked_rng(device),
         exact_float32(device),
         ThreadPoolExecutor(n_threads, initializer=torch.set_num_threads, initargs=(1,)) as pool,
     ):
