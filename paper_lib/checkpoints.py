@@ -25,6 +25,7 @@ from paper_lib.validate import ConfigError, check_names, require
 
 SUFFIXES = (".pt", ".pth", ".safetensors")
 CONTAINERS = ("state_dict", "model", "model_state_dict", "module")  # keys under which training loops keep the weights
+STEP_NAMES = ("step", "iter(?:ation)?", "epoch", "(?<![a-z0-9])ep?")  # that a step number follows, the first that does
 State = dict[str, Tensor]
 
 
@@ -39,15 +40,20 @@ def find(paths: Sequence[Path | str]) -> list[Path]:
 
 
 def step_of(path: Path) -> int:
-    """The step in a file's name, the last number unless one follows "step"; else in its folder's name.
+    """The step in a file's name, the number after one of STEP_NAMES or the only one; else in its folder's name.
 
-    Raises ConfigError if neither has a number.
+    Raises ConfigError if neither has a number, or several of which none is named.
     """
+    has = "no step number"
     for name in (path.stem, path.parent.name):
-        numbers = re.findall(r"step[^\da-zA-Z]*(\d+)", name, re.I) or re.findall(r"\d+", name)
-        if numbers:
+        named = [re.findall(rf"{word}[^\da-z]*(\d+)", name, re.I) for word in STEP_NAMES]
+        numbers = next(filter(None, named), re.findall(r"\d+", name))
+        if any(named) or len(numbers) == 1:
             return int(numbers[-1])
-    raise ConfigError(f"{path} has no step number: name it like step-1200.pt, or give steps=")
+        if numbers:
+            has = f"several numbers in {name!r}, none after step, iter or epoch"
+            break
+    raise ConfigError(f"{path} has {has}: name it like step-1200.pt, or give steps=")
 
 
 def cooldown_weights(steps: Sequence[int], schedule: str) -> np.ndarray:
@@ -74,8 +80,10 @@ def cooldown(paths: Sequence[Path | str], schedule: str = "linear", steps: Seque
     `paths` are files or folders of state dicts (.pt, .pth or .safetensors), plain or under a key such as "model". Steps
     are read from the names and give the order, unless given for each file. Memory: the average and one checkpoint.
     Tensors keep the type they have in the first file; integer ones have the value of the last. ConfigError, naming the
-    file, for what cannot be read or averaged. Warns of BatchNorm statistics: see `recompute_statistics`.
+    file, for what cannot be read or averaged. Warns of step decays, and of BatchNorm: see `recompute_statistics`.
     """
+    if schedule == "step":
+        warnings.warn("averages do not emulate step decays well: see notebook 12", stacklevel=2)
     files = find(paths) if steps is None else list(map(Path, paths))
     steps = [step_of(path) for path in files] if steps is None else steps
     require(len(steps) == len(files), "number of steps", len(steps), f"there are {len(files)} checkpoints")

@@ -1,4 +1,4 @@
-"""One run, every schedule: cooldowns emulated by averages of a constant run, against trained ones (claim C10)."""
+"""One run, many schedules: cooldowns emulated by averages of a constant run, against trained ones (claim C10)."""
 
 from __future__ import annotations
 
@@ -54,6 +54,18 @@ class Cooldown:
         return emulation.leave(run, self.begin, self.length, **{"schedule": self.schedule, "record": "", **changes})
 
 
+def early(steps: np.ndarray, begin: int, lengths: Sequence[int], least: int = 9) -> list[Cooldown]:
+    """Linear cooldowns between recorded steps (n,), from the first at or after `begin`, at least as long as asked for.
+
+    Each spans `least` snapshots or more; where the record ends before, all that are left. ConfigError for fewer than 2.
+    """
+    steps = steps[steps >= begin]
+    require(len(steps) > 1, f"number of snapshots from step {begin} on", len(steps), "a cooldown needs at least two")
+    ends = np.maximum(steps.searchsorted(np.add(steps[0], lengths)), least - 1)
+    ends = steps[np.unique(ends.clip(max=len(steps) - 1))]
+    return [Cooldown("linear", int(end - steps[0]), int(end)) for end in ends]
+
+
 def measure(
     cooldowns: Sequence[Cooldown],
     trajectories: Sequence[Trajectory],
@@ -94,12 +106,16 @@ def measure(
 
 
 def correction(m: Modes, c: Cooldown) -> np.ndarray:
-    """What moves the average of `c` to the one with the right eta along each stable direction of `m`, (P,)."""
+    """What moves the average of `c` to the one with the right eta along each stable direction of `m`, (P,).
+
+    ConfigError for a stride: the weights of every iterate are known, not those of some.
+    """
+    require(c.stride == 1, "stride", c.stride, "only averages of every iterate can be corrected")
     config, factors = m.run.config, schedules.factors(c.schedule, c.length)
     eta = config.lr * m.h[m.stable, None]
     exact = to_average(factors, eta, config.momentum, signed=True)
     iterates = m.projected[c.begin - m.first : c.end + 1 - m.first, m.stable]
-    shift = ((exact - to_average(factors, c.eta)) * iterates.T).sum(1)
+    shift = ((exact - to_average(factors, c.eta, config.momentum)) * iterates.T).sum(1)
     return shift.astype(np.float32) @ m.directions[m.stable]
 
 

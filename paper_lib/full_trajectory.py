@@ -140,9 +140,8 @@ def errors(averaged: pd.DataFrame) -> pd.DataFrame:
     for (target, seed), one in averaged.groupby(["target", "seed"], sort=False):
         for predictor in PREDICTORS:
             rms = np.sqrt(np.mean((one[predictor] - one.change) ** 2))
-            row = {"target": target, "seed": seed, "predictor": predictor, "rms": rms}
-            rows.append(row | {"relative": rms / np.ptp(one.change)})
-    return pd.DataFrame(rows)
+            rows.append((target, seed, predictor, rms, rms / np.ptp(one.change)))
+    return pd.DataFrame(rows, columns=["target", "seed", "predictor", "rms", "relative"])
 
 
 def correlations(averaged: pd.DataFrame, predictor: str = "response") -> pd.Series:
@@ -193,8 +192,7 @@ def share_predicted(table: pd.DataFrame, tolerance: float = 0.25, n: int = 20) -
     """Share of the steps (`onward`, one seed) before a block mean strays from the model by tolerance x the fall."""
     block = (np.arange(len(table)) * n) // len(table)
     mean = table.groupby(block)[["loss", "model"]].mean()
-    fall = mean.loss.iloc[0] - mean.loss.iloc[-1]
-    astray = np.abs(mean.model - mean.loss) > tolerance * abs(fall)
+    astray = np.abs(mean.model - mean.loss) > tolerance * abs(mean.loss.iloc[0] - mean.loss.iloc[-1])
     return float(np.argmax(astray) / len(mean)) if astray.any() else 1.0
 
 

@@ -105,7 +105,8 @@ def test_only_one_checkpoint_is_held_at_a_time_and_idle_ones_are_not_read(tmp_pa
         return state, None
 
     monkeypatch.setattr(checkpoints, "load", watched)
-    checkpoints.cooldown([tmp_path / "run"], "step")
+    with pytest.warns(UserWarning, match="step decays"):
+        checkpoints.cooldown([tmp_path / "run"], "step")
     assert read == ["net-step30", "net-step40", "net-step60"], "the learning rate falls there"
 
 
@@ -131,6 +132,17 @@ def test_files_are_ordered_by_their_number(tmp_path):
         ("epoch=3-step=1200.pt", 1200),
         ("resnet18_e7.pth", 7),
         ("checkpoint-500/model.safetensors", 500),
+        ("epoch1_acc0.95.pt", 1),
+        ("epoch2_acc0.91.pt", 2),
+        ("Epoch-12-loss0.3.pt", 12),
+        ("iter_4000_lr0.1.pt", 4000),
+        ("iteration 300 v2.pt", 300),
+        ("resnet18_ep05_0.88.pt", 5),
+        ("model2_global_step1200.pt", 1200),
+        ("E07-1e-3.pt", 7),
+        ("epoch3_iter20.pt", 20),
+        ("pkg5_best.pt", 5),
+        ("1200steps.pt", 1200),
     ],
 )
 def test_the_step_of_a_file(tmp_path, name, step):
@@ -218,6 +230,12 @@ def test_unknown_schedules_and_names_without_steps_are_refused(tmp_path):
         checkpoints.cooldown_weights([1, 2], "cosin")
     with pytest.raises(ConfigError, match="best.pt has no step number"):
         checkpoints.step_of(tmp_path.parent / "run" / "best.pt")
+
+
+@pytest.mark.parametrize("name", ["resnet18_00120.pt", "acc0.95.pt", "lr1e-3_v2.pt", "time5_7.pt", "run2-v1/best.pt"])
+def test_several_numbers_of_which_none_is_called_a_step_are_refused(tmp_path, name):
+    with pytest.raises(ConfigError, match=f"{name} .*name it like step-1200.pt, or give steps="):
+        checkpoints.step_of(tmp_path / "run" / name)
 
 
 # --- BatchNorm ---------------------------------------------------------------------------------------------------

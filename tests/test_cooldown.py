@@ -19,11 +19,11 @@ from paper_lib.validate import ConfigError
 NAMES = ["linear", "cosine", "1-sqrt", "step", "polynomial"]
 
 
-def model_run(minima, curvature, steps=None):
+def model_run(minima, curvature, steps=None, momentum=0.0):
     """SGD at a constant learning rate on the model, with the parts of a Trajectory that averages read."""
-    weights = simulate.sgd(minima, np.ones(minima.shape[-1]), curvature, 0.0).T
+    weights = simulate.sgd(minima, np.ones(minima.shape[-1]), curvature, 0.0, momentum).T
     steps = np.arange(len(weights)) if steps is None else np.asarray(steps)
-    config = SimpleNamespace(lr=1.0, momentum=0.0, start=0, steps=len(weights) - 1)
+    config = SimpleNamespace(lr=1.0, momentum=momentum, start=0, steps=len(weights) - 1)
     return SimpleNamespace(
         weights=weights[steps], steps=steps, config=config, rows=lambda wanted: np.searchsorted(steps, wanted)
     )
@@ -37,20 +37,27 @@ def test_a_trained_cooldown_ends_at_its_average_where_eta_is_known(seed, name, e
     np.testing.assert_allclose(c.weights(run) @ run.weights, trained, atol=1e-10)
 
 
+@pytest.mark.parametrize(("momentum", "eta"), [(0.0, 0.0), (0.0, 0.2), (0.9, 0.0), (0.9, 0.002)])
 @pytest.mark.parametrize("name", NAMES)
-def test_a_correction_along_known_directions_makes_tail_sums_exact(name):
+def test_a_correction_along_known_directions_makes_averages_exact(name, momentum, eta):
     rng = np.random.default_rng(1)
     h, V = np.array([0.05, 0.9, 1.4]), np.linalg.qr(rng.normal(size=(5, 3)))[0].T
-    minima, c = rng.normal(size=(3, 90)), Cooldown(name, 60, 90)
-    along = model_run(minima, h[:, None])
+    minima, c = rng.normal(size=(3, 90)), Cooldown(name, 60, 90, eta)
+    along = model_run(minima, h[:, None], momentum=momentum)
     center = along.weights.mean(0)
     m = SimpleNamespace(
         run=along, first=0, h=h, stable=h < 2, directions=V.astype(np.float32), projected=along.weights - center
     )
-    exact = simulate.sgd(minima[:, 30:], schedules.factors(name, 60), h[:, None], along.weights[30]).T[-1]
+    lrs = np.concatenate([np.ones(30), schedules.factors(name, 60)])  # the cooldown takes over the momentum
+    exact = simulate.sgd(minima, lrs, h[:, None], 0.0, momentum).T[-1]
     plain = c.weights(along) @ along.weights
     assert np.abs(plain - exact).max() > 0.05
     np.testing.assert_allclose(plain + V @ cooldown.correction(m, c), exact, atol=1e-5)
+
+
+def test_averages_of_fewer_iterates_are_not_corrected():
+    with pytest.raises(ConfigError, match="stride = 4 is not allowed: only averages of every iterate"):
+        cooldown.correction(None, Cooldown("linear", 60, 90, stride=4))
 
 
 def test_a_stride_counts_back_from_the_end():
@@ -71,6 +78,25 @@ def test_the_branch_over_a_whole_window_is_the_studys_decayed_run():
     assert Cooldown("cosine", 30, 70).branch(study.stationary()) == study.decayed(schedule="cosine")
     later = Cooldown("cosine", 20, 70).branch(study.stationary(), batch_seed=3)
     assert (later.start, later.steps, later.stream, later.parent) == (50, 70, 3, study.stationary())
+
+
+@pytest.mark.parametrize(
+    ("steps", "expected"),
+    [
+        (range(0, 900), [(50, 100), (200, 100)]),
+        (range(0, 4001, 25), [(200, 100)]),
+        (range(0, 4001, 250), [(2000, 250)]),
+        (range(0, 1001, 250), [(750, 250)]),
+    ],
+)
+def test_early_cooldowns_span_enough_snapshots_or_all_there_are(steps, expected):
+    plan = cooldown.early(np.array(steps), 100, [50, 200], least=9)
+    assert [(c.length, c.begin, c.schedule, c.stride) for c in plan] == [(*each, "linear", 1) for each in expected]
+
+
+def test_early_cooldowns_without_snapshots_are_refused():
+    with pytest.raises(ConfigError, match="snapshots from step 100 on = 1 is not allowed"):
+        cooldown.early(np.array([0, 50, 120]), 100, [50])
 
 
 def table(emulated):
@@ -117,10 +143,12 @@ def test_a_small_network_at_a_small_rate_ends_where_its_average_lies(measured):
 
 def test_corrected_averages_keep_what_is_not_corrected(measured):
     plain, corrected = measured
-    assert len(corrected) == 4 and (corrected.steep_plain >= 0).all()
+    assert len(corrected) == 4
     same = plain[(plain.eta == 0) & (plain.stride == 1) & (plain.schedule != "step")]
     np.testing.assert_array_equal(same.trained_train_loss, corrected.trained_train_loss)
-    assert not np.array_equal(same.distance, corrected.distance)
+    elsewhere = [same.distance**2 - corrected.steep_plain.to_numpy() ** 2, corrected.distance**2 - corrected.steep**2]
+    np.testing.assert_allclose(*elsewhere, rtol=0.02)
+    assert (np.abs(corrected.steep / corrected.steep_plain - 1) > 0.1).all(), "along the directions they move"
 
 
 def test_every_plot_draws(measured):
