@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 from pathlib import Path
 
 from torchvision import datasets
@@ -22,6 +23,7 @@ def write(name: str, root: Path, folder: Path, quality: int = 75) -> None:
         require(not (folder / split).exists(), "folder", str(folder), f"{split}/ is there already: name a new folder")
         images = KINDS[name](root, train=split == "train", download=True)
         draft = folder / f".{split}"  # moved into place when it is whole
+        shutil.rmtree(draft, ignore_errors=True)
         for i, (image, label) in enumerate(tqdm(images, desc=f"writing {split}", unit=" images")):
             path = draft / images.classes[label] / f"{i:05d}.jpg"
             path.parent.mkdir(parents=True, exist_ok=True)

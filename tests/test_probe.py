@@ -162,8 +162,8 @@ def test_a_recorded_run_has_the_same_bits_with_probes_between_its_batches(tmp_pa
 
     plain, stream = weights("plain"), dataset.stream
 
-    def probed(*args):
-        for batch in stream(*args):
+    def probed(*args, **share):
+        for batch in stream(*args, **share):
             all_probes(make())
             yield batch
 
