@@ -46,6 +46,7 @@ def save(fig: Figure, results: Path | str, name: str, data: pd.DataFrame) -> Non
         raise ValueError(f"figure name {name!r}: use letters, digits, '-' and '_' only, without a suffix")
     if data.empty:
         raise ValueError(f"figure {name!r} has no data: pass the numbers that it shows")
+    _fit_title(fig)
     stem = Path(results) / "figures" / name
     # A fixed salt and no date make the SVG's ids and header reproducible; text stays text, so it can be searched.
     with mpl.rc_context({"svg.hashsalt": name, "svg.fonttype": "none"}):
@@ -54,6 +55,14 @@ def save(fig: Figure, results: Path | str, name: str, data: pd.DataFrame) -> Non
                 fig.savefig(temporary, metadata=metadata)
     with replacing(stem.with_name(name + ".csv")) as temporary:
         data.to_csv(temporary, index=False, float_format="%.6g", lineterminator="\n")
+
+
+def _fit_title(fig: Figure) -> None:
+    """Make the figure's title smaller where it would run over the edges, as a long label of a study makes it do."""
+    title = fig._suptitle
+    if title is not None:
+        room = 0.98 * fig.bbox.width / max(1, title.get_window_extent().width)
+        title.set_fontsize(title.get_fontsize() * min(1, room))
 
 
 def summarize(data: pd.DataFrame, y: str, by: str | list[str]) -> pd.DataFrame:

@@ -101,3 +101,15 @@ def test_an_interrupted_save_leaves_the_old_file(ax, tmp_path, data, monkeypatch
         figures.save(ax.figure, tmp_path, "name", data)
     assert png.read_bytes() == before
     assert len(list(png.parent.iterdir())) == 3
+
+
+def test_a_title_too_long_for_its_figure_is_made_to_fit(tmp_path):
+    sizes = []
+    for title in ("short", "a title that is far too long for so small a figure " * 3):
+        fig, _ = plt.subplots(figsize=(4, 3))
+        fig.suptitle(title, fontsize=12)
+        figures.save(fig, tmp_path, "titled", pd.DataFrame({"x": [1]}))
+        sizes.append(fig._suptitle.get_fontsize())
+        assert fig._suptitle.get_window_extent().width <= fig.bbox.width
+        plt.close(fig)
+    assert sizes[0] == 12 > sizes[1]
