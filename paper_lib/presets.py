@@ -27,18 +27,25 @@ RESNET18 = Study(
     decay=4000,
 )
 RESNET20 = RESNET18.run.replace(model="resnet20", width=16)
-STANDARD = RunConfig(  # the usual recipe for ImageNet, its lr 0.1 with momentum 0.9 as plain SGD, and constant
-    data="imagefolder",
-    held_out=10_000,
-    image_size=224,
-    model="resnet50",
-    width=64,
-    batch_size=256,
-    lr=1.0,
-    weight_decay=1e-4,
-    steps=150_000,
-    record="0-50,2500-150000/2500",
-    precision="bfloat16",
+RESNET50 = Study(
+    preset="imagenet",
+    label="ImageNet, ResNet-50",
+    run=RunConfig(  # the usual recipe, its lr 0.1 with momentum 0.9 as plain SGD, and constant
+        data="imagefolder",
+        held_out=10_000,
+        image_size=224,
+        model="resnet50",
+        width=64,
+        batch_size=256,
+        lr=1.0,
+        weight_decay=1e-4,
+        steps=150_000,
+        record="0-50,2500-150000/2500",
+        precision="bfloat16",
+    ),
+    window=100,
+    horizon=5000,
+    decay=50_000,
 )
 
 PRESETS: dict[str, Study] = {
@@ -96,16 +103,12 @@ PRESETS: dict[str, Study] = {
             data="imagefolder", image_size=64, batch_size=256, steps=20_000, record="0-50,500-20000/500"
         ),
     ),
-    "imagenet": Study(
-        preset="imagenet", label="ImageNet, ResNet-50", run=STANDARD, window=100, horizon=5000, decay=50_000
-    ),
-    "imagenet_resnet34": Study(
+    "imagenet": RESNET50,
+    "imagenet_resnet34": replace(
+        RESNET50,
         preset="imagenet_resnet34",
         label="ImageNet, ResNet-34",
-        run=STANDARD.replace(model="resnet34"),
-        window=100,
-        horizon=5000,
-        decay=50_000,
+        run=RESNET50.run.replace(model="resnet34"),
     ),
 }
 

@@ -116,8 +116,8 @@ class Trajectory:
     def average(self, a: np.ndarray) -> np.ndarray:
         """The average a @ X over all iterates x_start..x_steps, a (steps - start + 1,), as float32 (P,).
 
-        From the snapshots where all that it weighs were kept, else as it was accumulated during training. Raises
-        SnapshotError where the run has neither, DivergedError for a diverged run.
+        As it was accumulated during training where the run's settings name it, else from the snapshots. Raises
+        SnapshotError where one that it weighs was not kept, DivergedError for a diverged run.
         """
         config, a = self.config, averaging.check_weights(a)
         n = config.steps - config.start + 1

@@ -5,10 +5,11 @@ import subprocess
 import sys
 
 import numpy as np
+import pytest
 import torch
 from torch import nn
 
-from paper_lib import data
+from paper_lib import data, train
 from paper_lib.config import RunConfig
 
 
@@ -41,3 +42,26 @@ def torchrun(*words: str, n: int = 2) -> subprocess.CompletedProcess:
     here = os.path.dirname(__file__)
     environment = {**os.environ, "PYTHONPATH": os.pathsep.join([here, *sys.path]), "OMP_NUM_THREADS": "1"}
     return subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
+
+
+def interrupted(obtain, monkeypatch, at: int, chunk: int):
+    """What obtain(report) returns after a first call was interrupted at step `at`; the second must not start again.
+
+    Progress is saved every `chunk` steps, the last time one chunk before the interrupt.
+    """
+    monkeypatch.setattr(train, "CHUNK", chunk)
+    monkeypatch.setattr(train, "RESUME_EVERY_S", 0.0)
+    monkeypatch.setattr(train, "RESUME_SHARE", float("inf"))
+    done = []
+
+    def interrupt(steps, loss, lr):
+        done.append(steps)
+        if sum(done) == at:
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        obtain(interrupt)
+    done.clear()
+    run = obtain(lambda steps, loss, lr: done.append(steps))
+    assert done[0] == at - chunk
+    return run

@@ -5,9 +5,9 @@ import types
 import numpy as np
 import pytest
 import torch
-from helpers import SMALL, SmallNet, small_data
+from helpers import SMALL, SmallNet, interrupted, small_data
 
-from paper_lib import averaging, costs, plan, presets, runs, train
+from paper_lib import averaging, costs, plan, presets, runs
 from paper_lib.__main__ import main
 from paper_lib.models import FlatModel
 from paper_lib.trajectory import SnapshotError
@@ -58,20 +58,7 @@ def test_an_interrupted_run_accumulates_the_same_averages(tmp_path, monkeypatch)
     config = SMALL.replace(record="", averages=AVERAGES)
     whole = obtain(config)
     monkeypatch.setenv("PAPER_RUNS", str(tmp_path / "interrupted"))
-    monkeypatch.setattr(train, "CHUNK", 5)
-    monkeypatch.setattr(train, "RESUME_EVERY_S", 0.0)
-    monkeypatch.setattr(train, "RESUME_SHARE", float("inf"))
-    done = []
-
-    def interrupt(steps, loss, lr):
-        done.append(steps)
-        if sum(done) == 25:
-            raise KeyboardInterrupt
-
-    with pytest.raises(KeyboardInterrupt):
-        runs.obtain(config, small_data(), SmallNet, interrupt)
-    resumed = runs.obtain(config, small_data(), SmallNet, lambda steps, loss, lr: done.append(steps))
-    assert done[5] == 20  # where it was saved before the interrupt
+    resumed = interrupted(lambda report: runs.obtain(config, small_data(), SmallNet, report), monkeypatch, 25, chunk=5)
     np.testing.assert_array_equal(resumed._averages, whole._averages)
 
 

@@ -4,10 +4,10 @@ import textwrap
 
 import numpy as np
 import pytest
-from helpers import torchrun
+from helpers import interrupted, torchrun
 from PIL import Image
 
-from paper_lib import data, runs, train
+from paper_lib import data, runs
 from paper_lib.config import RunConfig
 from paper_lib.trajectory import Trajectory
 
@@ -46,20 +46,8 @@ def tree(tmp_path, monkeypatch):
 def test_a_run_stopped_amid_an_epoch_goes_on_to_the_same_bits(tree, tmp_path, monkeypatch):
     whole = runs.obtain(CONFIG, load(tree))
     monkeypatch.setenv("PAPER_RUNS", str(tmp_path / "interrupted"))
-    monkeypatch.setattr(train, "CHUNK", 2)
-    monkeypatch.setattr(train, "RESUME_EVERY_S", 0.0)
-    monkeypatch.setattr(train, "RESUME_SHARE", float("inf"))
-    done = []
-
-    def interrupt(steps, loss, lr):
-        done.append(steps)
-        if sum(done) == 8:
-            raise KeyboardInterrupt
-
-    with pytest.raises(KeyboardInterrupt):
-        runs.obtain(CONFIG, load(tree), report=interrupt)
-    resumed = runs.obtain(CONFIG, load(tree), report=lambda steps, loss, lr: done.append(steps))
-    assert done[4] == 6  # in the second epoch
+    # Saved at step 6, in the second epoch.
+    resumed = interrupted(lambda report: runs.obtain(CONFIG, load(tree), report=report), monkeypatch, 8, chunk=2)
     for name in ("weights", "buffers", "loss"):
         np.testing.assert_array_equal(getattr(resumed, name), getattr(whole, name))
 
