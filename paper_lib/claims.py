@@ -45,11 +45,11 @@ class Criterion:
     def __str__(self) -> str:
         low, high = self.bound[0], self.bound[-1]
         return {
-            "between": f"{low:g} <= mean <= {high:g}",
-            "below": f"mean < {high:g}",
-            "above": f"mean > {low:g}",
-            "within": f"within {high:g} of predicted",
-            "rel": f"within {100 * high:g} % of predicted",
+            "between": f"{low:.3g} <= mean <= {high:.3g}",
+            "below": f"mean < {high:.3g}",
+            "above": f"mean > {low:.3g}",
+            "within": f"within {high:.3g} of predicted",
+            "rel": f"within {100 * high:.3g} % of predicted",
         }[self.kind]
 
     def holds(self, mean: float, predicted: float) -> bool:
@@ -161,14 +161,14 @@ class Ledger:
             raise LedgerError(f"{quantity!r} must be {entry.criterion}, but has no prediction: pass predicted=")
         entry.measured, entry.reason = measured, reason
 
-    def verdict(self) -> pd.DataFrame:
-        """Judge every expectation, write the rows and return them; LedgerError if one was not measured."""
+    def verdict(self) -> Verdict:
+        """Judge every expectation and write the rows; LedgerError if one was not measured."""
         missing = [entry.quantity for entry in self._entries.values() if entry.measured is None]
         if missing or not self._entries:
             raise LedgerError(f"not measured: {missing}" if missing else "nothing was expected")
         rows = pd.DataFrame([entry.row(self.notebook) for entry in self._entries.values()], columns=COLUMNS)
         _write(self.results, rows, self.notebook)
-        return rows
+        return Verdict(rows)
 
     def check(self) -> None:
         """Print what is expected and whether it was measured: text that depends on no preset and no number."""
@@ -177,8 +177,23 @@ class Ledger:
             print(f"{e.claim}  {e.quantity}: {e.criterion} [{state}]")
 
 
+@dataclass(frozen=True, eq=False)
+class Verdict:
+    """The judged rows of one notebook; Jupyter shows them as a table of sentences, not cut to columns."""
+
+    rows: pd.DataFrame
+
+    def _repr_markdown_(self) -> str:
+        return f"{count(self.rows)}\n\n{markdown(self.rows)}"
+
+
+def count(claims: pd.DataFrame) -> str:
+    """How many criteria hold, as a sentence."""
+    return f"{int(claims.holds.sum())} of {len(claims)} criteria hold."
+
+
 def table(results: Path | str) -> pd.DataFrame:
-    """Return a preset's claims, sorted by claim, notebook and quantity; FileNotFoundError if there are none yet."""
+    """Return a preset's claims by claim and notebook, as these state them; FileNotFoundError if there are none yet."""
     path = Path(results) / "claims.csv"
     if not path.exists():
         raise FileNotFoundError(f"no claims at {path}: `make figures` measures them")
@@ -190,12 +205,21 @@ def markdown(claims: pd.DataFrame) -> str:
     lines = ["| claim | quantity | predicted | measured | criterion | holds |", "|---|---|---|---|---|---|"]
     for row in claims.itertuples():
         predicted = "" if math.isnan(row.predicted) else f"{row.predicted:.3g}"
-        spread = "" if math.isnan(row.spread) else f" ± {row.spread:.2g}"
         verdict = "yes" if row.holds else "**no**" + (f": {row.reason}" if row.reason else "")
-        measured = f"{row.measured:.3g}{spread} (n = {row.seeds})"
+        measured = f"{with_spread(row.measured, row.spread)} (n = {row.seeds})"
         cells = (row.claim, row.quantity, predicted, measured, row.criterion, verdict)
         lines.append("| " + " | ".join(str(cell).replace("|", "\\|") for cell in cells) + " |")
     return "\n".join(lines) + "\n"
+
+
+def with_spread(mean: float, spread: float) -> str:
+    """Write mean ± spread, both to the second digit of the spread: "1.0024 ± 0.0020"."""
+    if math.isnan(spread):
+        return f"{mean:.3g}"
+    if not 1e-5 <= spread < 1e5:
+        return f"{mean:.3g} ± {spread:.2g}"
+    decimals = 1 - math.floor(math.log10(spread))
+    return " ± ".join(f"{round(value, decimals):.{max(decimals, 0)}f}" for value in (mean, spread))
 
 
 _KINDS = ("between", "below", "above", "within", "rel")
@@ -218,6 +242,6 @@ def _write(results: Path, rows: pd.DataFrame, notebook: str) -> None:
         if path.exists():
             kept = table(results).query("notebook != @notebook")
             rows = pd.concat([kept, rows]) if len(kept) else rows
-        order = rows.assign(number=rows.claim.str[1:].astype(int)).sort_values(["number", "notebook", "quantity"])
+        order = rows.assign(number=rows.claim.str[1:].astype(int)).sort_values(["number", "notebook"], kind="stable")
         with replacing(path) as temporary:
             order[COLUMNS].to_csv(temporary, index=False, float_format="%.6g", lineterminator="\n")

@@ -40,13 +40,14 @@ def environment(results: Path) -> dict:
 
 
 def claims_table(results: Path) -> str:
-    """A preset's verdicts in Markdown: one line per claim, what fails, and every criterion folded below."""
+    """A preset's verdicts in Markdown: one line per claim and notebook, why criteria fail, and all of them folded."""
     table = claims.table(results)
-    lines = ["| claim | criteria that hold | what fails |", "|---|---|---|"]
-    for claim, rows in sorted(table.groupby("claim"), key=lambda group: int(group[0][1:])):
-        failing = "; ".join(rows.quantity[~rows.holds]).replace("|", "\\|")
-        lines.append(f"| {claim} | {int(rows.holds.sum())} of {len(rows)} | {failing} |")
-    total = f"{int(table.holds.sum())} of {len(table)} criteria hold."
+    lines = ["| claim | notebook | criteria that hold | why others fail |", "|---|---|---|---|"]
+    for (claim, notebook), rows in table.groupby(["claim", "notebook"], sort=False):
+        reasons = "; ".join(rows.reason[~rows.holds].unique()).replace("|", "\\|")
+        link = f"[{notebook}]({_relative(results)}/notebooks/{notebook}.ipynb)"
+        lines.append(f"| {claim} | {link} | {int(rows.holds.sum())} of {len(rows)} | {reasons} |")
+    total = claims.count(table)
     folded = f"<details><summary>Every criterion</summary>\n\n{claims.markdown(table)}\n</details>"
     return "\n".join([total, "", *lines, "", folded, ""])
 
@@ -54,13 +55,17 @@ def claims_table(results: Path) -> str:
 def notebooks_table(results: Path) -> str:
     """What each notebook shows, its figures and its wall time, in Markdown."""
     lines = ["| notebook | figures | seconds |", "|---|---|---|"]
-    relative = results.relative_to(ROOT).as_posix()
+    relative = _relative(results)
     for name, entry in sorted(environment(results)["notebooks"].items()):
         figures = sorted((results / "figures").glob(f"{name[:2]}_*.png"))
         links = ", ".join(f"[{path.stem}]({relative}/figures/{path.name})" for path in figures)
         title = f"[{name}]({relative}/notebooks/{name}.ipynb): {notebook_title(name)}"
         lines.append(f"| {title} | {links} | {entry['seconds']:.0f} |")
     return "\n".join(lines) + "\n"
+
+
+def _relative(results: Path) -> str:
+    return results.relative_to(ROOT).as_posix()
 
 
 def scoreboard_table(results: Path) -> str:
@@ -104,7 +109,7 @@ def page(results: Path, label: str) -> str:
     )
     rows = verdicts.drop(columns="reason").to_html(index=False, border=0, float_format=lambda v: f"{v:.3g}", na_rep="")
     rows = re.sub(r"<td>(yes|no)(:[^<]*)?</td>", r'<td class="\1">\1\2</td>', rows)
-    parts = [f"<h1>{html.escape(label)}</h1>", f"<p>{int(table.holds.sum())} of {len(table)} criteria hold.</p>", rows]
+    parts = [f"<h1>{html.escape(label)}</h1>", f"<p>{claims.count(table)}</p>", rows]
     for name in sorted(made["notebooks"]):
         parts.append(f'<h2><a href="{name}.html">{html.escape(notebook_title(name))}</a></h2>')
         for figure in sorted((results / "figures").glob(f"{name[:2]}_*.png")):

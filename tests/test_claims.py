@@ -19,7 +19,7 @@ def judged(tmp_path, values, predicted=None, stated=None, **criterion):
     ledger = claims.Ledger(tmp_path, "01_test")
     ledger.expect("C1", "q", predicted=stated, **criterion)
     ledger.measure("q", values, predicted)
-    return ledger.verdict().iloc[0]
+    return ledger.verdict().rows.iloc[0]
 
 
 @pytest.mark.parametrize(
@@ -57,7 +57,7 @@ def test_reason_stands_only_beside_a_failure(ledger):
         ledger.expect("C1", quantity, below=bound)
     for quantity in ("good", "bad"):
         ledger.measure(quantity, [1.0], reason="batches too large")
-    assert ledger.verdict().set_index("quantity").reason.to_dict() == {"good": "", "bad": "batches too large"}
+    assert ledger.verdict().rows.set_index("quantity").reason.to_dict() == {"good": "", "bad": "batches too large"}
 
 
 def test_what_is_not_finite_fails_and_says_so(tmp_path):
@@ -149,12 +149,12 @@ def write(results, notebook, claim, quantities, value=0.5):
     ledger.verdict()
 
 
-def test_rerun_replaces_its_own_rows_only_and_rows_are_sorted(tmp_path):
+def test_rerun_replaces_its_own_rows_only_and_rows_go_by_claim_then_as_stated(tmp_path):
     write(tmp_path, "09_late", "C10", ["z"])
     write(tmp_path, "02_early", "C2", ["b", "a"])
     write(tmp_path, "02_early", "C2", ["c", "b"], value=2.0)
     df = claims.table(tmp_path)
-    assert list(zip(df.claim, df.quantity, strict=True)) == [("C2", "b"), ("C2", "c"), ("C10", "z")]
+    assert list(zip(df.claim, df.quantity, strict=True)) == [("C2", "c"), ("C2", "b"), ("C10", "z")]
     assert df.holds.tolist() == [False, False, True]
     assert list(df.columns) == claims.COLUMNS
 
@@ -185,5 +185,30 @@ def test_markdown():
         ["C2", "ratio", np.nan, 2.0, np.nan, 1, "mean < 1", False, "02", "batch too large"],
     ]
     lines = claims.markdown(pd.DataFrame(rows, columns=claims.COLUMNS)).splitlines()
-    assert lines[2] == "| C1 | \\|slope\\| | 0.5 | 0.48 ± 0.01 (n = 3) | mean < 1 | yes |"
+    assert lines[2] == "| C1 | \\|slope\\| | 0.5 | 0.480 ± 0.010 (n = 3) | mean < 1 | yes |"
     assert lines[3] == "| C2 | ratio |  | 2 (n = 1) | mean < 1 | **no**: batch too large |"
+
+
+@pytest.mark.parametrize(
+    ("mean", "spread", "text"),
+    [
+        (1.00237, 0.00199, "1.0024 ± 0.0020"),
+        (12437.0, 342.0, "12440 ± 340"),
+        (4.88e-05, 0.0003, "0.00005 ± 0.00030"),
+        (0.0, 0.0, "0 ± 0"),
+        (3e-13, 1.2e-14, "3e-13 ± 1.2e-14"),
+        (2.0, np.nan, "2"),
+        (np.nan, np.nan, "nan"),
+        (np.inf, np.inf, "inf ± inf"),
+    ],
+)
+def test_mean_and_spread_have_the_same_last_digit(mean, spread, text):
+    assert claims.with_spread(mean, spread) == text
+
+
+def test_jupyter_shows_whole_sentences(ledger):
+    quantity, reason = "a quantity " * 10, "because " * 30
+    ledger.expect("C1", quantity, below=0)
+    ledger.measure(quantity, [1.0], reason=reason)
+    shown = ledger.verdict()._repr_markdown_()
+    assert shown.startswith("0 of 1 criteria hold.\n\n| claim |") and quantity in shown and reason in shown
