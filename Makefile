@@ -101,5 +101,5 @@ clean: ## forget what is up to date, and remove caches
 	rm -rf .build .pytest_cache .ruff_cache .hypothesis *.egg-info
 	find paper_lib tests notebooks -name __pycache__ -o -name .ipynb_checkpoints | xargs rm -rf
 
-distclean: clean ## remove .venv and the trained runs too (datasets stay)
-	rm -rf .venv "$(PAPER_RUNS)"
+distclean: clean ## remove .venv and ./runs too (datasets, and runs kept elsewhere, stay)
+	rm -rf .venv runs

@@ -70,7 +70,7 @@ def _parser() -> argparse.ArgumentParser:
     commands = parser.add_subparsers(dest="command", required=True)
     commands.add_parser("presets", help="print the presets' names, one a line")
     commands.add_parser("bench", help="time training, probing and averaging against plain PyTorch")
-    settings = "Any field of RunConfig or Study may follow as --field value; see paper_lib/config.py."
+    settings = "Settings of RunConfig and Study may follow, as in --lr 0.5; see paper_lib/config.py."
     trainer = commands.add_parser("train", help="train a preset's runs", allow_abbrev=False, epilog=settings)
     planner = commands.add_parser("plan", help="print what these runs will take", allow_abbrev=False, epilog=settings)
     for command in (trainer, planner):

@@ -102,7 +102,7 @@ class Ledger:
     """Expectations, then measurements, then verdicts of one notebook.
 
     Every `expect` comes before the first `measure`, so a criterion cannot follow from what was found. `verdict`
-    replaces the notebook's own rows of <results>/claims.csv. Misuse raises LedgerError.
+    replaces the notebook's own rows of <results>/claims.csv and claims.md. Misuse raises LedgerError.
     """
 
     def __init__(self, results: Path | str, notebook: str) -> None:
@@ -236,7 +236,10 @@ def _values(values: float | Sequence[float] | np.ndarray | None) -> np.ndarray |
 
 
 def _write(results: Path, rows: pd.DataFrame, notebook: str) -> None:
-    """Put `rows` in the place of the notebook's earlier ones, under a lock, in one atomic step."""
+    """Put `rows` in the place of the notebook's earlier ones, under a lock, each file in one atomic step.
+
+    claims.md says the same as claims.csv to people.
+    """
     path = results / "claims.csv"
     with lock(path):
         if path.exists():
@@ -245,3 +248,5 @@ def _write(results: Path, rows: pd.DataFrame, notebook: str) -> None:
         order = rows.assign(number=rows.claim.str[1:].astype(int)).sort_values(["number", "notebook"], kind="stable")
         with replacing(path) as temporary:
             order[COLUMNS].to_csv(temporary, index=False, float_format="%.6g", lineterminator="\n")
+        with replacing(path.with_suffix(".md")) as temporary:
+            temporary.write_text(f"# Every criterion\n\n{count(order)}\n\n{markdown(order)}")

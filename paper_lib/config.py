@@ -14,7 +14,7 @@ from typing import Any
 
 import numpy as np
 
-from paper_lib import averaging
+from paper_lib import averaging, schedules
 from paper_lib.validate import ConfigError, check_names, check_types, field_names, require
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -36,7 +36,7 @@ class RunConfig:
 
     data: str = "digits"  # digits, cifar10, cifar100, imagefolder, or the name of a dataset of your own
     held_out: int = 8000  # training images that are never trained on; they serve as held-out batches
-    image_size: int = 0  # pixels, for imagefolder; 0: as the data are
+    image_size: int = 0  # pixels, for imagefolder alone, which needs it; 0: as the data are
     model: str = "resnet8"
     width: int = 8  # channels of the first stage
     norm: str = "batch"  # batch, group or none
@@ -162,13 +162,18 @@ def check_run(c: RunConfig) -> None:
         require(getattr(c, name) >= 1, name, getattr(c, name), "it must be at least 1")
     for name in ("held_out", "image_size", "seed", "start"):
         require(getattr(c, name) >= 0, name, getattr(c, name), "it must be >= 0")
+    require((c.batch_seed or 0) >= 0, "batch_seed", c.batch_seed, "it must be >= 0")
+    needed = c.data == "imagefolder"
+    require(c.image_size > 0 or not needed, "image_size", c.image_size, "a tree of images needs the size to load at")
     require(c.norm in ("batch", "group", "none"), "norm", c.norm, "batch, group or none")
     require(c.precision in ("float32", "bfloat16"), "precision", c.precision, "float32 or bfloat16")
     require(c.steps > c.start, "steps", c.steps, f"the run starts at step {c.start} and must take at least one")
     require(c.start == 0 or c.parent is not None, "start", c.start, "only a branch (see `branch`) starts later")
     if c.parent is not None:
         require(c.start <= c.parent.steps, "start", c.start, f"the parent run ends at step {c.parent.steps}")
-    if not isinstance(c.schedule, str):
+    if isinstance(c.schedule, str):
+        check_names([c.schedule], list(schedules.COOLDOWNS), "schedule")
+    else:
         n, expected = len(c.schedule), c.steps - c.start
         require(n == expected, "schedule of length", n, f"it needs one factor for each of {expected} steps")
     for name in c.averages:

@@ -43,10 +43,12 @@ def code(cell: dict[str, Any]) -> str:
 
 
 def imported_modules(source: str) -> set[Path]:
-    """Return the files of paper_lib that a piece of Python imports itself."""
-    names = []
+    """Return the files of paper_lib that a piece of Python imports itself, by statements or by names in strings."""
+    names, by_string = [], "import_module" in source
     for node in ast.walk(ast.parse(source)):
-        if isinstance(node, ast.Import):
+        if by_string and isinstance(node, ast.Constant) and str(node.value).isidentifier():
+            names.append(f"paper_lib.{node.value}")
+        elif isinstance(node, ast.Import):
             names += [alias.name for alias in node.names]
         elif isinstance(node, ast.ImportFrom) and node.module:
             names += [node.module, *(f"{node.module}.{alias.name}" for alias in node.names)]

@@ -5,12 +5,14 @@ from __future__ import annotations
 import argparse
 import base64
 import html
+import itertools
 import json
 import re
 import sys
+from collections import Counter
 from pathlib import Path
 
-from paper_lib import claims, costs, scoreboard
+from paper_lib import claims, costs, notebooks, scoreboard
 from paper_lib.config import ROOT, folder
 from paper_lib.files import replacing
 from paper_lib.presets import PRESETS, study
@@ -40,27 +42,41 @@ def environment(results: Path) -> dict:
 
 
 def claims_table(results: Path) -> str:
-    """A preset's verdicts in Markdown: one line per claim and notebook, why criteria fail, and all of them folded."""
+    """A preset's verdicts in Markdown: one line per claim and notebook, and why criteria fail."""
     table = claims.table(results)
     lines = ["| claim | notebook | criteria that hold | why others fail |", "|---|---|---|---|"]
     for (claim, notebook), rows in table.groupby(["claim", "notebook"], sort=False):
         reasons = "; ".join(rows.reason[~rows.holds].unique()).replace("|", "\\|")
         link = f"[{notebook}]({_relative(results)}/notebooks/{notebook}.ipynb)"
         lines.append(f"| {claim} | {link} | {int(rows.holds.sum())} of {len(rows)} | {reasons} |")
-    total = claims.count(table)
-    folded = f"<details><summary>Every criterion</summary>\n\n{claims.markdown(table)}\n</details>"
-    return "\n".join([total, "", *lines, "", folded, ""])
+    total = f"{claims.count(table)} [Every criterion]({_relative(results)}/claims.md), prediction and measurement."
+    return "\n".join([total, "", *lines, ""])
+
+
+def own_modules() -> dict[str, list[str]]:
+    """The modules that a notebook imports and at most two others do, by notebook: where its figures come from."""
+    imported = {
+        path.stem: {module.stem for cell in json.loads(path.read_text())["cells"] for module in _imports(cell)}
+        for path in notebooks.sources()
+    }
+    users = Counter(itertools.chain.from_iterable(imported.values()))
+    return {name: sorted(module for module in modules if users[module] <= 3) for name, modules in imported.items()}
+
+
+def _imports(cell: dict) -> set[Path]:
+    return notebooks.imported_modules(notebooks.code(cell))
 
 
 def notebooks_table(results: Path) -> str:
-    """What each notebook shows, its figures and its wall time, in Markdown."""
-    lines = ["| notebook | figures | seconds |", "|---|---|---|"]
-    relative = _relative(results)
+    """What each notebook shows, its figures, its code and its wall time, in Markdown."""
+    lines = ["| executed notebook | figures | code | seconds |", "|---|---|---|---|"]
+    relative, modules = _relative(results), own_modules()
     for name, entry in sorted(environment(results)["notebooks"].items()):
         figures = sorted((results / "figures").glob(f"{name[:2]}_*.png"))
         links = ", ".join(f"[{path.stem}]({relative}/figures/{path.name})" for path in figures)
         title = f"[{name}]({relative}/notebooks/{name}.ipynb): {notebook_title(name)}"
-        lines.append(f"| {title} | {links} | {entry['seconds']:.0f} |")
+        code = [f"[notebook](notebooks/{name}.ipynb)", *(f"[{m}](paper_lib/{m}.py)" for m in modules[name])]
+        lines.append(f"| {title} | {links} | {', '.join(code)} | {entry['seconds']:.0f} |")
     return "\n".join(lines) + "\n"
 
 

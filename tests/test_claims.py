@@ -157,6 +157,7 @@ def test_rerun_replaces_its_own_rows_only_and_rows_go_by_claim_then_as_stated(tm
     assert list(zip(df.claim, df.quantity, strict=True)) == [("C2", "c"), ("C2", "b"), ("C10", "z")]
     assert df.holds.tolist() == [False, False, True]
     assert list(df.columns) == claims.COLUMNS
+    assert claims.markdown(df) in (tmp_path / "claims.md").read_text()
 
 
 def test_rewriting_the_same_rows_gives_the_same_bytes(tmp_path):

@@ -29,6 +29,9 @@ from paper_lib.validate import ConfigError
         ({"steps": 3, "schedule": (1.0, 0.5)}, r"length = 2 .* 3 steps"),
         ({"start": 5}, r"start = 5 .* branch"),
         ({"steps": 0}, r"steps = 0"),
+        ({"schedule": "linaer"}, r"unknown schedule 'linaer'; did you mean 'linear'"),
+        ({"batch_seed": -1}, r"batch_seed = -1 .* >= 0"),
+        ({"data": "imagefolder"}, r"image_size = 0 .* size to load at"),
     ],
 )
 def test_a_run_that_cannot_work_is_refused_by_name_and_value(settings, message):

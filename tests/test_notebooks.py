@@ -151,6 +151,11 @@ def test_prerequisites_follow_imports(project):
     assert "notebooks.py" not in names
 
 
+def test_prerequisites_follow_the_names_of_datasets():
+    names = {path.name for path in notebooks.prerequisites(notebooks.SOURCES / "01_one_step.ipynb")}
+    assert {"digits.py", "imagefolder.py", "vision.py", "streaming.py", "decode.py", "cache.py"} <= names
+
+
 def test_a_result_is_current_until_something_changes(project):
     assert not task().is_current()
     notebooks.run(task())
