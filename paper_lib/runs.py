@@ -7,11 +7,9 @@ user's own model, and the syntax tree of the modules that decide the numbers (co
 
 from __future__ import annotations
 
-import ast
 import contextlib
 import functools
 import hashlib
-import inspect
 import json
 import warnings
 from collections.abc import Iterator, Sequence
@@ -20,7 +18,7 @@ from pathlib import Path
 from tqdm import tqdm
 
 from paper_lib import config as config_module
-from paper_lib import data, files, parallel, train, workers
+from paper_lib import data, files, fingerprint, parallel, train, workers
 from paper_lib.config import RunConfig, check_seeds
 from paper_lib.data import Dataset
 from paper_lib.models import FlatModel
@@ -155,35 +153,13 @@ def run_key(config: RunConfig, dataset: Dataset, model: ModelFactory | None = No
 
 
 def _model_identity(config: RunConfig, dataset: Dataset, model: ModelFactory | None) -> str:
-    """Hash of a user's module: its printed structure, its source where there is one, and its initial weights."""
     if model is None:
         return config.model
-    net = train.initial_model(config, dataset, model)
-    source = ""
-    with contextlib.suppress(OSError, TypeError):
-        source = inspect.getsource(type(net.module))
-    weights = net.weights.cpu().numpy().tobytes()
-    return hashlib.sha256(repr(net.module).encode() + source.encode() + weights).hexdigest()
+    return fingerprint.of_network(train.initial_model(config, dataset, model).module)
 
 
-def code_fingerprint() -> str:
-    """Hash of the syntax trees of the decisive modules, without docstrings."""
-    digest = hashlib.sha256()
-    for module in DECISIVE:
-        tree = ast.parse((Path(__file__).parent / f"{module}.py").read_text())
-        for node in ast.walk(tree):
-            body = getattr(node, "body", None)
-            if isinstance(body, list) and body and _is_text(body[0]):
-                del body[0]
-        digest.update(ast.dump(tree).encode())
-    return digest.hexdigest()[:16]
-
-
-def _is_text(node: ast.stmt) -> bool:
-    return isinstance(node, ast.Expr) and isinstance(node.value, ast.Constant) and isinstance(node.value.value, str)
-
-
-CODE = code_fingerprint()  # of what was imported, not of what an editor has saved since
+# Of what was imported, not of what an editor has saved since.
+CODE = fingerprint.of_modules(Path(__file__).parent / f"{module}.py" for module in DECISIVE)
 
 
 # --- several runs -----------------------------------------------------------------------------------------------
