@@ -187,15 +187,17 @@ class Recorder:
             self._create(shapes)
         self.weights, self.buffers, self.averages, self.log = (self._map(name) for name in shapes)
 
-    def _map(self, name: str) -> np.ndarray:
-        return np.load(self.part / f"{name}.npy", mmap_mode="r+")
+    def _map(self, name: str, mode: str = "r+") -> np.ndarray:
+        return np.load(self.part / f"{name}.npy", mmap_mode=mode)
 
     def _resume(self, shapes: dict[str, tuple[int, ...]]) -> State | None:
         """The state that a killed run saved, if all that it left can be read."""
         try:
             with np.load(self.part / "resume.npz", allow_pickle=False) as stored:
                 state = dict(stored)
-            return state if all(self._map(name).shape == shape for name, shape in shapes.items()) else None
+            # Read-only: mapped to be written, a file that was cut short would be filled up with zeros.
+            whole = all(self._map(name, "r").shape == shape for name, shape in shapes.items())
+            return state if whole else None
         except (OSError, ValueError, EOFError, zipfile.BadZipFile):
             return None
 

@@ -30,7 +30,7 @@ def small_data(n: int = 120) -> data.Dataset:
     rng = np.random.default_rng(0)
     y = torch.from_numpy(rng.integers(0, 3, 2 * n))
     x = torch.from_numpy(rng.normal(size=(2 * n, 1, 4, 4)).astype(np.float32)) + y.view(-1, 1, 1, 1) / 2
-    return data.from_tensors(x[:n], y[:n], x[n:], y[n:], held_out=16)
+    return data.from_tensors(x[:n], y[:n], x[n:], y[n:], held_out=16, device="cpu")
 
 
 SMALL = RunConfig(data="tensors", batch_size=8, lr=0.1, steps=40, record="0-40")
@@ -44,24 +44,26 @@ def torchrun(*words: str, n: int = 2) -> subprocess.CompletedProcess:
     return subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
 
 
-def interrupted(obtain, monkeypatch, at: int, chunk: int):
-    """What obtain(report) returns after a first call was interrupted at step `at`; the second must not start again.
-
-    Progress is saved every `chunk` steps, the last time one chunk before the interrupt.
-    """
+def interrupt(obtain, monkeypatch, at: int, chunk: int) -> None:
+    """Interrupt obtain(report) at step `at`; progress is saved every `chunk` steps, the last time one chunk before."""
     monkeypatch.setattr(train, "CHUNK", chunk)
     monkeypatch.setattr(train, "RESUME_EVERY_S", 0.0)
     monkeypatch.setattr(train, "RESUME_SHARE", float("inf"))
     done = []
 
-    def interrupt(steps, loss, lr):
+    def report(steps, loss, lr):
         done.append(steps)
         if sum(done) == at:
             raise KeyboardInterrupt
 
     with pytest.raises(KeyboardInterrupt):
-        obtain(interrupt)
-    done.clear()
+        obtain(report)
+
+
+def interrupted(obtain, monkeypatch, at: int, chunk: int):
+    """What obtain(report) returns after a first call was interrupted as above; the second must not start again."""
+    interrupt(obtain, monkeypatch, at, chunk)
+    done = []
     run = obtain(lambda steps, loss, lr: done.append(steps))
     assert done[0] == at - chunk
     return run

@@ -10,7 +10,7 @@ import textwrap
 import numpy as np
 import pytest
 import torch
-from helpers import SMALL, SmallNet, small_data
+from helpers import SMALL, SmallNet, interrupt, small_data
 
 from paper_lib import data, files, runs, train, trajectory
 from paper_lib.config import RunConfig
@@ -131,15 +131,16 @@ def test_a_disk_that_fills_up_leaves_nothing_that_looks_finished(monkeypatch):
     assert runs.obtain(SMALL, small_data(), SmallNet).at(40).size  # with room again, it is trained
 
 
-@pytest.mark.parametrize("damage", ["resume.npz", "weights.npy"])
-def test_a_half_written_run_starts_again(damage):
-    whole = np.array(runs.obtain(SMALL, small_data(), SmallNet).weights)
-    folder = runs.run_folder(SMALL, small_data(), SmallNet)
-    part = folder.with_name(folder.name + ".part")
-    folder.rename(part)
-    (part / "resume.npz").write_bytes(b"PK\x03\x04 cut")
-    (part / damage).write_bytes(b"cut")
-    np.testing.assert_array_equal(runs.obtain(SMALL, small_data(), SmallNet).weights, whole)
+@pytest.mark.parametrize("name", ["resume.npz", "weights.npy", "buffers.npy", "averages.npy", "log.npy"])
+@pytest.mark.parametrize("kept", [3, -4])  # bytes: the first three, or all but the last four
+def test_an_interrupted_run_whose_files_are_cut_short_starts_again(monkeypatch, name, kept):
+    config, done = SMALL.replace(averages=("EMA 0.5",)), []
+    folder = runs.run_folder(config, small_data(), SmallNet)
+    interrupt(lambda report: runs.obtain(config, small_data(), SmallNet, report), monkeypatch, at=20, chunk=5)
+    damaged = folder.with_name(folder.name + ".part") / name
+    damaged.write_bytes(damaged.read_bytes()[:kept])
+    runs.obtain(config, small_data(), SmallNet, lambda steps, loss, lr: done.append(steps))
+    assert done == [5] * 8  # and not 15 at once, as when it goes on
 
 
 def test_a_run_killed_while_it_was_being_finished_is_finished(monkeypatch):
@@ -171,9 +172,18 @@ def test_a_users_module_instance_and_tensors_are_enough():
     assert run.folder.name.startswith("tensors-own-")
 
 
+def train_elsewhere():
+    """Let a worker train a run into a folder that is not its own."""
+    job = (study("smoke", steps=5, record="").run, runs.config_module.folder("runs") / "not-its-folder")
+    runs.workers.train_parallel([job], lambda *message: None)
+
+
 def test_a_worker_that_fails_says_why(monkeypatch):
     monkeypatch.setenv("PAPER_DATA", "/dev/null/nowhere")
-    chosen = study("smoke", steps=5, record="")
-    job = (chosen.run, runs.config_module.folder("runs") / "not-its-folder")
-    with pytest.raises(RuntimeError, match="NotADirectoryError|code or data changed"):
-        runs.workers.train_parallel([job], lambda *message: None)
+    with pytest.raises(RuntimeError, match="NotADirectoryError: .*/dev/null/nowhere"):
+        train_elsewhere()
+
+
+def test_a_worker_that_runs_other_code_refuses():
+    with pytest.raises(RuntimeError, match="the code or data changed since this session began: restart it"):
+        train_elsewhere()
