@@ -154,12 +154,15 @@ class FlatModel:
     weights are stored in channels_last order whatever the device, so that vectors mean the same everywhere.
 
     weights: (P,) float32.  grad: (P,), filled by `backward`.  buffers: (Q,), e.g. BatchNorm's running statistics.
+    Raises ConfigError for a module without trainable parameters, or a BatchNorm with momentum=None.
     """
 
     def __init__(self, module: nn.Module, device: torch.device | str = "cpu"):
-        for sub in module.modules():
+        for name, sub in module.named_modules():
             if isinstance(sub, nn.modules.batchnorm._NormBase):
-                sub.num_batches_tracked = None  # an integer that only matters for momentum=None
+                what = f"momentum of the layer {name!r}, a {type(sub).__name__},"
+                require(sub.momentum is not None, what, None, "give it one, such as torch's default 0.1")
+                sub.num_batches_tracked = None  # an integer that only matters without a momentum
         self.module = module.to(device)
         self.device = torch.device(device)
         self.parameters = params = [p for p in module.parameters() if p.requires_grad]

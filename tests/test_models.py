@@ -36,6 +36,12 @@ def test_unknown_networks_are_refused(name):
         models.build(name, 3, 10)
 
 
+def test_running_statistics_without_a_momentum_are_refused():
+    net = nn.Sequential(nn.Conv2d(1, 2, 3), nn.BatchNorm2d(2, momentum=None))  # would need a count of batches
+    with pytest.raises(ConfigError, match=r"momentum of the layer '1', a BatchNorm2d, = None .* such as torch's"):
+        FlatModel(net)
+
+
 def test_torchvision_networks_say_what_they_need():
     with pytest.raises(ConfigError, match="in_channels = 1"):
         models.build("resnet18", 1, 10)
