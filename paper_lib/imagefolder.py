@@ -51,7 +51,8 @@ def load(
     padded by an eighth of the side. A larger one is streamed: see StreamedImages. `streaming` overrides the choice.
 
     Raises DataError naming the file, class or folder for an unreadable image (when it is read), an empty class,
-    classes that differ between splits, a missing split, or a root/.decoded that cannot be written.
+    classes that differ between splits, a missing split, or a root/.decoded that cannot be written (a root
+    with links to another tree's folders will do).
     """
     if image_size < 8:
         raise ValueError(f"image_size={image_size}: must be at least 8 pixels, such as 32, 64 or 224")
@@ -95,7 +96,8 @@ def _decoded(root: Path, tree: Tree, size: int, progress: bool) -> torch.Tensor:
         images = cached_array(folder, f"{size}px-{tree.state}", (len(files), 3, size, size), "uint8", fill)
     except OSError as error:
         raise DataError(
-            f"cannot keep decoded images in {folder} ({error}): make room there, or set streaming=True"
+            f"cannot keep decoded images in {folder} ({error}): make room there, or if it is read-only, make a folder "
+            "with links to the tree's train and val (or test) folders and name that instead"
         ) from error
     for stale in set(folder.glob(f"{size}px-*.npy")) - set(folder.glob(f"{size}px-{tree.state}-*.npy")):
         stale.unlink(missing_ok=True)

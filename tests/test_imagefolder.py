@@ -201,13 +201,23 @@ def empty(path):
         (lambda root: empty(root / "train" / "bee"), "bee has no images"),
         (lambda root: (root / "train" / "dog").mkdir(), r"classes differ: only in .*train: \['dog'\], .*val: \[\]"),
         (lambda root: shutil.rmtree(root / "train" / "ant"), r"only in .*train: \[\], .*val: \['ant'\]"),
-        (lambda root: (root / ".decoded").write_text(""), "cannot keep decoded images in .*streaming=True"),
+        (lambda root: (root / ".decoded").write_text(""), "cannot keep decoded images in .*links to the tree's train"),
     ],
 )
 def test_a_tree_that_cannot_be_used_says_why(tree, spoil, message):
     spoil(tree)
     with pytest.raises(data.DataError, match=message):
         load(tree)
+
+
+def test_links_to_the_folders_of_a_read_only_tree_are_as_good(tree, tmp_path):
+    (tmp_path / "links").mkdir()
+    for split in ("train", "val"):
+        (tmp_path / "links" / split).symlink_to(tree / split, target_is_directory=True)
+    assert load(tmp_path / "links").fingerprint == load(tree).fingerprint
+    (tree / ".decoded").rename(tree / "gone")
+    load(tmp_path / "links")
+    assert not (tree / ".decoded").exists()
 
 
 def test_a_tiny_image_size_is_refused(tree):
