@@ -17,7 +17,7 @@ from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 from torch.utils.data import DataLoader, TensorDataset
 from torch.utils.flop_counter import FlopCounterMode
 
-from paper_lib import averaging, models, probe, runs, train
+from paper_lib import averaging, data, models, probe, runs, train
 from paper_lib import dataset as dataset_module
 from paper_lib.augment import FlipCrop
 from paper_lib.config import RunConfig
@@ -118,7 +118,7 @@ def one_run(config: RunConfig, dataset: Dataset) -> list[dict]:
 
 def large_run() -> list[dict]:
     """The preset cifar10's network on a GPU, on random images of CIFAR's shape; nothing where there is no GPU."""
-    device = train.default_device()
+    device = data.default_device()
     if device.type != "cuda":
         return []
     config = study("cifar10", steps=STEPS, record="").run
@@ -186,6 +186,6 @@ def row(what: str, ours: float, other: float, unit: str, against: str) -> dict:
 
 def main() -> None:
     """Run all benchmarks and print the table."""
-    print(f"{os.cpu_count()} cores, torch {torch.__version__}, {train.default_device()}")
+    print(f"{os.cpu_count()} cores, torch {torch.__version__}, {data.default_device()}")
     table = pd.DataFrame([*training(), *large_run(), *probing(), *averages()])
     print(table.to_string(index=False, float_format=lambda v: f"{v:,.2f}"))

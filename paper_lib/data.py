@@ -12,7 +12,7 @@ from torch import Tensor
 
 from paper_lib.dataset import SPLITS, DataError, Dataset, TensorDataset
 
-__all__ = ["LOADERS", "SPLITS", "DataError", "Dataset", "from_tensors", "load"]
+__all__ = ["LOADERS", "SPLITS", "DataError", "Dataset", "default_device", "from_tensors", "load"]
 
 
 # Module with the `load` of each dataset, and that function's first arguments. Imported when first used: torchvision
@@ -23,6 +23,11 @@ LOADERS = {
     "cifar100": ("vision", "cifar100"),
     "imagefolder": ("imagefolder",),
 }
+
+
+def default_device() -> torch.device:
+    """The GPU if there is one."""
+    return torch.device("cuda" if torch.cuda.is_available() else "cpu")
 
 
 def load(
@@ -62,9 +67,11 @@ def from_tensors(
     held_out: int = 0,
     seed: int = 0,
     name: str = "tensors",
+    device: str | torch.device | None = None,
 ) -> Dataset:
     """A user's own data: images x (N, ...) with integer labels y (N,) in 0, 1, ...; tensors or arrays.
 
+    They go to `device`, by default the GPU if there is one, wherever they were; runs train where their data is.
     Floating-point images are used as they are; uint8 ones (N, C, H, W) are normalized by the training
     images' mean and standard deviation per channel. No augmentation.
 
@@ -86,7 +93,8 @@ def from_tensors(
         images = {split: x.float() for split, x in images.items()}
     labels = {split: y.long() for split, y in labels.items()}
     n_classes = int(max(y.max() for y in labels.values())) + 1
-    return TensorDataset(name, images, labels, n_classes, held_out=held_out, seed=seed, mean=mean, std=std)
+    dataset = TensorDataset(name, images, labels, n_classes, held_out=held_out, seed=seed, mean=mean, std=std)
+    return dataset.to(device or default_device())
 
 
 def _check_pair(split: str, x: Tensor, y: Tensor) -> None:

@@ -125,7 +125,7 @@ def _load(name: str, held_out: int, image_size: int, root: Path, device: str) ->
 def load_dataset(config: RunConfig) -> Dataset:
     """Return the dataset that a config names, on the device that trains; loaded once per process."""
     root = config_module.folder("data")
-    return _load(config.data, config.held_out, config.image_size, root, str(train.default_device()))
+    return _load(config.data, config.held_out, config.image_size, root, str(data.default_device()))
 
 
 def network(run: Trajectory, dataset: Dataset, model: ModelFactory | None = None) -> FlatModel:
@@ -158,8 +158,7 @@ def _model_identity(config: RunConfig, dataset: Dataset, model: ModelFactory | N
     return fingerprint.of_network(train.initial_model(config, dataset, model).module)
 
 
-# Of what was imported, not of what an editor has saved since.
-CODE = fingerprint.of_modules(Path(__file__).parent / f"{module}.py" for module in DECISIVE)
+CODE = fingerprint.of_modules(DECISIVE)  # of what was imported, not of what an editor has saved since
 
 
 # --- several runs -----------------------------------------------------------------------------------------------

@@ -26,11 +26,6 @@ Report = Callable[[int, float, float], None]  # steps done since the last report
 ModelFactory = Callable[[], nn.Module]
 
 
-def default_device() -> torch.device:
-    """The GPU if there is one."""
-    return torch.device("cuda" if torch.cuda.is_available() else "cpu")
-
-
 def initial_model(config: RunConfig, dataset: Dataset, factory: ModelFactory | None = None) -> FlatModel:
     """Return the network with its initial weights, which are a function of config.seed alone."""
     with forked_rng(dataset.device):

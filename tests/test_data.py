@@ -14,7 +14,7 @@ from paper_lib.dataset import TensorDataset
 def numbered(n=103, n_test=17, **kwargs):
     """A dataset whose images are their own row numbers; test images count from 1000."""
     x, x_test = torch.arange(n).float().view(-1, 1, 1, 1), 1000 + torch.arange(n_test).float().view(-1, 1, 1, 1)
-    return data.from_tensors(x, torch.arange(n) % 5, x_test, torch.arange(n_test) % 5, **kwargs)
+    return data.from_tensors(x, torch.arange(n) % 5, x_test, torch.arange(n_test) % 5, device="cpu", **kwargs)
 
 
 def augmented(n=60, held_out=20, seed=0):
@@ -129,7 +129,7 @@ def test_evaluation_shows_every_image_once_as_it_is():
 
 def test_evaluation_with_a_limit_is_a_fair_sample():
     x = torch.arange(1000).view(-1, 1)
-    dataset = data.from_tensors(x.float(), x[:, 0] // 100, x.float(), x[:, 0] // 100)  # sorted by class
+    dataset = data.from_tensors(x.float(), x[:, 0] // 100, x.float(), x[:, 0] // 100, device="cpu")  # sorted by class
     chunks = list(dataset.evaluation("train", size=120, limit=300))
     labels = torch.cat([y for _, y in chunks])
     assert [len(y) for _, y in chunks] == [120, 120, 60]
@@ -140,11 +140,19 @@ def test_evaluation_with_a_limit_is_a_fair_sample():
 def test_uint8_tensors_are_normalized_by_the_training_images():
     x = torch.from_numpy(np.random.default_rng(0).integers(0, 200, (500, 2, 4, 4), dtype=np.uint8))
     y = torch.zeros(500, dtype=torch.int32)
-    dataset = data.from_tensors(x, y, x[:10] // 2, y[:10])
+    dataset = data.from_tensors(x, y, x[:10] // 2, y[:10], device="cpu")
     (shown, _), *_ = dataset.evaluation("train", size=500)
     assert shown.dtype == torch.float32
     torch.testing.assert_close(shown.mean((0, 2, 3)), torch.zeros(2), atol=1e-5, rtol=0)
     torch.testing.assert_close(shown.std((0, 2, 3), unbiased=False), torch.ones(2), atol=1e-5, rtol=0)
+
+
+def test_tensors_go_where_training_is_fastest_unless_told(monkeypatch):
+    monkeypatch.setattr(data, "default_device", lambda: torch.device("meta"))  # stands for a GPU
+    x, y = torch.zeros(6, 3), torch.arange(6)
+    dataset = data.from_tensors(x, y, x, y)
+    assert dataset.device.type == dataset._images["train"].device.type == dataset._labels["test"].device.type == "meta"
+    assert data.from_tensors(x, y, x, y, device="cpu").batch(0, 2, 0)[0].device.type == "cpu"
 
 
 def test_arrays_are_accepted():

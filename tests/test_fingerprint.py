@@ -14,9 +14,8 @@ from paper_lib import fingerprint
 
 
 def of_source(folder, source):
-    path = folder / "module.py"
-    path.write_text(source)
-    return fingerprint.of_modules([path])
+    (folder / "module.py").write_text(source)
+    return fingerprint.of_modules(["module"], folder)
 
 
 def test_comments_and_docstrings_change_nothing_but_code_does(tmp_path):

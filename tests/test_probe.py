@@ -153,7 +153,9 @@ def test_training_gives_the_same_bits_with_and_without_probes():
 
 
 def test_a_recorded_run_has_the_same_bits_with_probes_between_its_batches(tmp_path, monkeypatch):
-    dataset = data.from_tensors(*(t.flatten(0, 1) for t in batches(20)), *(t.flatten(0, 1) for t in batches(2)))
+    dataset = data.from_tensors(
+        *(t.flatten(0, 1) for t in batches(20)), *(t.flatten(0, 1) for t in batches(2)), device="cpu"
+    )
     config = RunConfig(data="tensors", batch_size=8, lr=0.1, steps=4, record="0-4", held_out=0)
 
     def weights(name: str) -> np.ndarray:
@@ -248,7 +250,7 @@ def test_networks_without_buffers_can_be_probed():
 
 def test_fixed_batches_are_not_those_of_a_run():
     x, y = (t.flatten(0, 1) for t in batches(40))
-    dataset = data.from_tensors(x, y, x, y)
+    dataset = data.from_tensors(x, y, x, y, device="cpu")
     probing, labels = probe.fixed_batches(dataset, 2, 8, seed=0)
     assert probing.shape == (2, 8, 1, 4, 4) and labels.shape == (2, 8)
     assert not torch.equal(probing, dataset.batches(2, 8, 0)[0])

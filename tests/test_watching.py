@@ -25,7 +25,7 @@ def dataset():
     generator = torch.Generator().manual_seed(0)
     x = torch.randn(600, 6, generator=generator)
     y = (x[:, :3] + torch.randn(600, 3, generator=generator)).argmax(1)
-    return data.from_tensors(x[:500], y[:500], x[500:], y[500:], held_out=100)
+    return data.from_tensors(x[:500], y[:500], x[500:], y[500:], held_out=100, device="cpu")
 
 
 @pytest.fixture(scope="module")
