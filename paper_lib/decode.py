@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-import os
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from itertools import repeat
@@ -16,15 +15,10 @@ from torch.utils.data import DataLoader, Dataset
 
 from paper_lib.augment import Box
 from paper_lib.dataset import DataError
+from paper_lib.parallel import cpus
 
 Crop = Callable[[int, int], Box]  # width and height of an image -> the part of it to keep
 MAX_WORKERS = 16
-
-
-def cpus() -> int:
-    """CPUs for this process: those of the machine that it may use, shared among torchrun's local processes."""
-    usable = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-    return max(1, usable // int(os.environ.get("LOCAL_WORLD_SIZE", 1)))
 
 
 def decode(path: str, size: int, crop: Crop) -> np.ndarray:

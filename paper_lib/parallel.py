@@ -61,6 +61,12 @@ def world() -> int:
     return dist.get_world_size() if active() else 1
 
 
+def cpus() -> int:
+    """CPUs for this process: those of the machine that it may use, shared among torchrun's local processes."""
+    usable = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    return max(1, usable // int(os.environ.get("LOCAL_WORLD_SIZE", 1)))
+
+
 def share(value: T) -> T:
     """Return what process 0 gives (anything picklable): decisions are taken once."""
     if not active():

@@ -13,7 +13,8 @@ from torch.utils.data import get_worker_info
 
 from paper_lib.augment import ResizedCrop, central_square
 from paper_lib.dataset import Dataset, hold_out, normalize
-from paper_lib.decode import Crop, cpus, decode_all, in_workers
+from paper_lib.decode import Crop, decode_all, in_workers
+from paper_lib.parallel import cpus
 
 # ImageNet's channels, in units of 0..1: used for every tree of images.
 MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)

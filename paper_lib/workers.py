@@ -19,6 +19,7 @@ from typing import IO, Any
 
 import torch
 
+from paper_lib import parallel
 from paper_lib.config import ROOT, RunConfig
 from paper_lib.train import Report
 
@@ -58,7 +59,7 @@ def slots(configs: Sequence[RunConfig]) -> list[dict[str, str]]:
     """Environment variables of each worker process that may train one of `configs` at a time."""
     n_gpus = torch.cuda.device_count()
     if not n_gpus:
-        cores = max(1, (os.cpu_count() or 1) // max(config.threads for config in configs))
+        cores = max(1, parallel.cpus() // max(config.threads for config in configs))
         # 3 runs on 2 cores: share them rather than queue
         return [{}] * (len(configs) if len(configs) <= 2 * cores else cores)
     named = os.environ.get("CUDA_VISIBLE_DEVICES")

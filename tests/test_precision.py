@@ -1,5 +1,7 @@
 """Reduced precision belongs to training alone: bfloat16 trains as float32 does, and no probe is moved by it."""
 
+import os
+
 import numpy as np
 import pytest
 import torch
@@ -90,3 +92,12 @@ def test_runs_spread_over_the_gpus(model, n_runs, visible, expected, monkeypatch
         monkeypatch.setenv("CUDA_VISIBLE_DEVICES", visible)
     found = workers.slots([SMALL.replace(model=model, seed=i) for i in range(n_runs)])
     assert [slot["CUDA_VISIBLE_DEVICES"] for slot in found] == expected
+
+
+def test_workers_take_the_processors_that_they_may_use(monkeypatch):
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 0)
+    monkeypatch.delenv("LOCAL_WORLD_SIZE", raising=False)
+    monkeypatch.setattr(os, "sched_getaffinity", lambda pid: {0, 3, 5, 6}, raising=False)
+    many = [SMALL.replace(seed=i) for i in range(20)]
+    assert len(workers.slots(many)) == 4
+    assert len(workers.slots([config.replace(threads=2) for config in many])) == 2
