@@ -17,7 +17,7 @@ from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 from torch.utils.data import DataLoader, TensorDataset
 from torch.utils.flop_counter import FlopCounterMode
 
-from paper_lib import averaging, data, models, probe, runs, train
+from paper_lib import averaging, data, models, probe, runs, sgd
 from paper_lib import dataset as dataset_module
 from paper_lib.augment import FlipCrop
 from paper_lib.config import RunConfig
@@ -92,7 +92,7 @@ def matrix_rate(device: torch.device, dtype: torch.dtype) -> float:
 
 def step_flops(config: RunConfig, dataset: Dataset) -> int:
     """FLOPs of the matrix products and convolutions of one training step, forward and backward."""
-    net, (x, y) = train.initial_model(config, dataset), dataset.batch(0, config.batch_size, 0)
+    net, (x, y) = sgd.initial_model(config, dataset), dataset.batch(0, config.batch_size, 0)
     with FlopCounterMode(display=False) as counter:
         net.backward(F.cross_entropy(net.forward(x), y))
     return counter.get_total_flops()

@@ -11,7 +11,7 @@ from matplotlib.axes import Axes
 
 from paper_lib import figures, one_step
 from paper_lib.data import Dataset
-from paper_lib.train import ModelFactory
+from paper_lib.models import ModelFactory
 from paper_lib.trajectory import Trajectory
 
 STEPS = np.array([0, *np.geomspace(0.06, 60, 13)])

@@ -11,7 +11,7 @@ from matplotlib.axes import Axes
 
 from paper_lib import averaging, figures, probe, runs
 from paper_lib.data import Dataset
-from paper_lib.train import ModelFactory
+from paper_lib.models import ModelFactory
 from paper_lib.trajectory import Trajectory
 from paper_lib.validate import require
 

@@ -18,7 +18,7 @@ from paper_lib.config import RunConfig, describe
 from paper_lib.data import Dataset
 from paper_lib.equivalence import to_average, to_schedule
 from paper_lib.evaluation import Evaluator
-from paper_lib.train import ModelFactory
+from paper_lib.models import ModelFactory
 from paper_lib.trajectory import Trajectory
 from paper_lib.validate import check_names
 

@@ -10,8 +10,7 @@ from tqdm import tqdm
 
 from paper_lib import probe, runs
 from paper_lib.data import Dataset
-from paper_lib.models import FlatModel
-from paper_lib.train import ModelFactory
+from paper_lib.models import FlatModel, ModelFactory
 from paper_lib.trajectory import Trajectory
 
 CHUNK = 500  # images per forward pass, and per BatchNorm estimate

@@ -14,8 +14,7 @@ from tqdm import tqdm
 
 from paper_lib import figures, probe, runs
 from paper_lib.data import Dataset
-from paper_lib.models import FlatModel
-from paper_lib.train import ModelFactory
+from paper_lib.models import FlatModel, ModelFactory
 from paper_lib.trajectory import Trajectory
 from paper_lib.validate import require
 

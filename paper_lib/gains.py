@@ -12,9 +12,9 @@ from tqdm import tqdm
 
 from paper_lib import alignment, figures, probe, runs
 from paper_lib.data import Dataset
+from paper_lib.models import ModelFactory
 from paper_lib.monitor import BLOCKS, Averages
 from paper_lib.stationarity import replay
-from paper_lib.train import ModelFactory
 from paper_lib.trajectory import Trajectory
 
 

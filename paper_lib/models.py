@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import re
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 
 import torch
 import torch.nn.functional as F
@@ -145,6 +145,9 @@ def exact_float32(device: torch.device) -> Iterator[None]:
     finally:
         for (owner, name, _), value in zip(wanted, before, strict=True):
             setattr(owner, name, value)
+
+
+ModelFactory = Callable[[], nn.Module]  # a user's function or class that makes a network
 
 
 class FlatModel:

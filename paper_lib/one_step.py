@@ -13,8 +13,7 @@ from tqdm import tqdm
 
 from paper_lib import figures, probe, runs
 from paper_lib.data import Dataset
-from paper_lib.models import FlatModel
-from paper_lib.train import ModelFactory
+from paper_lib.models import FlatModel, ModelFactory
 from paper_lib.trajectory import Trajectory
 
 MULTIPLES = np.array([0, 0.001, 0.005, 0.02, 0.1, 0.2, 0.4, 0.6, 0.8, 1.0, 1.2, 1.5, 2.0, 2.5, 3.0, 4.0])

@@ -18,14 +18,14 @@ from pathlib import Path
 from tqdm import tqdm
 
 from paper_lib import config as config_module
-from paper_lib import data, files, fingerprint, parallel, train, workers
+from paper_lib import data, files, fingerprint, parallel, sgd, train, workers
 from paper_lib.config import RunConfig, check_seeds
 from paper_lib.data import Dataset
-from paper_lib.models import FlatModel
-from paper_lib.train import ModelFactory
-from paper_lib.trajectory import Follower, Recorder, State, Trajectory
+from paper_lib.models import FlatModel, ModelFactory
+from paper_lib.recorder import Follower, Recorder
+from paper_lib.trajectory import State, Trajectory
 
-DECISIVE = """augment averaging batchnorm data dataset decode digits imagefolder models parallel schedules streaming
+DECISIVE = """augment averaging batchnorm data dataset decode digits imagefolder models parallel schedules sgd streaming
 train vision""".split()
 FORMAT = 1  # of the files in a run's folder
 
@@ -130,7 +130,7 @@ def load_dataset(config: RunConfig) -> Dataset:
 
 def network(run: Trajectory, dataset: Dataset, model: ModelFactory | None = None) -> FlatModel:
     """Return a network of the run's architecture on the dataset's device, to probe with; its weights are arbitrary."""
-    return train.initial_model(run.config, dataset, model)
+    return sgd.initial_model(run.config, dataset, model)
 
 
 def run_folder(config: RunConfig, dataset: Dataset | None = None, model: ModelFactory | None = None) -> Path:
@@ -155,7 +155,7 @@ def run_key(config: RunConfig, dataset: Dataset, model: ModelFactory | None = No
 def _model_identity(config: RunConfig, dataset: Dataset, model: ModelFactory | None) -> str:
     if model is None:
         return config.model
-    return fingerprint.of_network(train.initial_model(config, dataset, model).module)
+    return fingerprint.of_network(sgd.initial_model(config, dataset, model).module)
 
 
 CODE = fingerprint.of_modules(DECISIVE)  # of what was imported, not of what an editor has saved since

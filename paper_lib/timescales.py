@@ -13,9 +13,8 @@ from torch import Tensor
 
 from paper_lib import averaging, ellipsoid, figures, hessian, probe, quadratic, runs
 from paper_lib.data import Dataset
-from paper_lib.models import FlatModel
+from paper_lib.models import FlatModel, ModelFactory
 from paper_lib.spectrum import Spectrum
-from paper_lib.train import ModelFactory
 from paper_lib.trajectory import Trajectory
 from paper_lib.validate import require
 

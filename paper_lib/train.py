@@ -8,83 +8,31 @@ from collections.abc import Callable, Iterator
 
 import numpy as np
 import torch
-import torch.nn.functional as F
-from torch import Tensor, nn
+from torch import Tensor
 
-from paper_lib import averaging, models, parallel, plan, schedules
+from paper_lib import averaging, parallel, plan
 from paper_lib.config import RunConfig
 from paper_lib.data import Dataset
-from paper_lib.models import FlatModel, exact_float32, forked_rng
+from paper_lib.models import FlatModel, ModelFactory, exact_float32, forked_rng
 from paper_lib.plan import CHUNK
-from paper_lib.trajectory import Follower, Recorder, State, Trajectory
+from paper_lib.recorder import Follower, Recorder
+from paper_lib.sgd import (
+    batch_loss,
+    get_state,
+    initial_model,
+    learning_rates,
+    perturbation,
+    seed_step,
+    set_state,
+    sgd_step,
+)
+from paper_lib.trajectory import State, Trajectory
 from paper_lib.validate import require
 
 RESUME_EVERY_S = 10.0  # about this much work is lost when a run is killed,
 RESUME_SHARE = 0.05  # or more, where saving it takes long: at most this share of the time goes into that
 
 Report = Callable[[int, float, float], None]  # steps done since the last report, latest loss, learning rate
-ModelFactory = Callable[[], nn.Module]
-
-
-def initial_model(config: RunConfig, dataset: Dataset, factory: ModelFactory | None = None) -> FlatModel:
-    """Return the network with its initial weights, which are a function of config.seed alone."""
-    with forked_rng(dataset.device):
-        torch.manual_seed(config.seed)
-        if factory is None:
-            module = models.build(config.model, dataset.shape[0], dataset.n_classes, config.width, config.norm)
-        else:
-            module = factory()
-    return FlatModel(module, dataset.device)
-
-
-def set_state(net: FlatModel, state: State) -> Tensor:
-    """Put weights and buffers into the network; return the momentum vector, (P,), zero if the state has none."""
-    net.weights.copy_(torch.from_numpy(np.array(state["weights"])))
-    net.buffers.copy_(torch.from_numpy(np.array(state["buffers"])))
-    if state["momentum"].size == 0:
-        return torch.zeros_like(net.weights)
-    return torch.from_numpy(state["momentum"]).to(net.device)
-
-
-def get_state(net: FlatModel, momentum: Tensor | None) -> State:
-    """Inverse of `set_state`, as NumPy copies; without momentum its vector is empty."""
-    momentum = net.weights[:0] if momentum is None else momentum
-    vectors = {"weights": net.weights, "buffers": net.buffers, "momentum": momentum}
-    return {name: vector.cpu().numpy().copy() for name, vector in vectors.items()}
-
-
-def perturbation(config: RunConfig, weights: Tensor) -> Tensor:
-    """A Gaussian direction of norm config.perturbation * |weights|, (P,), a function of config.seed."""
-    generator = torch.Generator().manual_seed(config.seed)
-    direction = torch.randn(weights.numel(), generator=generator).to(weights.device)
-    return direction * (config.perturbation * weights.norm() / direction.norm())
-
-
-def learning_rates(config: RunConfig) -> np.ndarray:
-    """Learning rate of each step of the run, (steps - start,)."""
-    n_steps = config.steps - config.start
-    named = isinstance(config.schedule, str)
-    factors = schedules.factors(config.schedule, n_steps) if named else np.array(config.schedule)
-    return config.lr * factors
-
-
-def sgd_step(net: FlatModel, velocity: Tensor, lr: float, config: RunConfig) -> None:
-    """One step as torch.optim.SGD takes it: v <- m v + g + wd x, x <- x - lr v, on whole vectors."""
-    update = net.grad
-    if config.weight_decay:
-        update.add_(net.weights, alpha=config.weight_decay)
-    if config.momentum:
-        update = velocity.mul_(config.momentum).add_(update)
-    net.weights.add_(update, alpha=-lr)
-
-
-def batch_loss(net: FlatModel, x: Tensor, y: Tensor, config: RunConfig) -> Tensor:
-    """Mean cross-entropy of a batch under the run's precision and label smoothing, a scalar."""
-    reduced = config.precision == "bfloat16"
-    autocast = torch.autocast(net.device.type, torch.bfloat16) if reduced else contextlib.nullcontext()
-    with autocast:
-        logits = net.forward(x)
-    return F.cross_entropy(logits.float(), y, label_smoothing=config.label_smoothing)
 
 
 class _Averages:
@@ -132,16 +80,6 @@ def _fixed_threads(n_threads: int) -> Iterator[None]:
         torch.set_num_threads(before)
 
 
-def seed_step(device: torch.device, step: int, config: RunConfig) -> None:
-    """Make dropout a function of (stream, step), and of the process: each draws for its own part of the batch.
-
-    It seeds one device, because torch.manual_seed costs a tenth of a small network's step.
-    """
-    cuda = device.type == "cuda"
-    generator = torch.cuda.default_generators[torch.cuda.current_device()] if cuda else torch.default_generator
-    generator.manual_seed((step * 1_000_003 + config.stream) * parallel.world() + parallel.rank())
-
-
 class _Training:
     """A run in progress: the network, its momentum, its averages so far, and the recorder of it all."""
 
@@ -149,6 +87,7 @@ class _Training:
         self.config, self.dataset, self.net, self.recorder = config, dataset, net, recorder
         self.velocity, self.averages = torch.zeros_like(net.weights), _Averages(config, net)
         self.lrs, self.wanted = learning_rates(config), set(recorder.steps.tolist())
+        self.next_save = time.monotonic() + RESUME_EVERY_S
 
     def begin(self, state: State | None) -> tuple[int, float]:
         """Put the run where it was killed, else at `state`, else leave it at the initialization.
@@ -175,7 +114,7 @@ class _Training:
         self.net.module.train()
         part = {"rank": parallel.rank(), "world": parallel.world()}
         batches = self.dataset.stream(first, config.steps, config.batch_size, config.stream, **part)
-        chunk, next_save = _Chunk(first), time.monotonic() + RESUME_EVERY_S
+        chunk = _Chunk(first)
         for step, (x, y) in enumerate(batches, start=first):
             self._keep(step, chunk)
             chunk.losses.append(self._step(step, x, y))
@@ -187,12 +126,18 @@ class _Training:
                     return chunk.diverged_at
                 report(len(chunk.losses), loss, self.lrs[step - config.start])
                 chunk = _Chunk(step + 1)
-                if (now := time.monotonic()) >= next_save and parallel.rank() == 0:
-                    state = self._state() | {"averages": self.averages.sums.cpu().numpy()}
-                    self.recorder.save_resume(step + 1, now - clock, state)
-                    saved = time.monotonic()
-                    next_save = saved + max(RESUME_EVERY_S, (saved - now) / RESUME_SHARE)
+                self._save(step + 1, clock)
         return None
+
+    def _save(self, step: int, clock: float) -> None:
+        """Save what a killed run goes on from at `step`, in the process that writes, where it is time for that."""
+        now = time.monotonic()
+        if now < self.next_save or parallel.rank() > 0:
+            return
+        state = self._state() | {"averages": self.averages.sums.cpu().numpy()}
+        self.recorder.save_resume(step, now - clock, state)
+        saved = time.monotonic()
+        self.next_save = saved + max(RESUME_EVERY_S, (saved - now) / RESUME_SHARE)
 
     def _step(self, step: int, x: Tensor, y: Tensor) -> Tensor:
         """Take one step; return the loss of its batch before it."""

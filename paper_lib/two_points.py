@@ -14,7 +14,7 @@ from tqdm import tqdm
 from paper_lib import averaging, figures, probe, runs
 from paper_lib.data import Dataset
 from paper_lib.evaluation import Evaluator
-from paper_lib.train import ModelFactory
+from paper_lib.models import ModelFactory
 from paper_lib.trajectory import Trajectory
 from paper_lib.validate import check_names
 

@@ -15,12 +15,11 @@ from matplotlib.axes import Axes
 from torch import nn
 from tqdm import tqdm
 
-from paper_lib import evaluation, figures, runs, train
+from paper_lib import evaluation, figures, runs, sgd
 from paper_lib.config import RunConfig, Study
 from paper_lib.data import Dataset
-from paper_lib.models import FlatModel, exact_float32, forked_rng
+from paper_lib.models import FlatModel, ModelFactory, exact_float32, forked_rng
 from paper_lib.monitor import Averages, Monitor, Window
-from paper_lib.train import ModelFactory
 from paper_lib.trajectory import Trajectory
 from paper_lib.validate import require
 
@@ -62,8 +61,8 @@ def _backward(config: RunConfig, dataset: Dataset, net: FlatModel) -> Iterator[f
     require(config.perturbation == 0, "perturbation", config.perturbation, "a watched run starts unperturbed")
     net.module.train()
     for step, (x, y) in enumerate(dataset.stream(0, config.steps, config.batch_size, config.stream)):
-        train.seed_step(net.device, step, config)
-        loss = train.batch_loss(net, x, y, config)
+        sgd.seed_step(net.device, step, config)
+        loss = sgd.batch_loss(net, x, y, config)
         net.backward(loss)
         yield float(loss.detach())
 
@@ -86,7 +85,7 @@ def watch(
             windows[step] = monitor.windows[-1]
         averages.observe(net.weights, gradient)
         log.append((loss, lr, averages.best()[0], max(map(float, averages.gains))))
-        train.sgd_step(net, velocity, lr, config)
+        sgd.sgd_step(net, velocity, lr, config)
     ends = (vector.cpu().numpy().copy() for vector in (net.weights, averages.best()[1]))
     return Watched(config.seed, *ends, *np.array(log).T, windows)
 
@@ -120,7 +119,7 @@ def each_seed(
     as threads share a generator.
     """
     configs = [config.replace(seed=seed) for seed in seeds]
-    nets = [train.initial_model(c, dataset, model) for c in configs]  # here: it seeds the global generator
+    nets = [sgd.initial_model(c, dataset, model) for c in configs]  # here: it seeds the global generator
     device = dataset.device
     draws = any(isinstance(sub, nn.modules.dropout._DropoutNd) for net in nets for sub in net.module.modules())
     n_threads = torch.get_num_threads() if device.type == "cpu" and not draws else 1
@@ -168,7 +167,7 @@ def compare(
     """
     tables = []
     for i, seed in enumerate(study.seeds):
-        net = train.initial_model(study.run, dataset, model)
+        net = sgd.initial_model(study.run, dataset, model)
         evaluator = evaluation.Evaluator(net, dataset, study.eval_images, seed=seed)
         labels = pd.DataFrame({"method": list(ends), "seed": seed})
         tables.append(evaluator.table([weights[i] for weights in ends.values()], labels, f"evaluation, seed {seed}"))

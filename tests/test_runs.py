@@ -12,7 +12,7 @@ import pytest
 import torch
 from helpers import SMALL, SmallNet, interrupt, small_data
 
-from paper_lib import data, files, runs, train, trajectory
+from paper_lib import data, files, recorder, runs, train
 from paper_lib.config import RunConfig
 from paper_lib.presets import study
 from paper_lib.trajectory import Trajectory
@@ -148,7 +148,7 @@ def test_a_run_killed_while_it_was_being_finished_is_finished(monkeypatch):
         raise KeyboardInterrupt
 
     with monkeypatch.context() as patch:
-        patch.setattr(trajectory.os, "rename", killed)
+        patch.setattr(recorder.os, "rename", killed)
         with pytest.raises(KeyboardInterrupt):
             runs.obtain(SMALL, small_data(), SmallNet)
     whole = runs.obtain(SMALL, small_data(), SmallNet)

@@ -11,7 +11,8 @@ import torch
 import torch.nn.functional as F
 from helpers import SMALL, SmallNet, small_data
 
-from paper_lib import runs, schedules, train
+from paper_lib import runs, schedules
+from paper_lib.models import FlatModel
 from paper_lib.trajectory import DivergedError, SnapshotError
 
 
@@ -62,7 +63,7 @@ def test_training_takes_the_steps_that_torch_takes(changes):
 
 
 def models_vector(net):
-    return train.FlatModel(net).weights.numpy()
+    return FlatModel(net).weights.numpy()
 
 
 def test_the_record_is_what_was_asked_for():
