@@ -14,6 +14,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 
 import numpy as np
+from scipy.linalg import eigh_tridiagonal
 from scipy.optimize import nnls
 
 from paper_lib.quadratic import check_eta
@@ -121,5 +122,5 @@ def spectral_measure(
             break
         basis.append(w / size)
         off.append(size)
-    nodes, vectors = np.linalg.eigh(np.diag(diagonal) + np.diag(off, 1) + np.diag(off, -1))
+    nodes, vectors = eigh_tridiagonal(diagonal, off)
     return nodes, vectors[0] ** 2 * (vector @ vector)
