@@ -184,4 +184,4 @@ def plot_held_out(ax: Axes, table: pd.DataFrame, lr: float, momentum: float = 0.
     ax.set(
         xlabel="step size / learning rate", ylabel="change of the held-out loss (nats)", title="held-out, stationary"
     )
-    ax.legend(loc="upper center", fontsize="small", bbox_to_anchor=(0.5, -0.1), ncols=2)
+    ax.legend(loc="upper center", fontsize="small", bbox_to_anchor=(0.5, -0.1))
