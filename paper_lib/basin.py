@@ -8,6 +8,7 @@ import numpy as np
 import pandas as pd
 import seaborn as sns
 from matplotlib.axes import Axes
+from scipy.interpolate import RectBivariateSpline
 
 from paper_lib import ellipsoid, figures, probe, runs
 from paper_lib.config import RunConfig
@@ -18,6 +19,7 @@ from paper_lib.validate import require
 
 OTHER_BATCHES = 1000  # is added to a run's stream for batches that it does not see
 POSITIONS = np.linspace(0, 1, 11)  # on a segment
+BELOW = {"loc": "upper center", "bbox_to_anchor": (0.5, -0.15), "ncols": 2}  # a legend under its axes
 
 
 def other_batches(config: RunConfig) -> RunConfig:
@@ -135,10 +137,8 @@ def surface(
 
 def plot_distances(ax: Axes, table: pd.DataFrame) -> None:
     """Distance against step for each kind of pair; `table` is of one learning rate."""
-    apart = table[table.distance > 0]
-    figures.band(ax, apart, "step", "distance", hue="kind")
-    floor = apart.distance.min() / 2  # a band of one spread may reach below zero
-    ax.set(yscale="log", xlabel="steps after the start", ylabel="distance of the two runs", ylim=(floor, None))
+    figures.band(ax, table, "step", "distance", hue="kind", log=True)
+    ax.set(yscale="log", xlabel="steps after the start", ylabel="distance of the two runs")
 
 
 def plot_cosines(ax: Axes, table: pd.DataFrame) -> None:
@@ -151,13 +151,18 @@ def plot_between(ax: Axes, table: pd.DataFrame) -> None:
     """Loss along the segments, a line per kind."""
     figures.band(ax, table, "position", "loss", hue="kind")
     ax.set(xlabel="position between the two runs", ylabel="training loss (nats)")
-    ax.legend(fontsize="small")
+    ax.legend(fontsize="small", **BELOW)
 
 
 def plot_surface(ax: Axes, table: pd.DataFrame, corners: np.ndarray, labels: Sequence[str]) -> None:
-    """Contours of the loss on the plane, with the three corners and their mean marked."""
+    """Contours of the loss on the plane, with the three corners and their mean marked.
+
+    The grid is interpolated by cubic splines through its points, so that contours are no polygons.
+    """
     u, w = np.unique(table.u), np.unique(table.w)
-    loss = table.loss.to_numpy().reshape(len(w), len(u))
+    measured = RectBivariateSpline(w, u, table.loss.to_numpy().reshape(len(w), len(u)))
+    u, w = (np.linspace(axis[0], axis[-1], 200) for axis in (u, w))
+    loss = measured(w, u)
     filled = ax.contourf(u, w, loss, levels=14, cmap="viridis_r")
     ax.contour(u, w, loss, levels=14, colors="white", linewidths=0.5)
     ax.figure.colorbar(filled, ax=ax, label="training loss (nats)")
@@ -165,4 +170,4 @@ def plot_surface(ax: Axes, table: pd.DataFrame, corners: np.ndarray, labels: Seq
         ax.plot(*point, "o", color=color, markeredgecolor="white", markersize=11, label=label)
     ax.plot(0, 0, "*", color="white", markeredgecolor="black", markersize=16, label="their mean")
     ax.set(xlabel="weights, first axis", ylabel="weights, second axis", aspect="equal")
-    ax.legend(fontsize="small", loc="upper right", frameon=True)
+    ax.legend(fontsize="small", **BELOW)

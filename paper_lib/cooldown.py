@@ -160,7 +160,7 @@ def plot_lengths(ax: Axes, table: pd.DataFrame, quantity: str = "train_loss") ->
 
 
 def plot_pairs(ax: Axes, table: pd.DataFrame, quantity: str = "train_loss") -> None:
-    """The trained network's result against the average's, one dot a cooldown and seed, on the line of equality."""
+    """The trained network's result against the average's, one dot per cooldown and seed, on the line of equality."""
     for (schedule, one), color in zip(table.groupby("schedule", sort=False), sns.color_palette(), strict=False):
         x, y = one[f"emulated_{quantity}"], one[f"trained_{quantity}"]
         ax.scatter(x, y, color=color, label=schedule, s=45, alpha=0.8, edgecolor="white", linewidth=0.5)
@@ -182,11 +182,10 @@ def plot_checkpoints(ax: Axes, table: pd.DataFrame, quantity: str = "train_loss"
         dense = mean[f"emulated_{quantity}"].iloc[-1]
         model = dense + mean.noise * (mean[f"last_{quantity}"] - dense)
         figures.predicted(ax, mean.index, model, label=None, color=color, linewidth=1.5)
-    ax.plot([], [], **figures.PREDICTION, label="model: independent checkpoints")
     counts = sorted(table.checkpoints.unique())
     ax.set(xscale="log", xlabel="checkpoints in the cooldown", xticks=counts, xticklabels=counts)
     ax.minorticks_off()
-    ax.legend(fontsize="small")
+    ax.legend(fontsize="small", title="dashed: independent checkpoints", title_fontsize="small")
 
 
 def plot_eta(ax: Axes, table: pd.DataFrame, quantity: str = "train_loss") -> None:
@@ -197,7 +196,7 @@ def plot_eta(ax: Axes, table: pd.DataFrame, quantity: str = "train_loss") -> Non
     etas = np.unique(table.eta)
     figures.predicted(ax, etas, np.zeros(len(etas)), label="equivalence")
     ax.set_xscale("symlog", linthresh=etas[1], linscale=0.5)
-    ax.set(xlim=(0, None), xlabel="assumed eta = learning rate x curvature (0: tail sums)")
+    ax.set(xlim=(0, None), xlabel=f"assumed {figures.ETA} (0: tail sums)")
     ax.legend(fontsize="small")
 
 
@@ -216,7 +215,7 @@ def plot_maps(ax: Axes, maps: Mapping[str, pd.DataFrame], quantity: str = "train
 
 
 def plot_falling(ax: Axes, tables: Mapping[str, pd.DataFrame], quantity: str = "train_loss") -> None:
-    """Average minus trained against the fall of the run's own loss during the cooldown, a dot a cooldown and seed."""
+    """Average minus trained against the fall of the run's own loss meanwhile, one dot per cooldown and seed."""
     for (label, table), color in zip(tables.items(), sns.color_palette(), strict=False):
         fall = table[f"start_{quantity}"] - table[f"last_{quantity}"]
         gap = table[f"emulated_{quantity}"] - table[f"trained_{quantity}"]

@@ -189,7 +189,8 @@ def plot_cosines(ax: Axes, G: np.ndarray) -> None:
 def plot_radii(ax: Axes, table: pd.DataFrame) -> None:
     """Squared radius of averages against the number of points, a line per spacing, with 1/count."""
     for (spacing, t), color in zip(table.groupby("spacing"), sns.color_palette("viridis", 4), strict=False):
-        figures.band(ax, t, "count", "ratio", label=f"{spacing} steps apart", marker="o", markersize=4, color=color)
+        label = f"{spacing} step{'' if spacing == 1 else 's'} apart"
+        figures.band(ax, t, "count", "ratio", label=label, marker="o", markersize=4, color=color)
     count = np.unique(table["count"])
     figures.predicted(ax, count, 1 / count, label="independent points")
     ax.set(xscale="log", yscale="log", xlabel="number of points", ylabel="squared radius / that of one iterate")

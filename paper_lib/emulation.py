@@ -25,6 +25,7 @@ from paper_lib.validate import check_names
 EMA_BEGINS = 0.01  # weight of the iterate with which an EMA begins: it needs no longer branch
 RECORDED = 24  # snapshots of a branch, evenly spaced in the logarithm of the steps since it began
 POINTS = ("average", "schedule", "last")
+AFTER = "steps since branching"
 
 
 @dataclass(frozen=True)
@@ -211,11 +212,11 @@ def plot_eta(ax: Axes, table: pd.DataFrame, quantity: str = "train_loss") -> Non
         last=table[f"last_{quantity}"] - table[f"average_{quantity}"],
     )
     figures.band(ax, gaps, "eta", "last", label="no decay", color="0.6")
-    figures.band(ax, gaps, "eta", "schedule", label="schedule for this eta", color=sns.color_palette()[1], marker="o")
+    figures.band(ax, gaps, "eta", "schedule", label="schedule for this η", color=sns.color_palette()[1], marker="o")
     figures.predicted(ax, np.unique(table.eta), np.zeros(table.eta.nunique()), label="equivalence")
     smallest = table.eta[table.eta > 0].min()
     ax.set_xscale("symlog", linthresh=smallest, linscale=0.5)
-    ax.set(xlim=(0, None), xlabel="assumed eta = learning rate x curvature (0: tail sums)")
+    ax.set(xlim=(0, None), xlabel=f"assumed {figures.ETA} (0: tail sums)")
 
 
 def plot_weights(fig: Figure, axes: Sequence[Axes], follows: Mapping[str, pd.DataFrame]) -> None:
@@ -227,19 +228,12 @@ def plot_weights(fig: Figure, axes: Sequence[Axes], follows: Mapping[str, pd.Dat
 
 
 def _plot_divergence(ax: Axes, follows: Mapping[str, pd.DataFrame]) -> None:
-    """Distance from the emulating average against the steps since branching; dotted: how far the average moved.
-
-    Means and bands are those of the logarithm.
-    """
+    """Distance from the emulating average against the steps since branching; dotted: how far the average moved."""
     for label, table in follows.items():
-        apart = table[table.distance > 0].set_index("after").distance  # a schedule may begin with factor 1
-        seeds = np.log(apart).groupby("after").agg(["mean", "std"])
-        (line,) = ax.plot(seeds.index, np.exp(seeds["mean"]), label=label)
-        edges = np.exp(seeds["mean"] - seeds["std"]), np.exp(seeds["mean"] + seeds["std"])
-        ax.fill_between(seeds.index, *edges, color=line.get_color(), alpha=0.25, linewidth=0)
+        figures.band(ax, table, "after", "distance", log=True, label=label)
     moved = next(iter(follows.values())).groupby("after").moved.mean()
     ax.plot(moved.index, moved, color="0.4", linestyle=":", label="the average's own displacement")
-    ax.set(xscale="log", yscale="log", xlabel="steps since the start was shared", ylabel="distance in weights")
+    ax.set(xscale="log", yscale="log", xlabel=AFTER, ylabel="distance in weights")
 
 
 def _plot_cosine(ax: Axes, follows: Mapping[str, pd.DataFrame]) -> None:
@@ -247,4 +241,4 @@ def _plot_cosine(ax: Axes, follows: Mapping[str, pd.DataFrame]) -> None:
     for label, table in follows.items():
         figures.band(ax, table, "after", "cosine", label=label)
     figures.predicted(ax, np.array(ax.get_xlim()), np.ones(2), label="equivalence")
-    ax.set(xscale="log", ylim=(None, 1.05), xlabel="steps since the start was shared", ylabel="cosine of displacements")
+    ax.set(xscale="log", ylim=(None, 1.05), xlabel=AFTER, ylabel="cosine of displacements")

@@ -16,6 +16,7 @@ from paper_lib.files import replacing
 
 PREDICTION = {"color": "black", "linestyle": "--", "linewidth": 2.0, "zorder": 5}
 """Line style of everything the model predicts; measurements are coloured and solid."""
+ETA = "η = learning rate × curvature"
 
 
 def style() -> None:
@@ -70,19 +71,27 @@ def summarize(data: pd.DataFrame, y: str, by: str | list[str]) -> pd.DataFrame:
     return data.groupby(by, sort=True)[y].agg(mean="mean", spread="std", n="size").reset_index()
 
 
-def band(ax: Axes, data: pd.DataFrame, x: str, y: str, hue: str | None = None, **line) -> pd.DataFrame:
+def band(
+    ax: Axes, data: pd.DataFrame, x: str, y: str, hue: str | None = None, log: bool = False, **line
+) -> pd.DataFrame:
     """Draw the mean of `y` against `x` with a band of one spread either side, one line per value of `hue`.
 
-    `data` has one row per x, hue and seed. A single seed has a line and no band. Returns what was drawn: columns
-    x, mean, spread, n (and hue).
+    `data` has one row per x, hue and seed. A single seed has a line and no band. With `log`, for logarithmic axes,
+    mean and spread are those of the logarithm of what is positive: no band reaches below zero. Returns what was drawn:
+    columns x, mean, spread, n (and hue), mean and spread of the logarithm with `log`.
     """
-    summary = summarize(data, y, [x] if hue is None else [hue, x])
+    shown = data[data[y] > 0] if log else data
+    if log:
+        shown = shown.assign(**{y: np.log(shown[y])})
+    back = np.exp if log else np.asarray
+    summary = summarize(shown, y, [x] if hue is None else [hue, x])
     groups = [(line.pop("label", None), summary)] if hue is None else summary.groupby(hue, sort=False)
     for label, group in groups:
         at, mean, spread = (group[column].to_numpy() for column in (x, "mean", "spread"))
-        (drawn,) = ax.plot(at, mean, label=label, **line)
+        (drawn,) = ax.plot(at, back(mean), label=label, **line)
         if np.isfinite(spread).any():
-            ax.fill_between(at, mean - spread, mean + spread, color=drawn.get_color(), alpha=0.25, linewidth=0)
+            edges = back(mean - spread), back(mean + spread)
+            ax.fill_between(at, *edges, color=drawn.get_color(), alpha=0.25, linewidth=0)
     return summary
 
 
@@ -91,10 +100,10 @@ def predicted(ax: Axes, x: np.ndarray, y: np.ndarray, label: str = "model", **li
     ax.plot(x, y, **{**PREDICTION, "label": label, **line})
 
 
-def annotate_n(ax: Axes, n: int, of: str = "seeds") -> None:
-    """Say in the corner how many repetitions a figure stands on, as "mean ± spread, n = 3 seeds"."""
+def annotate_n(ax: Axes, n: int, of: str = "seeds", log: bool = False) -> None:
+    """Say in the corner what bands are and on how many repetitions they stand; `log` as for `band`."""
     ax.annotate(
-        f"mean ± spread, n = {n} {of}",
+        f"mean ± s.d.{' of the logarithm' if log else ''}, n = {n} {of}",
         xy=(1, 0),
         xycoords="axes fraction",
         xytext=(-4, 4),

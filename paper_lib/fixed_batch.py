@@ -233,7 +233,7 @@ def plot_history(ax: Axes, means: pd.DataFrame, examples: pd.DataFrame) -> None:
     by_seed = means.groupby(["seed", "step"]).loss.mean().reset_index()
     for (batch, one), color in zip(examples.groupby("batch"), sns.color_palette()[1:], strict=False):
         one = one.sort_values("step")
-        ax.plot(one.step, one.loss, color=color, linewidth=0.9, label=f"batch {batch}")
+        ax.plot(one.step, one.loss, color=color, linewidth=0.9, label=f"batch of step {batch}")
         own = one.query("step == @batch + 1")
         ax.plot(own.step, own.loss, "v", color=color, markersize=8, markeredgecolor="white")
     figures.band(ax, by_seed, "step", "loss", label="mean over batches", color="black")

@@ -225,12 +225,12 @@ def plot_errors(ax: Axes, found: pd.DataFrame, tolerance: float, most: float = 1
 
 
 def plot_spectra(ax: Axes, table: pd.DataFrame, lr: float, least: float = 1e-3) -> None:
-    """Excess loss up to a curvature, against lr h (all below `least` stand there); a line per predictor and seed."""
+    """Excess loss up to a curvature, against eta (all below `least` stand there); a line per predictor and seed."""
     for (name, one), color in zip(table.groupby("predictor", sort=False), ("C0", "C1"), strict=False):
         for i, (_, seed) in enumerate(one.groupby("seed")):
             eta, label = np.maximum(lr * seed.h, least), None if i else PREDICTORS[name]
             ax.step(eta, seed.excess.cumsum(), where="post", color=color, linewidth=1.5, label=label)
-    ax.set(xscale="log", xlabel="lr x curvature", ylabel="excess loss up to there (nats)", ylim=(0, None))
+    ax.set(xscale="log", xlabel=figures.ETA, ylabel="excess loss up to there (nats)", ylim=(0, None))
     ax.legend(fontsize="small", loc="upper left")
 
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Collection, Hashable, Mapping, Sequence
 
 import numpy as np
 import pandas as pd
@@ -16,9 +16,9 @@ BACK = "steps before the end"
 LENGTH_NAMES = {"two-point": "lag", "EMA": "horizon", "uniform": "window"}  # horizon: 1 / (1 - decay)
 
 
-def colors(etas: Sequence[float]) -> dict[float, tuple]:
-    """A colour for each eta, from slow (light) to fast (dark)."""
-    return dict(zip(etas, sns.color_palette("flare", len(etas)), strict=True))
+def colors(keys: Collection[Hashable]) -> dict[Hashable, tuple]:
+    """A colour for each key, from light to dark: for etas in ascending order from slow to fast."""
+    return dict(zip(keys, sns.color_palette("flare", len(keys)), strict=True))
 
 
 def equivalent_schedules(etas: Sequence[float], length: int, steps: int) -> pd.DataFrame:
@@ -43,6 +43,15 @@ def plot_equivalent(ax: Axes, table: pd.DataFrame, average: str) -> None:
     limit = rows.query("eta == 0")
     figures.predicted(ax, limit.back, limit.factor, label="tail sums (η → 0)")
     ax.set(xlim=(rows.back.max(), 0), ylim=(-0.02, 1.08), xlabel=BACK, ylabel="learning rate / constant")
+
+
+def plot_schedules(ax: Axes, schedules: Mapping[str, np.ndarray]) -> None:
+    """Factors (steps,) of schedules that end together, by label, against `back`; from light to dark as given."""
+    for (label, factors), color in zip(schedules.items(), colors(schedules).values(), strict=True):
+        ax.plot(np.arange(len(factors))[::-1], factors, color=color, label=label)
+    longest = max(map(len, schedules.values()))
+    ax.set(xlim=(longest, 0), ylim=(0, 1.02), xlabel=BACK, ylabel="learning rate / run's")
+    ax.legend(fontsize="small")
 
 
 def cooldown_weights(names: Sequence[str], etas: Sequence[float], horizon: int, steps: int) -> pd.DataFrame:

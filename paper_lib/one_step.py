@@ -168,9 +168,9 @@ def plot(ax: Axes, table: pd.DataFrame, lr: float, momentum: float | None = None
 
 def plot_held_out(ax: Axes, table: pd.DataFrame, lr: float, momentum: float = 0.0) -> None:
     """The change of the held-out loss on a linear axis, where the model puts its minimum and its return to zero."""
-    near = curves(table).query("probe <= 1.5")
-    start = near.groupby("seed").held.transform("first")
-    figures.band(ax, near.assign(change=near.held - start), "probe", "change", color=sns.color_palette()[0])
+    near = curves(table).query("probe <= 1.5").copy()
+    near["change"] = near.held - near.groupby("seed").held.transform("first")
+    figures.band(ax, near, "probe", "change", label="held-out batches", color=sns.color_palette()[0])
     model, full = predict(table, lr, momentum).query("probe <= 1.5"), 1 / (1 - momentum)
     x = np.linspace(0, 1.5, 100)
     gain = np.polyfit(model.probe, model.held - model.held.iloc[0], 2)
@@ -183,4 +183,4 @@ def plot_held_out(ax: Axes, table: pd.DataFrame, lr: float, momentum: float = 0.
     ax.set(
         xlabel="step size / learning rate", ylabel="change of the held-out loss (nats)", title="held-out, stationary"
     )
-    ax.legend(loc="upper left", fontsize="small", bbox_to_anchor=(0, 0.6))
+    ax.legend(loc="upper center", fontsize="small", bbox_to_anchor=(0.5, -0.1))

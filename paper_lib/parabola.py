@@ -230,7 +230,7 @@ def plot_over_time(ax: Axes, found: pd.DataFrame, bound: float) -> None:
         shown, x="step", y="unexplained", hue="line", marker="o", estimator="median", errorbar=("pi", 100), ax=ax
     )
     ax.axhline(100 * (1 - bound), **{**figures.PREDICTION, "linewidth": 1.5})
-    ax.set(yscale="log", xlabel="step of the run", ylabel="1 - R² (%), median and range over seeds")
+    ax.set(yscale="log", xlabel="step of the run", ylabel="unexplained: 1 - R² (%)")
     ax.set_xscale("symlog", linthresh=1)
     ax.set_xlim(-0.2, 1.3 * found.step.max())
     ax.legend(fontsize="small")
@@ -243,5 +243,6 @@ def plot_secants(ax: Axes, table: pd.DataFrame) -> None:
         figures.band(ax, one, "position", "secant", label=point, color=color, marker="o", markersize=4)
     figures.predicted(ax, [found.position.min(), 4], [1, 1], label="a parabola")
     top = min(4.0, ax.get_ylim()[1])  # where the curvature at the start is small, ratios are huge
-    ax.set(xscale="log", ylim=(0, top), xlabel="distance / best step", ylabel="curvature over it / at its start")
+    ax.set(xscale="log", ylim=(0, top), xlabel="distance / best step")
+    ax.set_ylabel("mean curvature up to there / at the start")
     ax.legend(fontsize="small")

@@ -76,7 +76,9 @@ def plot_batches(ax: Axes, lr: float) -> None:
         ax.plot(*rotate(c), "o", color=color, markersize=9)
         arrow = {"arrowstyle": "-|>", "color": color, "linewidth": 3, "shrinkA": 0, "shrinkB": 0, "mutation_scale": 18}
         ax.annotate("", rotate(x - lr * H * away), rotate(x), arrowprops=arrow)
-    ax.plot(*rotate(x), "o", color="black", markersize=9)
+    ax.plot([], [], "o", color="0.6", markersize=9, label="minimum of a batch")
+    ax.plot([], [], color="0.6", linewidth=1.5, label="level of its loss")
+    ax.plot(*rotate(x), "o", color="black", markersize=9, label="iterate and its steps")
     _finish(ax)
     ax.set(xlim=(-2.7, 2.7), ylim=(-2.5, 2.9))
     ax.set_aspect("equal", adjustable="box")
@@ -89,7 +91,6 @@ def plot_path(ax: Axes, run: pd.DataFrame) -> None:
     ax.plot(groups["iterate"].x, groups["iterate"].y, color=COLORS["iterate"], linewidth=1.2, label="SGD")
     ax.plot(groups["EMA"].x, groups["EMA"].y, color=COLORS["EMA"], linewidth=2.5, label="its EMA")
     _finish(ax)
-    ax.legend(loc="upper right", fontsize="small")
 
 
 def plot_cloud(ax: Axes, ends: pd.DataFrame, lr: float, decay: float, lag: int) -> None:
@@ -98,14 +99,13 @@ def plot_cloud(ax: Axes, ends: pd.DataFrame, lr: float, decay: float, lag: int) 
         at = ends.query("kind == @kind")
         ax.plot(at.x, at.y, "o", color=COLORS[kind], markersize=3.5, alpha=0.6, markeredgewidth=0, label=kind)
         radii = np.sqrt(-2 * np.log(1 - INSIDE) * variance)
-        _ellipse(ax, np.zeros(2), radii, color="black", linestyle="--", linewidth=1.8, zorder=5)
-    ax.plot([], [], "--", color="black", label=f"model, {INSIDE:.0%}")
+        _ellipse(ax, np.zeros(2), radii, color=COLORS[kind], linestyle="--", linewidth=2.5, zorder=5)
+    ax.plot([], [], "--", color="0.4", label=f"dashed: model, {INSIDE:.0%}")
     _finish(ax)
-    ax.legend(loc="lower right", fontsize="small", markerscale=2)
 
 
 def _finish(ax: Axes) -> None:
     """Equal axes, the full minimum marked, no ticks: the unit is arbitrary."""
-    ax.plot(0, 0, "*", color="black", markersize=13, zorder=6)
+    ax.plot(0, 0, "*", color="black", markersize=13, linestyle="none", zorder=6, label="minimum of all batches")
     ax.set(xticks=[], yticks=[])
     ax.set_aspect("equal", adjustable="datalim")

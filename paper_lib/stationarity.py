@@ -225,7 +225,7 @@ def plot_signal(ax: Axes, table: pd.DataFrame) -> None:
         label = "b = 0 (Pflug)" if memory == 0 else f"b = {memory:g}"
         figures.band(ax, one, "eta", "signal", label=label, color=color, marker="o", linestyle="none")
         figures.predicted(ax, fine, [signal(np.full(directions, e), memory) for e in fine], label=None, color=color)
-    ax.set(xscale="log", yscale="log", xlabel="eta = lr x curvature", ylabel="|mean| / standard deviation, a step")
+    ax.set(xscale="log", yscale="log", xlabel=figures.ETA, ylabel="|mean| / standard deviation, a step")
     ax.legend(fontsize="small")
 
 

@@ -196,7 +196,7 @@ def plot_rates(ax: Axes, table: pd.DataFrame) -> None:
     _settings(ax, table, "rho_model", "rho")
     low, high = table[["rho_model", "rho"]].min().min() - 0.05, 1.0
     figures.predicted(ax, [low, high], [low, high], label="model: equal")
-    ax.set(xlabel="predicted from curvature, 1 - lr h", ylabel="measured autocorrelation at lag 1")
+    ax.set(xlabel="predicted from curvature, 1 - η", ylabel="measured autocorrelation at lag 1")
     ax.legend(loc="upper left", fontsize="small")
 
 
@@ -222,7 +222,7 @@ def plot_forgetting(ax: Axes, m: Modes, chosen: Sequence[int], n_lags: int = 16)
     found = autocorrelation(m.projected[:, m.stable], lags)
     model = quadratic.autocorrelation(eta, n_lags, m.run.config.momentum)
     for i, color in zip(chosen, sns.color_palette("viridis", len(chosen)), strict=True):
-        ax.plot(lags, found[:, i], "o-", color=color, markersize=4, linewidth=1, label=f"lr h = {eta[i]:.2f}")
+        ax.plot(lags, found[:, i], "o-", color=color, markersize=4, linewidth=1, label=f"η = {eta[i]:.2f}")
         figures.predicted(ax, lags, model[i], label="model" if i == chosen[-1] else None, linewidth=1.5)
     ax.axhline(0, color="0.6", linewidth=1)
     ax.set(xlabel="lag (steps)", ylabel="autocorrelation")
@@ -240,8 +240,8 @@ def plot_components(ax: Axes, m: Modes) -> pd.DataFrame:
     for j, share in enumerate(shares):
         ax.plot(step, found[:, j], linewidth=1.5, label=f"component {j + 1}: {100 * share:.0f} %")
         figures.predicted(ax, step, expected[:, j], label="cosine" if j == 2 else None, linewidth=1.2)
-    ax.set(xlabel="step in the window", ylabel="projection (unit norm)", ylim=2.4 * np.array([-1, 1]) * expected.max())
-    ax.legend(fontsize="small", loc="upper center", ncol=2, title="share of the variance", title_fontsize="small")
+    ax.set(xlabel="step in the window", ylabel="projection (unit norm)", ylim=np.array([-1.2, 4]) * expected.max())
+    ax.legend(fontsize="small", loc="upper center", title="share of the variance", title_fontsize="small")
     return pd.DataFrame({"step": step, **{f"component{j + 1}": found[:, j] for j in range(len(shares))}})
 
 

@@ -1,5 +1,10 @@
 """Basin: which runs are compared, and distances, barriers and planes against what is known of them."""
 
+import matplotlib
+
+matplotlib.use("Agg")
+
+import matplotlib.pyplot as plt
 import numpy as np
 import pandas as pd
 import pytest
@@ -93,3 +98,14 @@ def test_plane_holds_its_corners():
     np.testing.assert_allclose(axes @ axes.T, np.eye(2), atol=1e-12)
     with pytest.raises(ConfigError, match="one line"):
         basin.plane([corners[0], 2 * corners[0], 3 * corners[0]])
+
+
+def test_contours_between_measured_points_are_those_of_the_surface():
+    u, w = (z.ravel() for z in np.meshgrid(np.linspace(-1, 1, 7), np.linspace(-1, 1, 9)))
+    fig, ax = plt.subplots()
+    basin.plot_surface(ax, pd.DataFrame({"u": u, "w": w, "loss": u**2 + w**2}), np.eye(3, 2), ["a", "b", "c"])
+    filled, *_ = ax.collections
+    for level, path in zip(filled.levels[1:5], filled.get_paths(), strict=False):  # closed inside the square
+        outer = np.hypot(*path.vertices.T).max()
+        assert outer == pytest.approx(np.sqrt(level), rel=1e-3), "a circle, not a polygon"
+    plt.close(fig)

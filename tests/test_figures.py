@@ -49,9 +49,24 @@ def test_predictions_have_their_own_style(ax):
     assert (line.get_color(), line.get_linestyle(), line.get_label()) == ("black", "--", "model")
 
 
+def test_a_band_for_a_logarithmic_axis_never_reaches_zero(ax):
+    data = pd.DataFrame({"x": [0, 1, 1, 1, 1], "y": [0.0, 1.0, 10.0, 1000.0, 0.0]})
+    summary = figures.band(ax, data, "x", "y", log=True)
+    (line,) = ax.lines
+    np.testing.assert_allclose(line.get_xydata(), [[1, 10 ** (4 / 3)]])  # what is not positive is left out
+    factor = np.std(np.log([1, 10, 1000]), ddof=1)
+    drawn = ax.collections[0].get_paths()[0].vertices[:, 1]
+    np.testing.assert_allclose([drawn.min(), drawn.max()], 10 ** (4 / 3) * np.exp([-factor, factor]))
+    assert summary.n.tolist() == [3]
+
+
 def test_annotate_n(ax):
     figures.annotate_n(ax, 3)
-    assert ax.texts[0].get_text() == "mean ± spread, n = 3 seeds"
+    figures.annotate_n(ax, 40, "repetitions", log=True)
+    assert [text.get_text() for text in ax.texts] == [
+        "mean ± s.d., n = 3 seeds",
+        "mean ± s.d. of the logarithm, n = 40 repetitions",
+    ]
 
 
 def test_save_writes_three_files_with_the_same_bytes_every_time(tmp_path, data):

@@ -55,6 +55,15 @@ def test_every_plot_draws_its_table_and_the_model():
         assert ax.get_xlabel() and ax.get_ylabel()
 
 
+def test_schedules_are_drawn_to_the_end_that_they_share():
+    _, ax = plt.subplots()
+    model_figures.plot_schedules(ax, {"short": np.array([1.0, 0.5]), "long": np.array([1.0, 0.9, 0.4])})
+    assert [line.get_xdata().tolist() for line in ax.lines] == [[1, 0], [2, 1, 0]]
+    assert ax.get_xlim() == (3, 0), "time runs to the right, to the end"
+    lightness = [sum(line.get_color()) for line in ax.lines]
+    assert lightness[0] > lightness[1], "colours in the order of the schedules"
+
+
 def test_a_cloud_has_the_predicted_covariance():
     ends = plane.cloud(lr=0.4, decay=0.9, lag=20, seed=0, chains=4000)
     for kind, variance in plane.predicted_variances(0.4, 0.9, 20).items():
