@@ -12,7 +12,7 @@ import pytest
 import torch
 from helpers import SMALL, SmallNet, small_data
 
-from paper_lib import data, files, runs, train, trajectory
+from paper_lib import data, files, one_step, runs, train, trajectory
 from paper_lib.config import RunConfig
 from paper_lib.presets import study
 from paper_lib.trajectory import Trajectory
@@ -179,6 +179,37 @@ def test_a_users_module_instance_and_tensors_are_enough():
     (run,) = runs.train_seeds(config, [0], dataset, lambda: torch.nn.Linear(5, 2), progress=False)
     assert run.weights.shape == (1, 12) and run.buffers.shape == (1, 0)
     assert run.folder.name.startswith("tensors-own-")
+
+
+IMAGES, VECTORS = small_data(), data.from_tensors(torch.randn(60, 5), torch.arange(60) % 2, torch.randn(9, 5), [0] * 9)
+
+
+@pytest.mark.parametrize(
+    ("call", "message"),
+    [
+        (lambda: runs.train_seeds(SMALL, [0], IMAGES, SmallNet()), "model = 'SmallNet' .* the function that makes"),
+        (lambda: runs.train_seeds(SMALL, [0], VECTORS), r"shape of an image = \(5,\) .* your own as model="),
+        (lambda: runs.train_seeds(SMALL, 3, IMAGES, SmallNet), "seeds = 3 .* a sequence of integers"),
+    ],
+)
+def test_a_network_or_seeds_of_the_wrong_kind_are_refused(call, message):
+    with pytest.raises(ConfigError, match=message):
+        call()
+
+
+def test_probing_without_the_network_that_was_trained_is_refused():
+    trained = runs.train_seeds(SMALL, [0], IMAGES, SmallNet, progress=False)
+    with pytest.raises(ConfigError, match="was the run trained with model=...? pass the same here"):
+        one_step.measure(trained, IMAGES, at=[20])
+    with pytest.raises(ConfigError, match="the function that makes the network"):
+        one_step.measure(trained, IMAGES, at=[20], model=SmallNet())
+
+
+@pytest.mark.parametrize(("model", "title"), [(SmallNet, "1 run of your network"), (None, "1 run of resnet8")])
+def test_progress_names_the_network_and_no_rate_before_it_is_known(model, title, capsys):
+    runs.train_seeds(SMALL.replace(width=1, steps=1, record=""), [0], IMAGES, model)
+    printed = capsys.readouterr().err
+    assert f"training {title}" in printed and " 0 images/s" not in printed
 
 
 def test_a_worker_that_fails_says_why(monkeypatch):
