@@ -35,10 +35,9 @@ def find(paths: Sequence[Path | str]) -> list[Path]:
     for path in map(Path, paths):
         require(path.exists(), "checkpoint", str(path), "there is no such file or folder")
         inside = path.iterdir() if path.is_dir() else ()
-        numbered = [p for p in inside if p.suffix in SUFFIXES and re.search(r"\d", p.stem) and p.name[0] != "."]
-        has = bool(numbered) or not path.is_dir()
-        require(has, "folder", str(path), f"no {', '.join(SUFFIXES)} in it is named by step")
-        found += numbered or [path]
+        found += [p for p in inside if p.suffix in SUFFIXES and re.search(r"\d", p.stem) and p.name[0] != "."]
+        found += [] if path.is_dir() else [path]
+    require(bool(found), "checkpoints", " ".join(map(str, paths)), f"no {', '.join(SUFFIXES)} there is named by step")
     return sorted(found, key=step_of)
 
 
@@ -193,9 +192,10 @@ def cooldown_files(paths: Sequence[str], schedule: str, output: str) -> None:
     """The command: print how much each file counts, average them, and write `output`, which is none of them."""
     _require_suffix(Path(output))
     files = find(paths)
+    is_new = Path(output).resolve() not in [path.resolve() for path in files]
+    require(is_new, "output", output, "it is one of the checkpoints")
     steps = [step_of(path) for path in files]
     for path, step, weight in zip(files, steps, cooldown_weights(steps, schedule), strict=True):
-        require(path.resolve() != Path(output).resolve(), "output", output, "it is one of the checkpoints")
         print(f"{weight:8.4f}  step {step}  {path}")
     state, key = cooldown(files, schedule), load(files[0])[1]
     save(state, output, key)
