@@ -199,7 +199,7 @@ def test_a_network_or_seeds_of_the_wrong_kind_are_refused(call, message):
 
 def test_probing_without_the_network_that_was_trained_is_refused():
     trained = runs.train_seeds(SMALL, [0], IMAGES, SmallNet, progress=False)
-    with pytest.raises(ConfigError, match="was the run trained with model=...? pass the same here"):
+    with pytest.raises(ConfigError, match=r"was the run trained with model=\.\.\.\? pass the same here"):
         one_step.measure(trained, IMAGES, at=[20])
     with pytest.raises(ConfigError, match="the function that makes the network"):
         one_step.measure(trained, IMAGES, at=[20], model=SmallNet())
