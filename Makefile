@@ -36,7 +36,9 @@ NOTEBOOKS := $(sort $(basename $(notdir $(wildcard notebooks/[0-9][0-9]_*.ipynb)
 
 help: ## list the tasks and settings
 	@awk -F ':.*## ' '/^[a-z]+:.*## / {printf "  make %-12s%s\n", $$1, $$2}' Makefile
-	@echo "  make NN_name     run one notebook, as figures would"
+	@echo "  make 01_one_step run one notebook, as figures would"
+	@echo
+	@echo "Commands beside these: python -m paper_lib plan | train | jpegs | cooldown | bench, each with --help"
 	@echo
 	@echo "Settings, as in 'make figures CONFIG=cifar10 SEEDS=\"0 1 2\"':"
 	@echo "  CONFIG=digits    preset: smoke, digits, cifar10_small, cifar10, imagenet, ... (README)"
@@ -96,6 +98,9 @@ refresh: env ## store the checked outputs of the notebooks again, after changing
 
 lock: env ## resolve the transitive pins of environment.yml again, after changing a direct one
 	$(PY) paper_lib/environment.py lock "$$(dirname "$$($(PY) -c 'import sys; print(sys.executable)')")/uv"
+
+.DEFAULT: # a misspelled task
+	@echo "no such task: $@; see make help" >&2; exit 2
 
 clean: ## forget what is up to date, and remove caches
 	rm -rf .build .pytest_cache .ruff_cache .hypothesis *.egg-info

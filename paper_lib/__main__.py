@@ -37,14 +37,17 @@ def train_command(preset: str, words: Sequence[str]) -> None:
     """Train the runs that a preset's notebooks share, for every seed; torchrun's processes train each together."""
     chosen = study(preset, **overrides(words))
     # torch takes seconds to import: not before the settings are known to be good
-    from paper_lib import costs, parallel, runs, scoreboard
+    from paper_lib import costs, dataset, parallel, runs, scoreboard, trajectory, workers
 
     averages = scoreboard.averages(chosen.averaged_steps).values()
-    with parallel.processes():
-        for name, config in costs.shared_runs(chosen, averages).items():
-            for run in runs.train_seeds(config, chosen.seeds):
-                if parallel.rank() == 0:
-                    print(f"{name:8s} seed {run.config.seed}: {_end(run)}, {run.folder}", flush=True)
+    try:
+        with parallel.processes():
+            for name, config in costs.shared_runs(chosen, averages).items():
+                for run in runs.train_seeds(config, chosen.seeds):
+                    if parallel.rank() == 0:
+                        print(f"{name:8s} seed {run.config.seed}: {_end(run)}, {run.folder}", flush=True)
+    except (dataset.DataError, trajectory.DivergedError, trajectory.SnapshotError, workers.WorkerError) as error:
+        raise ConfigError(str(error)) from error
 
 
 def plan_command(preset: str, rate: float | None, words: Sequence[str]) -> None:

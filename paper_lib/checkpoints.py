@@ -33,9 +33,11 @@ def find(paths: Sequence[Path | str]) -> list[Path]:
     """Return checkpoint files in the order of their steps: those named, and of a folder those that have a number."""
     found = []
     for path in map(Path, paths):
+        require(path.exists(), "checkpoint", str(path), "there is no such file or folder")
         inside = path.iterdir() if path.is_dir() else ()
         found += [p for p in inside if p.suffix in SUFFIXES and re.search(r"\d", p.stem) and p.name[0] != "."]
         found += [] if path.is_dir() else [path]
+    require(bool(found), "checkpoints", " ".join(map(str, paths)), f"no {', '.join(SUFFIXES)} there is named by step")
     return sorted(found, key=step_of)
 
 
@@ -80,18 +82,14 @@ def cooldown(paths: Sequence[Path | str], schedule: str = "linear", steps: Seque
     `paths` are files or folders of state dicts (.pt, .pth or .safetensors), plain or under a key such as "model". Steps
     are read from the names and give the order, unless given for each file. Memory: the average and one checkpoint.
     Tensors keep the type they have in the first file; integer ones have the value of the last. ConfigError, naming the
-    file, for what cannot be read or averaged. Warns of step decays, and of BatchNorm: see `recompute_statistics`.
+    file, for what cannot be read or averaged. Warns of step decays. For BatchNorm, see `recompute_statistics`.
     """
     if schedule == "step":
         warnings.warn("averages do not emulate step decays well: see notebook 12", stacklevel=2)
     files = find(paths) if steps is None else list(map(Path, paths))
     steps = [step_of(path) for path in files] if steps is None else steps
     require(len(steps) == len(files), "number of steps", len(steps), f"there are {len(files)} checkpoints")
-    state = average(files, cooldown_weights(steps, schedule))
-    if any(name.endswith("running_var") for name in state):
-        text = "BatchNorm's running statistics were averaged too: recompute them with checkpoints.recompute_statistics"
-        warnings.warn(text, stacklevel=2)
-    return state
+    return average(files, cooldown_weights(steps, schedule))
 
 
 def average(files: Sequence[Path], weights: np.ndarray) -> State:
@@ -194,13 +192,16 @@ def cooldown_files(paths: Sequence[str], schedule: str, output: str) -> None:
     """The command: print how much each file counts, average them, and write `output`, which is none of them."""
     _require_suffix(Path(output))
     files = find(paths)
+    is_new = Path(output).resolve() not in [path.resolve() for path in files]
+    require(is_new, "output", output, "it is one of the checkpoints")
     steps = [step_of(path) for path in files]
     for path, step, weight in zip(files, steps, cooldown_weights(steps, schedule), strict=True):
-        require(path.resolve() != Path(output).resolve(), "output", output, "it is one of the checkpoints")
         print(f"{weight:8.4f}  step {step}  {path}")
-    key = load(files[0])[1]
-    save(cooldown(files, schedule), output, key)
+    state, key = cooldown(files, schedule), load(files[0])[1]
+    save(state, output, key)
     print(f"wrote {output}" + (f", weights under {key!r} and nothing else" if key else ""))
+    if any(name.endswith("running_var") for name in state):
+        print("BatchNorm's statistics were averaged too: recompute them (checkpoints.recompute_statistics)")
 
 
 def recompute_statistics(module: nn.Module, loader: Iterable) -> None:
@@ -208,7 +209,7 @@ def recompute_statistics(module: nn.Module, loader: Iterable) -> None:
 
     `loader` yields inputs, or tuples that begin with them, on any device. Means and variances of batches are averaged
     with the number of values in each as weight, so a ragged last batch counts for what it is. All other layers are in
-    evaluation mode meanwhile. ConfigError if the loader is empty.
+    evaluation mode meanwhile. ConfigError if the loader is empty or yields anything else.
     """
     layers = [layer for layer in batchnorm.layers(module) if layer.track_running_stats]
     if not layers:
@@ -216,7 +217,8 @@ def recompute_statistics(module: nn.Module, loader: Iterable) -> None:
     n, device = 0, layers[0].running_mean.device
     with _running_means(module, layers), torch.no_grad():
         for batch in loader:
-            x = batch if isinstance(batch, Tensor) else batch[0]
+            x = batch[0] if isinstance(batch, list | tuple) and batch else batch
+            require(isinstance(x, Tensor), "batch", type(batch).__name__, "inputs, or a tuple that begins with them")
             module(x.to(device))
             n += 1
     require(n > 0, "loader", "empty", "statistics need at least one batch")

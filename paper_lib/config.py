@@ -117,6 +117,7 @@ class Study:
     eval_batches: int = 128  # batches in an estimate of the training loss
     eval_images: int = 2500  # training images, and test images, in an evaluation of weights
     label: str = field(default="", repr=False)  # how figures name the setting
+    custom: bool = field(default=False, repr=False)  # whether other settings than seeds differ from the preset's
 
     def __post_init__(self) -> None:
         check_types(self)
@@ -124,8 +125,8 @@ class Study:
 
     @property
     def results(self) -> Path:
-        """Folder of this preset's results."""
-        return folder("results") / self.preset
+        """Folder of the results: that of the preset, unless settings were changed, whose results are others."""
+        return folder("results") / (f"{self.preset}-custom" if self.custom else self.preset)
 
     @property
     def averaged_steps(self) -> int:
@@ -196,7 +197,10 @@ def check_study(s: Study) -> None:
 
 
 def check_seeds(seeds: Sequence[int]) -> None:
-    """Raise ConfigError for no seeds, negative ones, or seeds that repeat."""
+    """Raise ConfigError unless these are seeds: one or more integers >= 0 that do not repeat."""
+    is_sequence = isinstance(seeds, Sequence | np.ndarray)
+    integers = is_sequence and all(isinstance(seed, int | np.integer) for seed in seeds)
+    require(integers, "seeds", seeds, "give a sequence of integers, such as [0, 1, 2]")
     require(len(seeds) > 0, "seeds", seeds, "name at least one")
     require(len(set(seeds)) == len(seeds), "seeds", seeds, "each seed may stand only once")
     require(min(seeds) >= 0, "seeds", seeds, "they must be >= 0")

@@ -121,7 +121,8 @@ class Monitor:
     def observe(self, gradient: np.ndarray | Tensor) -> bool:
         """Take the gradient of the step that is about to be made; True if the run has been found stationary.
 
-        After that the test begins from nothing, as it should when the learning rate has been lowered.
+        After that the test begins from nothing, as it should when the learning rate has been lowered. Raises
+        ConfigError at the end of a window in which a gradient was not finite.
         """
         if self._past is None:
             self._past = gradient + 0
@@ -131,6 +132,8 @@ class Monitor:
         self._past += gradient
         if window is None:
             return False
+        advice = "some were not finite: skip such steps (as a gradient scaler does), or lower the learning rate"
+        require(math.isfinite(window.mean), "mean product of gradients", window.mean, advice)
         self.windows.append(window)
         if window.stationary:
             self._past = None
@@ -187,8 +190,10 @@ def gradient_vector(optimizer: torch.optim.Optimizer) -> Tensor:
 
     Decay that is decoupled, as in AdamW, is no part of it: a gain then refers to the loss without decay. Call it
     between backward() and step(). Parameters without a gradient are left out, and must be so every time. Raises
-    ConfigError where no parameter has one, or the optimizer maximizes.
+    ConfigError where no parameter has one, the optimizer maximizes, or this is no optimizer.
     """
+    is_optimizer = hasattr(optimizer, "param_groups")
+    require(is_optimizer, "optimizer", type(optimizer).__name__, "pass the optimizer, which knows the weight decay")
     parts = []
     for group in optimizer.param_groups:
         require(not group.get("maximize"), "maximize", True, "minimize the negative instead")

@@ -116,14 +116,15 @@ PRESETS: dict[str, Study] = {
 RUN_SETTINGS = [
     name for name in field_names(RunConfig) if name not in ("parent", "start", "perturbation", "seed", "batch_seed")
 ]
-STUDY_SETTINGS = [name for name in field_names(Study) if name not in ("preset", "run", "label")]
+STUDY_SETTINGS = [name for name in field_names(Study) if name not in ("preset", "run", "label", "custom")]
 
 
 def study(preset: str, **overrides: Any) -> Study:
     """Return a preset with overrides, each by its name in `RunConfig` or `Study`.
 
     Empty `seeds` stand for the preset's own. A changed `steps` cuts the preset's windows to the shorter run, unless
-    `record` is given too.
+    `record` is given too. Settings other than seeds that differ from the preset's are added to the label, and their
+    results go to a folder of their own.
     Raises ConfigError for an unknown preset or setting (with the nearest match), a wrong type or a bad value.
     """
     check_names([preset], list(PRESETS), "preset")
@@ -135,4 +136,7 @@ def study(preset: str, **overrides: Any) -> Study:
     if isinstance(changes.get("steps"), int):
         changes.setdefault("record", cut_record(base.run.record, changes["steps"]))
     changed = {name: value for name, value in overrides.items() if name in STUDY_SETTINGS}
-    return replace(base, run=base.run.replace(**changes), **changed)
+    chosen = replace(base, run=base.run.replace(**changes), **changed)
+    before, after = ({**vars(s.run), **vars(s)} for s in (base, chosen))
+    differing = [f"{name} = {after[name]}" for name in overrides if name != "seeds" and after[name] != before[name]]
+    return replace(chosen, label=", ".join([base.label, *differing]), custom=bool(differing))

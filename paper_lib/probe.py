@@ -110,6 +110,7 @@ def _load(net: FlatModel, weights: np.ndarray, buffers: np.ndarray | None) -> No
     for name, vector, values in (("weights", net.weights, weights), ("buffers", net.buffers, buffers)):
         if values is not None:
             expected = f"this network needs {tuple(vector.shape)}"
+            expected += "; was the run trained with model=...? pass the same here"
             require(np.shape(values) == vector.shape, f"shape of {name}", np.shape(values), expected)
             vector.copy_(_tensor(values))
 

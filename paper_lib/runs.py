@@ -15,6 +15,7 @@ import warnings
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
+from torch import nn
 from tqdm import tqdm
 
 from paper_lib import config as config_module
@@ -24,6 +25,7 @@ from paper_lib.data import Dataset
 from paper_lib.models import FlatModel, ModelFactory
 from paper_lib.recorder import Follower, Recorder
 from paper_lib.trajectory import State, Trajectory
+from paper_lib.validate import ConfigError, require
 
 DECISIVE = """augment averaging batchnorm data dataset decode digits imagefolder models parallel schedules sgd streaming
 train vision""".split()
@@ -64,7 +66,7 @@ def train_all(
         missing = absent(generation)
         if not missing:
             continue
-        with _progress(missing, progress and parallel.rank() == 0) as report:
+        with _progress(missing, model is not None, progress and parallel.rank() == 0) as report:
             if own or len(missing) == 1 or parallel.active():
                 for c in missing:
                     obtain(c, dataset, model, report)
@@ -123,19 +125,41 @@ def _load(name: str, held_out: int, image_size: int, root: Path, device: str) ->
 
 
 def load_dataset(config: RunConfig) -> Dataset:
-    """Return the dataset that a config names, on the device that trains; loaded once per process."""
+    """Return the dataset that a config names, on the device that trains; loaded once per process.
+
+    Raises ConfigError where its files are missing or bad, or too few to hold so many out.
+    """
     root = config_module.folder("data")
-    return _load(config.data, config.held_out, config.image_size, root, str(data.default_device()))
+    try:
+        return _load(config.data, config.held_out, config.image_size, root, str(data.default_device()))
+    except data.DataError as error:
+        remedy = "name the folder of the data with DATA=... (make) or PAPER_DATA; see README, 'Presets and settings'"
+        raise ConfigError(f"{error}; {remedy}") from error
+    except ValueError as error:
+        raise ConfigError(str(error)) from error
 
 
 def network(run: Trajectory, dataset: Dataset, model: ModelFactory | None = None) -> FlatModel:
     """Return a network of the run's architecture on the dataset's device, to probe with; its weights are arbitrary."""
+    _check_model(dataset, model)
     return sgd.initial_model(run.config, dataset, model)
+
+
+def _check_model(dataset: Dataset, model: ModelFactory | None) -> None:
+    """Raise ConfigError for a network in place of the function that makes it, or none where the data need one."""
+    if model is None:
+        allowed = "the networks of paper_lib take (channels, height, width): give your own as model="
+        require(len(dataset.shape) == 3, "shape of an image", dataset.shape, allowed)
+        return
+    is_factory = callable(model) and not isinstance(model, nn.Module)
+    allowed = "pass the function that makes the network, not the network"
+    require(is_factory, "model", type(model).__name__, allowed)
 
 
 def run_folder(config: RunConfig, dataset: Dataset | None = None, model: ModelFactory | None = None) -> Path:
     """Return the folder of a run, whether it exists or not."""
     dataset = dataset or load_dataset(config)
+    _check_model(dataset, model)
     name = "own" if model is not None else config.model
     return config_module.folder("runs") / f"{dataset.name}-{name}-{run_key(config, dataset, model)}"
 
@@ -179,15 +203,18 @@ def _generations(configs: Sequence[RunConfig]) -> list[list[RunConfig]]:
 
 
 @contextlib.contextmanager
-def _progress(configs: Sequence[RunConfig], show: bool) -> Iterator[train.Report]:
+def _progress(configs: Sequence[RunConfig], own_model: bool, show: bool) -> Iterator[train.Report]:
     total = sum(c.steps - c.start for c in configs)
     images = configs[0].batch_size
-    title = f"training {len(configs)} run{'s' * (len(configs) > 1)} of {configs[0].model}"
+    title = (
+        f"training {len(configs)} run{'s' * (len(configs) > 1)} of {'your network' if own_model else configs[0].model}"
+    )
     with tqdm(total=total, desc=title, unit="step", disable=not show, mininterval=0.5) as bar:
 
         def report(steps: int, loss: float, lr: float) -> None:
             bar.update(steps)
-            rate = (bar.format_dict["rate"] or 0) * images
-            bar.set_postfix_str(f"loss {loss:.3f}, lr {lr:.3g}, {rate:,.0f} images/s", refresh=False)
+            rate = bar.format_dict["rate"]
+            speed = f", {rate * images:,.0f} images/s" if rate else ""  # not known at first
+            bar.set_postfix_str(f"loss {loss:.3f}, lr {lr:.3g}{speed}", refresh=False)
 
         yield report

@@ -27,8 +27,12 @@ RUNS_PER_GPU = 3  # of small networks, whose steps are too short to keep a GPU b
 SMALL = ("resnet8", "resnet14", "resnet20")
 
 
+class WorkerError(RuntimeError):
+    """A worker process that failed; the message is the worker's."""
+
+
 def train_parallel(jobs: Sequence[tuple[RunConfig, Path]], report: Report) -> None:
-    """Train (config, folder) jobs in worker processes; raise RuntimeError with a worker's message if one fails.
+    """Train (config, folder) jobs in worker processes; raise WorkerError with a worker's message if one fails.
 
     Leaving early, by an error or an interrupt, ends the workers; what they saved is where they go on next time.
     """
@@ -44,7 +48,7 @@ def train_parallel(jobs: Sequence[tuple[RunConfig, Path]], report: Report) -> No
         while finished < len(jobs):
             message = messages.get()
             if "error" in message:
-                raise RuntimeError(message["error"])
+                raise WorkerError(message["error"])
             finished += "done" in message
             if "steps" in message:
                 report(message["steps"], message["loss"], message["lr"])
@@ -118,6 +122,8 @@ def work(jobs: IO[str], out: IO[str]) -> None:
             runs.obtain(config, report=lambda steps, loss, lr: say(steps=steps, loss=loss, lr=lr))
         except Exception as error:
             say(error=f"{type(error).__name__}: {error}")
+            if isinstance(error, ValueError | OSError | MemoryError):  # the message says it all
+                return
             raise
         say(done=True)
 

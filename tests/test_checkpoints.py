@@ -256,12 +256,6 @@ class Twice(nn.Module):
         return self.fixed(self.norm(3 * self.norm(self.drop(x)) + 1))
 
 
-def test_averaged_statistics_are_warned_of(tmp_path):
-    write(tmp_path / "run", [nn.BatchNorm1d(2).state_dict()] * 2, STEPS[:2])
-    with pytest.warns(UserWarning, match="recompute_statistics"):
-        checkpoints.cooldown([tmp_path / "run"])
-
-
 def test_a_ragged_last_batch_counts_for_what_it_is():
     x = torch.randn(100, 2, 3, generator=torch.Generator().manual_seed(0)) * torch.tensor([1.0, 5.0])[:, None] + 2
     layer = nn.BatchNorm1d(2, momentum=0.3)
@@ -286,3 +280,8 @@ def test_a_loader_without_batches_is_refused_and_a_network_without_batchnorm_nee
     checkpoints.recompute_statistics(nn.Linear(2, 2), [])
     with pytest.raises(ConfigError, match="at least one batch"):
         checkpoints.recompute_statistics(Twice(), [])
+
+
+def test_batches_that_are_not_inputs_first_are_refused():
+    with pytest.raises(ConfigError, match="batch = 'dict' is not allowed: inputs, or a tuple that begins with them"):
+        checkpoints.recompute_statistics(Twice(), [{"image": torch.zeros(4, 2)}])

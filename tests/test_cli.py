@@ -3,8 +3,9 @@
 import pytest
 import torch
 
+from paper_lib import runs, trajectory, workers
 from paper_lib.__main__ import main
-from paper_lib.presets import PRESETS
+from paper_lib.presets import PRESETS, study
 
 
 def test_presets_are_listed_one_a_line(capsys):
@@ -32,6 +33,50 @@ def test_settings_that_cannot_work_end_with_code_2_and_one_line(words, message, 
     assert main(["train", *words]) == 2
     printed = capsys.readouterr()
     assert message in printed.err and printed.err.count("\n") == 1 and not printed.out
+
+
+def tree(root, image):
+    """A tree of one class whose two files hold `image`, or no files."""
+    for split in ("train", "val"):
+        (root / split / "class").mkdir(parents=True)
+        if image is not None:
+            (root / split / "class" / "1.png").write_bytes(image)
+
+
+@pytest.mark.parametrize(
+    ("make_data", "message"),
+    [
+        (lambda root: None, "train is missing"),
+        (lambda root: tree(root, None), "has no images"),
+        (lambda root: tree(root, b"no image"), "unreadable image"),
+    ],
+)
+def test_data_that_cannot_be_read_end_with_code_2_and_the_remedy(make_data, message, tmp_path, monkeypatch, capsys):
+    make_data(tmp_path)
+    monkeypatch.setenv("PAPER_DATA", str(tmp_path))
+    assert main(["train", "--preset", "cifar10_small", "--held-out", "0"]) == 2
+    line = capsys.readouterr().err.splitlines()[-1]  # after the progress of decoding, if it came to that
+    assert line.startswith("error: ") and message in line and "DATA=... (make) or PAPER_DATA" in line
+
+
+def test_too_few_images_to_hold_out_end_with_code_2_and_one_line(capsys):
+    runs.load_dataset(study("smoke").run)  # its progress is printed before
+    capsys.readouterr()
+    assert main(["train", "--preset", "smoke", "--held-out", "1000000"]) == 2
+    printed = capsys.readouterr().err
+    assert "error: held_out=1000000: must be at least 0 and less than" in printed and printed.count("\n") == 1
+
+
+@pytest.mark.parametrize(
+    "error", [trajectory.DivergedError("diverged"), trajectory.SnapshotError("no step"), workers.WorkerError("died")]
+)
+def test_runs_that_fail_end_with_code_2_and_one_line(error, monkeypatch, capsys):
+    def fail(*args):
+        raise error
+
+    monkeypatch.setattr(runs, "train_seeds", fail)
+    assert main(["train", "--preset", "smoke"]) == 2
+    assert capsys.readouterr().err == f"error: {error}\n"
 
 
 def test_training_from_the_command_line(tmp_path, monkeypatch, capsys):
@@ -71,15 +116,30 @@ def test_an_average_of_checkpoints_from_the_command_line(saved, capsys):
         (["step0.pt", "step10.pt", "--output", "step10.pt"], "it is one of the checkpoints"),
         (["step0.pt", "step10.pt", "--output", "a.onnx"], "its name must end in .pt"),
         (["step0.pt", "step30.pt", "--output", "a.pt"], "step30.pt"),
+        (["nothere", "--output", "a.pt"], "checkpoint = 'nothere' is not allowed: there is no such file or folder"),
+        (["step0.pt", "nothere/e1.pt", "--output", "a.pt"], "checkpoint = 'nothere/e1.pt' is not allowed"),
         ([".", "--output", "a.pt", "--schedule", "linaer"], "did you mean 'linear'?"),
     ],
 )
 def test_checkpoints_that_cannot_be_averaged_end_with_code_2_and_one_line(saved, monkeypatch, words, message, capsys):
     monkeypatch.chdir(saved)
     assert main(["cooldown", *words]) == 2
-    printed = capsys.readouterr().err
-    assert message in printed and printed.count("\n") == 1
+    printed = capsys.readouterr()
+    assert message in printed.err and printed.err.count("\n") == 1 and not printed.out
     assert sorted(path.name for path in saved.iterdir()) == ["step0.pt", "step10.pt", "step20.pt"]
+
+
+def test_a_folder_without_checkpoints_is_refused_by_name(tmp_path, capsys):
+    (tmp_path / "log5.txt").touch()
+    assert main(["cooldown", str(tmp_path), "--output", "a.pt"]) == 2
+    assert f"checkpoints = '{tmp_path}' is not allowed: no .pt, .pth, .safetensors" in capsys.readouterr().err
+
+
+def test_the_command_says_that_statistics_must_be_recomputed(tmp_path, capsys):
+    for step in (1, 2):
+        torch.save(torch.nn.BatchNorm1d(2).state_dict(), tmp_path / f"step{step}.pt")
+    assert main(["cooldown", str(tmp_path), "--output", str(tmp_path / "averaged.pt")]) == 0
+    assert "checkpoints.recompute_statistics" in capsys.readouterr().out
 
 
 def test_unknown_words_are_not_ignored(saved, capsys):

@@ -50,6 +50,8 @@ def test_a_run_that_cannot_work_is_refused_by_name_and_value(settings, message):
         (lambda: study("digits", steps="1500"), r"steps = '1500' has the wrong type"),
         (lambda: check_seeds([]), r"at least one"),
         (lambda: check_seeds([-1]), r">= 0"),
+        (lambda: check_seeds(3), r"seeds = 3 .* a sequence of integers"),
+        (lambda: check_seeds([0.5]), r"seeds = \[0.5\] .* a sequence of integers"),
     ],
 )
 def test_a_study_that_cannot_work_is_refused(call, message):
@@ -63,6 +65,15 @@ def test_overrides_reach_the_run_and_the_study(preset):
     assert (s.run.lr, s.window, s.seeds) == (0.25, 7, (5, 6))
     assert s.stationary().lr == s.decayed().lr == 0.25
     assert study(preset, seeds=[]).seeds == PRESETS[preset].seeds
+
+
+def test_changed_settings_are_named_and_keep_away_from_the_presets_results(monkeypatch):
+    monkeypatch.setenv("PAPER_RESULTS", "/results")
+    changed = study("digits", lr=0.5, window=16, seeds=[7])
+    assert changed.label == "digits, ResNet-8, lr = 0.5, window = 16"
+    assert (changed.preset, changed.results.name) == ("digits", "digits-custom")
+    for same in (study("digits"), study("digits", seeds=[7]), study("digits", lr=1, seeds=(0, 1, 2))):
+        assert (same.label, same.results.name) == ("digits, ResNet-8", "digits")
 
 
 def test_a_shortened_warm_up_loses_only_the_snapshots_after_its_end():

@@ -121,6 +121,14 @@ def test_a_window_is_read_from_the_device_once(monkeypatch):
     assert reads == [BLOCKS] * len(monitor.windows) and reads
 
 
+@pytest.mark.parametrize("kind", [np.array, torch.tensor])
+def test_gradients_that_are_not_finite_are_refused_at_the_end_of_their_window(kind):
+    monitor, bad = Monitor(0.5), kind([1.0, float("nan")])
+    with pytest.raises(ConfigError, match="gradients = nan is not allowed: some were not finite"):
+        for _ in range(1 + BLOCKS * block_length(0.5)):
+            monitor.observe(bad)
+
+
 @pytest.mark.parametrize(("memory", "steps"), [(0.0, 4), (0.8, 20), (0.9, 40)])
 def test_blocks_are_longer_than_the_memory(memory, steps):
     assert block_length(memory) == steps
@@ -235,3 +243,8 @@ def test_what_adam_averages_is_the_gradient_vector():
 def test_an_optimizer_that_maximizes_is_refused():
     with pytest.raises(ConfigError, match="maximize"):
         gradient_vector(torch.optim.SGD([quadratic([1.0])], lr=0.1, maximize=True))
+
+
+def test_a_network_in_place_of_its_optimizer_is_refused():
+    with pytest.raises(ConfigError, match="optimizer = 'Linear' is not allowed: pass the optimizer"):
+        gradient_vector(torch.nn.Linear(2, 2))

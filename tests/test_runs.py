@@ -12,7 +12,7 @@ import pytest
 import torch
 from helpers import SMALL, SmallNet, interrupt, small_data
 
-from paper_lib import data, files, recorder, runs, train
+from paper_lib import data, files, one_step, recorder, runs, train
 from paper_lib.config import RunConfig
 from paper_lib.presets import study
 from paper_lib.trajectory import Trajectory
@@ -176,6 +176,37 @@ def train_elsewhere():
     """Let a worker train a run into a folder that is not its own."""
     job = (study("smoke", steps=5, record="").run, runs.config_module.folder("runs") / "not-its-folder")
     runs.workers.train_parallel([job], lambda *message: None)
+
+
+IMAGES, VECTORS = small_data(), data.from_tensors(torch.randn(60, 5), torch.arange(60) % 2, torch.randn(9, 5), [0] * 9)
+
+
+@pytest.mark.parametrize(
+    ("call", "message"),
+    [
+        (lambda: runs.train_seeds(SMALL, [0], IMAGES, SmallNet()), "model = 'SmallNet' .* the function that makes"),
+        (lambda: runs.train_seeds(SMALL, [0], VECTORS), r"shape of an image = \(5,\) .* your own as model="),
+        (lambda: runs.train_seeds(SMALL, 3, IMAGES, SmallNet), "seeds = 3 .* a sequence of integers"),
+    ],
+)
+def test_a_network_or_seeds_of_the_wrong_kind_are_refused(call, message):
+    with pytest.raises(ConfigError, match=message):
+        call()
+
+
+def test_probing_without_the_network_that_was_trained_is_refused():
+    trained = runs.train_seeds(SMALL, [0], IMAGES, SmallNet, progress=False)
+    with pytest.raises(ConfigError, match=r"was the run trained with model=\.\.\.\? pass the same here"):
+        one_step.measure(trained, IMAGES, at=[20])
+    with pytest.raises(ConfigError, match="the function that makes the network"):
+        one_step.measure(trained, IMAGES, at=[20], model=SmallNet())
+
+
+@pytest.mark.parametrize(("model", "title"), [(SmallNet, "1 run of your network"), (None, "1 run of resnet8")])
+def test_progress_names_the_network_and_no_rate_before_it_is_known(model, title, capsys):
+    runs.train_seeds(SMALL.replace(width=1, steps=1, record=""), [0], IMAGES, model)
+    printed = capsys.readouterr().err
+    assert f"training {title}" in printed and " 0 images/s" not in printed
 
 
 def test_a_worker_that_fails_says_why(monkeypatch):
