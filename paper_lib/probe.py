@@ -11,10 +11,11 @@ either way (no dropout), so that a loss is a function of weights and batch alone
 
 from __future__ import annotations
 
+import collections
 import contextlib
 import copy
 from collections.abc import Callable, Iterable, Iterator
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import ThreadPoolExecutor, as_completed
 
 import numpy as np
 import torch
@@ -28,6 +29,9 @@ from paper_lib.models import FlatModel
 from paper_lib.validate import require
 
 SAMPLES_AT_ONCE = {"cpu": 256, "cuda": 4096}  # per forward pass: what fits a core's cache; what fills a GPU
+# Pixels per pass on a GPU, for about 16 GB: up to 1 kB each for losses alone; where activations are kept to be
+# differentiated twice, up to 14 kB (a ResNet-18 without stem; a ResNet-50 takes 5).
+PIXELS_AT_ONCE, PIXELS_KEPT = 2**22, 2**20
 GRAM_BYTES = 2**30  # memory that gradients may take while their inner products are formed
 
 
@@ -43,10 +47,9 @@ def losses(
     rows = np.atleast_2d(weights)
     _check_batches(x, y)
     found = np.empty((len(rows), len(x)), np.float32)
-    # Taking from one iterator is atomic, so threads share it.
-    turns, bar = iter(range(len(rows))), tqdm(total=len(rows), desc=progress, disable=not progress)
+    bar = tqdm(total=len(rows), desc=progress, disable=not progress)
 
-    def work(own: FlatModel) -> None:
+    def work(own: FlatModel, turns: Iterator[int]) -> None:
         with _probing(own, buffers), torch.no_grad():
             for i in turns:
                 _load(own, rows[i], buffers if np.ndim(buffers) < 2 else buffers[i])
@@ -55,36 +58,49 @@ def losses(
                 bar.update()
 
     with bar:
-        _in_threads(net, work, len(rows))
+        _in_threads(net, work, range(len(rows)))
     return found if np.ndim(weights) == 2 else found[0]
 
 
-def _in_threads(net: FlatModel, work: Callable[[FlatModel], None], n_tasks: int) -> None:
-    """Call `work` on as many copies of the network as torch may use threads, each in a one-thread worker of its own.
+def _in_threads(net: FlatModel, work: Callable[[FlatModel, Iterator[int]], None], tasks: range) -> None:
+    """Let `work` take tasks with as many copies of the network as torch may use threads, each in a one-thread worker.
 
     Whole forward passes share the cores of a CPU much better than the parts of a small convolution do.
     """
-    n_threads = min(torch.get_num_threads(), n_tasks) if net.device.type == "cpu" else 1
+    n_threads = min(torch.get_num_threads(), len(tasks)) if net.device.type == "cpu" else 1
+    turns = iter(tasks)  # taking from one iterator is atomic, so threads share it
     if n_threads == 1:
-        return work(net)
+        return work(net, turns)
     copies = [FlatModel(copy.deepcopy(net.module)) for _ in range(n_threads)]
     before = torch.get_num_threads()
     torch.set_num_threads(1)
     try:
         with ThreadPoolExecutor(n_threads, initializer=torch.set_num_threads, initargs=(1,)) as pool:
-            for future in [pool.submit(work, one) for one in copies]:
-                future.result()
+            try:
+                for future in as_completed([pool.submit(work, one, turns) for one in copies]):
+                    future.result()
+            except BaseException:  # an error or an interrupt: the pool waits for threads that would go on to the end
+                collections.deque(turns, maxlen=0)
+                raise
     finally:
         torch.set_num_threads(before)
 
 
 def _passes(net: FlatModel, x: Tensor, y: Tensor) -> Iterator[tuple[Tensor, Tensor]]:
     """Yield logits (n, classes) and labels (n,) at the current weights: several batches to a forward pass."""
-    at_once = max(1, SAMPLES_AT_ONCE[net.device.type] // y.shape[1])
+    at_once = _batches_at_once(net.device.type, x.shape, torch.is_grad_enabled())
     for xs, ys in zip(x.split(at_once), y.split(at_once), strict=True):
         with batchnorm.batchwise_statistics(net.module, len(xs)):
             logits = net.forward(xs.flatten(0, 1))
         yield logits.float(), ys.flatten()
+
+
+def _batches_at_once(device: str, shape: torch.Size, kept: bool) -> int:
+    """How many batches of x, `shape` = (K, B, ...), share a pass; one at least: its statistics are its own."""
+    samples = SAMPLES_AT_ONCE[device]
+    if device == "cuda":
+        samples = min(samples, (PIXELS_KEPT if kept else PIXELS_AT_ONCE) // shape[3:].numel())
+    return max(1, samples // shape[1])
 
 
 def losses_reference(net: FlatModel, weights: np.ndarray, x: Tensor, y: Tensor) -> np.ndarray:
@@ -103,7 +119,11 @@ def _probing(net: FlatModel, buffers: np.ndarray | None) -> Iterator[None]:
     with net.preserved(train=False):
         for layer in batchnorm.layers(net.module):
             layer.training = buffers is None
-        yield
+        try:
+            yield
+        except torch.OutOfMemoryError as error:
+            advice = "lower `batch_size` (a batch is never split: its statistics are its own) or `width`"
+            raise MemoryError(f"{net.device} ran out of memory probing: {advice}") from error
 
 
 def _load(net: FlatModel, weights: np.ndarray, buffers: np.ndarray | None) -> None:

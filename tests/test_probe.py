@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import time
+
 import numpy as np
 import pytest
 import torch
@@ -89,6 +91,47 @@ def test_an_error_in_a_thread_is_the_callers():
         assert torch.get_num_threads() == 2
     finally:
         torch.set_num_threads(before)
+
+
+def test_an_error_in_a_thread_ends_the_others(monkeypatch):
+    net, (x, y), before, done = make(), batches(), torch.get_num_threads(), []
+    many = points(net, 400)
+
+    def load(own, row, buffers):
+        if np.array_equal(row, many[3]):
+            raise KeyboardInterrupt
+        done.append(row)
+        time.sleep(0.01)  # else the other thread could finish before the caller learns of the error
+
+    monkeypatch.setattr(probe, "_load", load)
+    torch.set_num_threads(2)
+    try:
+        with pytest.raises(KeyboardInterrupt):
+            probe.losses(net, many, x, y)
+    finally:
+        torch.set_num_threads(before)
+    assert len(done) < 200
+
+
+@pytest.mark.parametrize("kept", [False, True])
+def test_passes_on_a_gpu_are_bounded_by_pixels(kept):
+    def images(batch, *shape):
+        return batch * probe._batches_at_once("cuda", torch.Size([64, batch, *shape]), kept)
+
+    assert images(16, 3, 32, 32) == (1024 if kept else 4096)
+    assert images(16, 3, 224, 224) == (16 if kept else 80)
+    assert images(256, 3, 224, 224) == 256  # a batch is never split
+    assert images(16, 1, 8, 8) == images(16, 64) == 4096
+
+
+def test_running_out_of_memory_says_what_to_lower(monkeypatch):
+    def forward(x):
+        raise torch.OutOfMemoryError("CUDA out of memory")
+
+    net, (x, y) = make(), batches()
+    monkeypatch.setattr(net.module, "forward", forward)
+    with pytest.raises(MemoryError, match="lower `batch_size`"):
+        probe.mean_gradient(net, points(net)[0], x, y)
 
 
 def test_losses_with_buffers_do_not_depend_on_the_rest_of_the_batch():
