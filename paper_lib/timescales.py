@@ -174,7 +174,7 @@ def two_point_fall(
     """By how much the training loss of an average of two iterates lies below that of the later one, a row per lag.
 
     Means over n_pairs pairs: `full`, of the average itself; `steep`, when only the components along the measured
-    directions are averaged; `model`, what their spectrum predicts for that, sum h v (1 - q^lag) / 4 (plain SGD).
+    directions are averaged; `model`, what their spectrum predicts for that: sum h v (1 - rho_lag) / 4.
     """
     c, X, V = m.run.config, m.window, m.directions[m.stable]
     require(0 < min(lags) and max(lags) < len(X), "lags", list(lags), f"they must lie in 1..{len(X) - 1}")
@@ -188,8 +188,8 @@ def two_point_fall(
         full = probe.losses(net, X[ends] + back, *batches).mean()
         rows.append({"seed": c.seed, "lag": lag, "full": single - full, "steep": single - steep})
     spectrum = m.spectrum()
-    predicted = spectrum.excess_loss(c.lr) - spectrum.two_point_losses(c.lr, lags)
-    return pd.DataFrame(rows).assign(model=predicted)
+    averaged = [spectrum.averaged_loss(averaging.two_point(lag + 1, lag), c.lr, c.momentum) for lag in lags]
+    return pd.DataFrame(rows).assign(model=spectrum.excess_loss(c.lr, c.momentum) - np.array(averaged))
 
 
 def plot_rates(ax: Axes, table: pd.DataFrame) -> None:
