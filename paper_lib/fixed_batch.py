@@ -9,6 +9,7 @@ import numpy as np
 import pandas as pd
 import seaborn as sns
 from matplotlib.axes import Axes
+from scipy.optimize import nnls
 from torch import Tensor
 from tqdm import tqdm
 
@@ -92,13 +93,11 @@ def fit_mixture(dips: np.ndarray, n_rates: int) -> tuple[np.ndarray, np.ndarray]
     The model's dip (theory: 2 eta s2 q^k in each direction) is such a mixture over curvatures, q = 1 - lr h.
     """
     require(len(dips) > 2 * n_rates, "dips", len(dips), f"{n_rates} rate(s) need more than {2 * n_rates} values")
-    k, best = np.arange(len(dips)), (np.inf, np.zeros(n_rates), np.zeros(n_rates))
+    k, best = np.arange(len(dips)), (np.inf,)
     for taus in itertools.combinations(np.geomspace(3 * len(dips), 0.3, 60), n_rates):  # decay times in steps
         q = np.exp(-1 / np.array(taus))
-        basis = q[None, :] ** k[:, None]
-        amplitudes = np.linalg.lstsq(basis, dips, rcond=None)[0]
-        error = float(((basis @ amplitudes - dips) ** 2).sum())
-        if error < best[0] and amplitudes.min() >= 0:
+        amplitudes, error = nnls(q[None, :] ** k[:, None], dips)
+        if error < best[0]:
             best = (error, amplitudes, q)
     return best[1], best[2]
 
