@@ -15,7 +15,7 @@ from matplotlib.axes import Axes
 from matplotlib.ticker import LogLocator, MaxNLocator
 from tqdm import tqdm
 
-from paper_lib import figures, probe, runs
+from paper_lib import derivatives, figures, probe, runs
 from paper_lib.data import Dataset
 from paper_lib.train import ModelFactory
 from paper_lib.trajectory import Trajectory
@@ -43,7 +43,7 @@ def measure_points(
     for run, step, size in tqdm(jobs, desc="gradients of fresh batches"):
         k = int(np.clip(n_images // size, 8, 64))
         batches = probe.fixed_batches(dataset, k, size, seed=step + run.config.seed)
-        gram = probe.gram(nets[run], np.array(run.at(step)), *batches)
+        gram = derivatives.gram(nets[run], np.array(run.at(step)), *batches)
         tables.append({"seed": run.config.seed, "step": step, "size": size, **alignment(gram)})
     return pd.DataFrame(tables)
 
@@ -146,7 +146,7 @@ def _full_gradients(
     for t in tqdm(steps, desc=f"full gradients, lr {c.lr:g}"):
         held = dataset.batches(range(t * n_batches, (t + 1) * n_batches), c.batch_size, c.stream, "held")
         x = np.array(run.at(t))
-        yield t, x, probe.mean_gradient(net, x, *held) + c.weight_decay * x
+        yield t, x, derivatives.mean_gradient(net, x, *held) + c.weight_decay * x
 
 
 def measure_displacement(
@@ -200,7 +200,7 @@ def measure_eta(
         for t in np.linspace(first, c.steps - 1, n_points).astype(int):
             g = used_gradients(run, t, t)[0][0]
             held = dataset.batches(range(t * n_batches, (t + 1) * n_batches), c.batch_size, c.stream, "held")
-            curvature = probe.curvature(net, np.array(run.at(t)), g, *held).mean() + c.weight_decay
+            curvature = derivatives.curvature(net, np.array(run.at(t)), g, *held).mean() + c.weight_decay
             products += [curvature * (g @ g), g @ g]
         found[c.seed] = c.lr * products[0] / products[1]
     return pd.Series(found, name="eta").rename_axis("seed")

@@ -13,7 +13,7 @@ from scipy.optimize import nnls
 from torch import Tensor
 from tqdm import tqdm
 
-from paper_lib import figures, probe, runs
+from paper_lib import derivatives, figures, probe, runs
 from paper_lib.data import Dataset
 from paper_lib.models import FlatModel
 from paper_lib.train import ModelFactory
@@ -53,7 +53,10 @@ def around(
         own = dataset.batches([t], size, stream)
         held = dataset.batches(range(t * n_held, (t + 1) * n_held), size, stream, "held")
         window, start = run.window(t - before, t + after), np.array(run.at(t))
-        g_own, g_held = probe.gradients(nets[run], start, *own)[0], probe.mean_gradient(nets[run], start, *held)
+        g_own, g_held = (
+            derivatives.gradients(nets[run], start, *own)[0],
+            derivatives.mean_gradient(nets[run], start, *held),
+        )
         away = [(row - start).astype(np.float64) for row in window]  # its products with a gradient nearly cancel
         loss = probe.losses(nets[run], window, *own)[:, 0].astype(np.float64)
         beside = probe.losses(nets[run], window[before : before + 2], *held).mean(1)
@@ -177,7 +180,7 @@ def excesses(net: FlatModel, points: np.ndarray, x: Tensor, y: Tensor) -> pd.Dat
     slopes = np.empty((n, n, n_batches))  # g_k(x_i) . (x_j - x_i)
     for a in range(n):
         away = points - points[a]
-        for k, gradient in enumerate(probe.each_gradient(net, points[a], x, y)):
+        for k, gradient in enumerate(derivatives.each_gradient(net, points[a], x, y)):
             slopes[a, :, k] = away @ gradient
     middle = np.stack([probe.losses(net, (points[a] + points[b]) / 2, x, y) for a, b in zip(i, j, strict=True)])
     tangent = np.maximum(at[i] + slopes[i, j] - at[j], at[j] + slopes[j, i] - at[i])

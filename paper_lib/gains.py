@@ -10,7 +10,7 @@ import seaborn as sns
 from matplotlib.axes import Axes
 from tqdm import tqdm
 
-from paper_lib import alignment, figures, probe, runs
+from paper_lib import alignment, derivatives, figures, probe, runs
 from paper_lib.data import Dataset
 from paper_lib.monitor import BLOCKS, Averages
 from paper_lib.stationarity import replay
@@ -40,7 +40,7 @@ def measure_velocity(
         for t in tqdm(np.linspace(begin, c.steps - 1, n_points).astype(int), desc="full gradients"):
             held = dataset.batches(range(t * n_batches, (t + 1) * n_batches), c.batch_size, c.stream, "held")
             x = np.array(run.at(t))
-            products.append(g[t - begin] @ (probe.mean_gradient(net, x, *held) + c.weight_decay * x))
+            products.append(g[t - begin] @ (derivatives.mean_gradient(net, x, *held) + c.weight_decay * x))
         used = np.einsum("tp,tp->t", g[1:], v[:-1]).mean()
         rows.append({"seed": c.seed, "used": used, "predicted": -np.mean(products) / (1 + c.momentum)})
     return pd.DataFrame(rows)

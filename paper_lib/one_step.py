@@ -11,7 +11,7 @@ from matplotlib.axes import Axes
 from torch import Tensor
 from tqdm import tqdm
 
-from paper_lib import figures, probe, runs
+from paper_lib import derivatives, figures, probe, runs
 from paper_lib.data import Dataset
 from paper_lib.models import FlatModel
 from paper_lib.train import ModelFactory
@@ -63,15 +63,15 @@ def _probe_one(
     buffers: np.ndarray | None,
 ) -> pd.DataFrame:
     """The table of one snapshot and one batch, without its column `probe`."""
-    gradient = probe.gradients(net, weights, *own, buffers)[0]
-    held_gradient = probe.mean_gradient(net, weights, *held, buffers)
+    gradient = derivatives.gradients(net, weights, *own, buffers)[0]
+    held_gradient = derivatives.mean_gradient(net, weights, *held, buffers)
     return pd.DataFrame(
         {
             "own": probe.line(net, weights, -gradient, steps, *own, buffers)[:, 0],
             "held": probe.line(net, weights, -gradient, steps, *held, buffers).mean(1),
             "slope_own": float(gradient @ gradient),
             "slope_held": float(gradient @ held_gradient),
-            "curvature": float(probe.curvature(net, weights, gradient, *own, buffers)[0]),
+            "curvature": float(derivatives.curvature(net, weights, gradient, *own, buffers)[0]),
         }
     )
 

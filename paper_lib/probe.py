@@ -1,4 +1,4 @@
-"""Losses and gradients of chosen batches at chosen weights, without a trace on the network or the random state.
+"""Losses of chosen batches at chosen weights, without a trace on the network or the random state.
 
 Batches are stacked: x (K, B, ...) and y (K, B) are K batches of B samples. Weights are rows of a matrix, (n, P), or one
 vector, (P,). Everything comes back as NumPy arrays. All losses are mean cross-entropies in nats, in float32, without
@@ -32,7 +32,7 @@ SAMPLES_AT_ONCE = {"cpu": 256, "cuda": 4096}  # per forward pass: what fits a co
 # Pixels per pass on a GPU, for about 16 GB: up to 1 kB each for losses alone; where activations are kept to be
 # differentiated twice, up to 14 kB (a ResNet-18 without stem; a ResNet-50 takes 5).
 PIXELS_AT_ONCE, PIXELS_KEPT = 2**22, 2**20
-GRAM_BYTES = 2**30  # memory that gradients may take while their inner products are formed
+PROBE_STREAM = 1_000_000  # seeds of probing streams start here; runs use small seeds
 
 
 def losses(
@@ -45,15 +45,15 @@ def losses(
 ) -> np.ndarray:
     """Loss of each batch at each of the weights, (n, K), or (K,) for one vector; `buffers` may be (n, Q) too."""
     rows = np.atleast_2d(weights)
-    _check_batches(x, y)
+    check_batches(x, y)
     found = np.empty((len(rows), len(x)), np.float32)
     bar = tqdm(total=len(rows), desc=progress, disable=not progress)
 
     def work(own: FlatModel, turns: Iterator[int]) -> None:
-        with _probing(own, buffers), torch.no_grad():
+        with probing(own, buffers), torch.no_grad():
             for i in turns:
-                _load(own, rows[i], buffers if np.ndim(buffers) < 2 else buffers[i])
-                parts = [F.cross_entropy(*piece, reduction="none") for piece in _passes(own, x, y)]
+                load(own, rows[i], buffers if np.ndim(buffers) < 2 else buffers[i])
+                parts = [F.cross_entropy(*piece, reduction="none") for piece in passes(own, x, y)]
                 found[i] = torch.cat(parts).view(y.shape).mean(1).cpu().numpy()
                 bar.update()
 
@@ -86,7 +86,7 @@ def _in_threads(net: FlatModel, work: Callable[[FlatModel, Iterator[int]], None]
         torch.set_num_threads(before)
 
 
-def _passes(net: FlatModel, x: Tensor, y: Tensor) -> Iterator[tuple[Tensor, Tensor]]:
+def passes(net: FlatModel, x: Tensor, y: Tensor) -> Iterator[tuple[Tensor, Tensor]]:
     """Yield logits (n, classes) and labels (n,) at the current weights: several batches to a forward pass."""
     at_once = _batches_at_once(net.device.type, x.shape, torch.is_grad_enabled())
     for xs, ys in zip(x.split(at_once), y.split(at_once), strict=True):
@@ -103,18 +103,8 @@ def _batches_at_once(device: str, shape: torch.Size, kept: bool) -> int:
     return max(1, samples // shape[1])
 
 
-def losses_reference(net: FlatModel, weights: np.ndarray, x: Tensor, y: Tensor) -> np.ndarray:
-    """What `losses` computes with batch statistics, one batch and one forward pass at a time: slow and plain."""
-    found = np.empty((len(weights), len(x)), np.float32)
-    with _probing(net, None), torch.no_grad():
-        for i, row in enumerate(weights):
-            _load(net, row, None)
-            found[i] = [F.cross_entropy(net.forward(xs), ys).item() for xs, ys in zip(x, y, strict=True)]
-    return found
-
-
 @contextlib.contextmanager
-def _probing(net: FlatModel, buffers: np.ndarray | None) -> Iterator[None]:
+def probing(net: FlatModel, buffers: np.ndarray | None) -> Iterator[None]:
     """Leave no trace; BatchNorm uses batch statistics unless there are buffers, all else is in evaluation mode."""
     with net.preserved(train=False):
         for layer in batchnorm.layers(net.module):
@@ -126,12 +116,13 @@ def _probing(net: FlatModel, buffers: np.ndarray | None) -> Iterator[None]:
             raise MemoryError(f"{net.device} ran out of memory probing: {advice}") from error
 
 
-def _load(net: FlatModel, weights: np.ndarray, buffers: np.ndarray | None) -> None:
+def load(net: FlatModel, weights: np.ndarray, buffers: np.ndarray | None) -> None:
+    """Set a network's weights (P,) and, where there are any, buffers (Q,); ConfigError for other shapes."""
     for name, vector, values in (("weights", net.weights, weights), ("buffers", net.buffers, buffers)):
         if values is not None:
             expected = f"this network needs {tuple(vector.shape)}"
             require(np.shape(values) == vector.shape, f"shape of {name}", np.shape(values), expected)
-            vector.copy_(_tensor(values))
+            vector.copy_(tensor(values))
 
 
 def line(
@@ -148,109 +139,6 @@ def line(
     return losses(net, points, x, y, buffers)
 
 
-def gradients(
-    net: FlatModel, weights: np.ndarray, x: Tensor, y: Tensor, buffers: np.ndarray | None = None
-) -> np.ndarray:
-    """Gradient of each batch's loss at one weight vector, (K, P)."""
-    return np.stack(list(each_gradient(net, weights, x, y, buffers)))
-
-
-def each_gradient(
-    net: FlatModel, weights: np.ndarray, x: Tensor, y: Tensor, buffers: np.ndarray | None = None
-) -> Iterator[np.ndarray]:
-    """Yield what `gradients` stacks, one batch at a time, where only sums or inner products are needed."""
-    _check_batches(x, y)
-    for xs, ys in zip(x, y, strict=True):
-        with _probing(net, buffers):
-            _load(net, weights, buffers)
-            net.backward(F.cross_entropy(net.forward(xs).float(), ys))
-            found = net.grad.cpu().numpy().copy()
-        yield found
-
-
-def mean_gradient(
-    net: FlatModel, weights: np.ndarray, x: Tensor, y: Tensor, buffers: np.ndarray | None = None
-) -> np.ndarray:
-    """Mean of the batches' gradients at one weight vector, (P,): several batches to a pass."""
-    _check_batches(x, y)
-    with _probing(net, buffers):
-        _load(net, weights, buffers)
-        total = torch.zeros_like(net.grad)
-        for piece in _passes(net, x, y):
-            net.backward(F.cross_entropy(*piece, reduction="sum"))
-            total += net.grad
-        return (total / y.numel()).cpu().numpy()
-
-
-def gram(net: FlatModel, weights: np.ndarray, x: Tensor, y: Tensor, buffers: np.ndarray | None = None) -> np.ndarray:
-    """Inner products of all pairs of the batches' gradients at one weight vector, (K, K) float64.
-
-    As many gradients as GRAM_BYTES holds are kept; the others are computed again for each such block.
-    """
-    _check_batches(x, y)
-    n = len(x)
-    block = max(1, GRAM_BYTES // (4 * net.weights.numel()))
-    found = np.empty((n, n))
-    for i in range(0, n, block):
-        kept = gradients(net, weights, x[i : i + block], y[i : i + block], buffers)
-        found[i : i + block, i : i + block] = kept @ kept.T
-        if i + block < n:
-            for j, g in enumerate(each_gradient(net, weights, x[i + block :], y[i + block :], buffers), i + block):
-                found[i : i + block, j] = found[j, i : i + block] = kept @ g
-    return found
-
-
-def curvature(
-    net: FlatModel,
-    weights: np.ndarray,
-    direction: np.ndarray,
-    x: Tensor,
-    y: Tensor,
-    buffers: np.ndarray | None = None,
-) -> np.ndarray:
-    """Second derivative d^T H_k d / |d|^2 of each batch's loss along a direction, (K,)."""
-    products = hessian_vector_products(net, weights, direction, x, y, buffers)
-    return products @ direction / np.dot(direction, direction)
-
-
-def hessian_vector_products(
-    net: FlatModel,
-    weights: np.ndarray,
-    direction: np.ndarray,
-    x: Tensor,
-    y: Tensor,
-    buffers: np.ndarray | None = None,
-) -> np.ndarray:
-    """Exact products H_k d of each batch's Hessian with a direction, (K, P), by differentiating twice."""
-    _check_batches(x, y)
-    found = np.empty((len(x), len(direction)), np.float32)
-    for k in range(len(x)):
-        with _probing(net, buffers):
-            _load(net, weights, buffers)
-            loss = F.cross_entropy(net.forward(x[k]).float(), y[k])
-            found[k] = net.hessian_product(loss, _tensor(direction)).cpu().numpy()
-    return found
-
-
-def mean_hessian_product(
-    net: FlatModel,
-    weights: np.ndarray,
-    direction: np.ndarray,
-    x: Tensor,
-    y: Tensor,
-    buffers: np.ndarray | None = None,
-) -> np.ndarray:
-    """Mean of what `hessian_vector_products` gives, (P,) float64: several batches to a pass."""
-    _check_batches(x, y)
-    total, vector = np.zeros(len(direction)), _tensor(direction)
-    with _probing(net, buffers):
-        _load(net, weights, buffers)
-        for logits, labels in _passes(net, x, y):
-            product = net.hessian_product(F.cross_entropy(logits, labels), vector)
-            total += product.cpu().numpy() * (len(labels) / y.numel())
-    return total
-
-
 def statistics(net: FlatModel, weights: np.ndarray, x: Tensor) -> np.ndarray:
     """Buffers recomputed at the given weights: BatchNorm's means and variances averaged over batches x (K, B, ...).
 
@@ -258,8 +146,8 @@ def statistics(net: FlatModel, weights: np.ndarray, x: Tensor) -> np.ndarray:
     """
     layers = batchnorm.layers(net.module)
     rates = [layer.momentum for layer in layers]
-    with _probing(net, None), torch.no_grad():
-        _load(net, weights, None)
+    with probing(net, None), torch.no_grad():
+        load(net, weights, None)
         try:
             for i, batch in enumerate(x):
                 for layer in layers:
@@ -276,8 +164,8 @@ def evaluate(
 ) -> tuple[float, float]:
     """Mean loss and accuracy over chunks (x, y) of samples, in evaluation mode with the given buffers."""
     loss, correct, n = 0.0, 0, 0
-    with _probing(net, buffers), torch.no_grad():
-        _load(net, weights, buffers)
+    with probing(net, buffers), torch.no_grad():
+        load(net, weights, buffers)
         for x, y in chunks:
             logits = net.forward(x).float()
             loss += F.cross_entropy(logits, y, reduction="sum").item()
@@ -292,13 +180,12 @@ def fixed_batches(dataset: Dataset, n: int, size: int, seed: int, split: str = "
     return dataset.batches(n, size, PROBE_STREAM + seed, split)
 
 
-PROBE_STREAM = 1_000_000  # seeds of probing streams start here; runs use small seeds
+def tensor(row: np.ndarray) -> Tensor:
+    """A vector in float32, copied: rows of a mapped trajectory are read-only."""
+    return torch.from_numpy(np.array(row, np.float32))
 
 
-def _tensor(row: np.ndarray) -> Tensor:
-    return torch.from_numpy(np.array(row, np.float32))  # a copy: rows of a mapped trajectory are read-only
-
-
-def _check_batches(x: Tensor, y: Tensor) -> None:
+def check_batches(x: Tensor, y: Tensor) -> None:
+    """ConfigError unless x and y are stacked batches."""
     require(x.ndim >= 2 and len(x) > 0, "x", tuple(x.shape), "batches are stacked as (K, B, ...), K at least 1")
     require(tuple(y.shape) == tuple(x.shape[:2]), "y", tuple(y.shape), f"labels must be (K, B) = {tuple(x.shape[:2])}")

@@ -11,7 +11,7 @@ import seaborn as sns
 from matplotlib.axes import Axes
 from torch import Tensor
 
-from paper_lib import averaging, ellipsoid, figures, hessian, probe, quadratic, runs
+from paper_lib import averaging, derivatives, ellipsoid, figures, hessian, probe, quadratic, runs
 from paper_lib.data import Dataset
 from paper_lib.models import FlatModel
 from paper_lib.spectrum import Spectrum
@@ -86,7 +86,7 @@ def _fresh_batches(run: Trajectory, dataset: Dataset, j: int) -> tuple[Tensor, T
 
 def _noise(net: FlatModel, weights: np.ndarray, V: np.ndarray, x: Tensor, y: Tensor) -> np.ndarray:
     """Variance over batches of their gradients along V (k, P): (k,)."""
-    return np.var([V @ g for g in probe.each_gradient(net, weights, x, y)], axis=0, ddof=1)
+    return np.var([V @ g for g in derivatives.each_gradient(net, weights, x, y)], axis=0, ddof=1)
 
 
 def measure(found: Sequence[Modes]) -> pd.DataFrame:

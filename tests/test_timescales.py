@@ -5,7 +5,7 @@ import pytest
 import torch
 from torch import nn
 
-from paper_lib import data, hessian, probe, timescales
+from paper_lib import data, derivatives, hessian, timescales
 from paper_lib.config import RunConfig
 from paper_lib.models import FlatModel
 from paper_lib.quadratic import autocorrelation, stationary_variance
@@ -42,7 +42,7 @@ def bowl():
 def test_product_is_that_of_the_mean_hessian(bowl):
     net, weights, x, y, H = bowl
     d = np.random.default_rng(1).standard_normal(10)
-    np.testing.assert_allclose(probe.mean_hessian_product(net, weights, d, x, y), H @ d, rtol=1e-5)
+    np.testing.assert_allclose(derivatives.mean_hessian_product(net, weights, d, x, y), H @ d, rtol=1e-5)
 
 
 def test_top_directions_are_the_steepest_and_orthonormal(bowl):
@@ -65,10 +65,10 @@ def test_batch_statistics_are_those_of_each_batch():
     net = FlatModel(nn.Sequential(nn.Linear(5, 4), nn.BatchNorm1d(4), nn.Tanh(), nn.Linear(4, 3)))
     x, y = torch.randn(3, 8, 5), torch.randint(3, (3, 8))
     weights, d = net.weights.numpy().copy(), np.random.default_rng(0).standard_normal(net.weights.numel())
-    singly = [probe.mean_hessian_product(net, weights, d, x[k : k + 1], y[k : k + 1]) for k in range(3)]
+    singly = [derivatives.mean_hessian_product(net, weights, d, x[k : k + 1], y[k : k + 1]) for k in range(3)]
     before = net.buffers.clone()
     np.testing.assert_allclose(
-        probe.mean_hessian_product(net, weights, d, x, y), np.mean(singly, 0), rtol=1e-4, atol=1e-6
+        derivatives.mean_hessian_product(net, weights, d, x, y), np.mean(singly, 0), rtol=1e-4, atol=1e-6
     )
     assert torch.equal(net.buffers, before)
 
