@@ -15,6 +15,7 @@ from tqdm import tqdm
 
 from paper_lib import derivatives, figures, probe, runs
 from paper_lib.data import Dataset
+from paper_lib.full_gradient import held_batches
 from paper_lib.models import FlatModel
 from paper_lib.train import ModelFactory
 from paper_lib.trajectory import Trajectory
@@ -49,9 +50,8 @@ def around(
     tables = []
     nets = {run: runs.network(run, dataset, model) for run in trajectories}
     for run, t in tqdm([(run, int(t)) for run in trajectories for t in at], desc="around the own step"):
-        size, stream = run.config.batch_size, run.config.stream
-        own = dataset.batches([t], size, stream)
-        held = dataset.batches(range(t * n_held, (t + 1) * n_held), size, stream, "held")
+        own = dataset.batches([t], run.config.batch_size, run.config.stream)
+        held = held_batches(dataset, run.config, t, n_held)
         window, start = run.window(t - before, t + after), np.array(run.at(t))
         g_own, g_held = (
             derivatives.gradients(nets[run], start, *own)[0],

@@ -13,6 +13,7 @@ from tqdm import tqdm
 
 from paper_lib import derivatives, figures, probe, runs
 from paper_lib.data import Dataset
+from paper_lib.full_gradient import held_batches
 from paper_lib.models import FlatModel
 from paper_lib.train import ModelFactory
 from paper_lib.trajectory import Trajectory
@@ -45,9 +46,8 @@ def measure(
     jobs = [(run, step, batch) for run in trajectories for step in at for batch in range(step, step + n_batches)]
     nets = {run: runs.network(run, dataset, model) for run in trajectories}
     for run, step, batch in tqdm(jobs, desc=f"one step {point}".strip()):
-        size, stream = batch_size or run.config.batch_size, run.config.stream
-        own = dataset.batches([batch], size, stream)
-        held = dataset.batches(range(batch * n_held, (batch + 1) * n_held), size, stream, "held")
+        own = dataset.batches([batch], batch_size or run.config.batch_size, run.config.stream)
+        held = held_batches(dataset, run.config, batch, n_held, batch_size)
         buffers = np.array(run.buffers[run.rows(step)[0]]) if frozen else None
         table = _probe_one(nets[run], np.array(run.at(step)), own, held, multiples * run.config.lr, buffers)
         tables.append(table.assign(probe=multiples, seed=run.config.seed, step=step, batch=batch))
