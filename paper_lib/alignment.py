@@ -6,7 +6,7 @@ different batches, so that no batch's noise meets itself and nothing has to be c
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 
 import numpy as np
 import pandas as pd
@@ -15,8 +15,9 @@ from matplotlib.axes import Axes
 from matplotlib.ticker import LogLocator, MaxNLocator
 from tqdm import tqdm
 
-from paper_lib import figures, probe, runs
+from paper_lib import derivatives, figures, probe, runs
 from paper_lib.data import Dataset
+from paper_lib.full_gradient import full_gradients, held_batches
 from paper_lib.models import ModelFactory
 from paper_lib.trajectory import Trajectory
 from paper_lib.validate import require
@@ -43,13 +44,13 @@ def measure_points(
     for run, step, size in tqdm(jobs, desc="gradients of fresh batches"):
         k = int(np.clip(n_images // size, 8, 64))
         batches = probe.fixed_batches(dataset, k, size, seed=step + run.config.seed)
-        gram = probe.gram(nets[run], np.array(run.at(step)), *batches)
+        gram = derivatives.gram(nets[run], np.array(run.at(step)), *batches)
         tables.append({"seed": run.config.seed, "step": step, "size": size, **alignment(gram)})
     return pd.DataFrame(tables)
 
 
 def alignment(gram: np.ndarray) -> dict[str, float]:
-    """What the Gram matrix (K, K) of K batch gradients g_k says about alignment; ValueError for K < 3.
+    """What the Gram matrix (K, K) of K batch gradients g_k says about alignment; ConfigError for K < 3.
 
     `norm2` = E|g|^2; `full2` = |E g|^2, from pairs; `noise2` = their difference; `batch_batch` = mean cosine of two
     batches; `batch_full` = mean cosine of a batch and the mean of the K - 1 others; `batch_full_predicted` = the same
@@ -111,7 +112,7 @@ def measure_lags(
         require(last >= first, "window", (first, c.steps), f"{n_lags} lags need as many steps after the first")
         steps = np.unique(np.linspace(first, last, n_points).astype(int))
         sums = np.zeros((3, n_lags))
-        for t, _, full in _full_gradients(run, dataset, steps, n_batches, model):
+        for t, _, full in full_gradients(run, dataset, steps, n_batches, model):
             g, v = used_gradients(run, t, t + n_lags - 1)
             sums += [g @ g[0], g @ full, model_product(g @ full, v @ full, c.momentum)]
         columns = dict(zip(("used", "full", "predicted"), sums / sums[0, 0], strict=True))
@@ -138,17 +139,6 @@ def ratio(lags: pd.DataFrame, first: int, last: int) -> pd.Series:
     return sums.used / sums.predicted
 
 
-def _full_gradients(
-    run: Trajectory, dataset: Dataset, steps: np.ndarray, n_batches: int, model: ModelFactory | None
-) -> Iterator[tuple[int, np.ndarray, np.ndarray]]:
-    """Yield t, x_t and G_t: the mean gradient, with weight decay, of held-out batches that no other t shares."""
-    net, c = runs.network(run, dataset, model), run.config
-    for t in tqdm(steps, desc=f"full gradients, lr {c.lr:g}"):
-        held = dataset.batches(range(t * n_batches, (t + 1) * n_batches), c.batch_size, c.stream, "held")
-        x = np.array(run.at(t))
-        yield t, x, probe.mean_gradient(net, x, *held) + c.weight_decay * x
-
-
 def measure_displacement(
     trajectories: Sequence[Trajectory],
     dataset: Dataset,
@@ -158,11 +148,12 @@ def measure_displacement(
     n_batches: int = 4,
     model: ModelFactory | None = None,
 ) -> pd.DataFrame:
-    """Full gradient G_t against the displacement of x_t from the mean of the `window` iterates around it.
+    """Full gradient G_t against the displacement of x_t from the mean of the iterates within window / 2 steps of it.
 
-    One row per seed and window, means over n_points steps t: `work` = G_t . (x_t - mean) in units of lr E|g_t|^2 / 2,
-    where the model has it once the mean is the minimum, i.e. the window longer than every timescale; `cosine` of the
-    displacement and the expectation of G_t, whose squared norm is E G_t . g_t.
+    Windows are even: the mean has as many iterates before t as after it, window + 1 in all. One row per seed and
+    window, means over n_points steps t: `work` = G_t . (x_t - mean) in units of lr E|g_t|^2 / 2, where the model has it
+    once the mean is the minimum, i.e. the window longer than every timescale; `cosine` of the displacement and the
+    expectation of G_t, whose squared norm is E G_t . g_t.
     """
     half, rows = max(windows) // 2, []
     for run in trajectories:
@@ -170,7 +161,7 @@ def measure_displacement(
         steps = np.arange(first + half, c.steps - half)
         require(len(steps) > 0, "windows", tuple(windows), f"the run has {c.steps - first} steps after the first")
         steps = np.unique(np.linspace(steps[0], steps[-1], n_points).astype(int))
-        for t, x, full in _full_gradients(run, dataset, steps, n_batches, model):
+        for t, x, full in full_gradients(run, dataset, steps, n_batches, model):
             g = used_gradients(run, t, t)[0][0]
             for w in windows:
                 away = x - run.window(t - w // 2, t + w // 2).mean(0)
@@ -199,8 +190,8 @@ def measure_eta(
         products = np.zeros(2)
         for t in np.linspace(first, c.steps - 1, n_points).astype(int):
             g = used_gradients(run, t, t)[0][0]
-            held = dataset.batches(range(t * n_batches, (t + 1) * n_batches), c.batch_size, c.stream, "held")
-            curvature = probe.curvature(net, np.array(run.at(t)), g, *held).mean() + c.weight_decay
+            held = held_batches(dataset, c, t, n_batches)
+            curvature = derivatives.curvature(net, np.array(run.at(t)), g, *held).mean() + c.weight_decay
             products += [curvature * (g @ g), g @ g]
         found[c.seed] = c.lr * products[0] / products[1]
     return pd.Series(found, name="eta").rename_axis("seed")

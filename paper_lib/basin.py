@@ -103,7 +103,7 @@ def barriers(table: pd.DataFrame) -> pd.DataFrame:
 def plane(corners: Sequence[np.ndarray]) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     """An orthonormal frame of the plane through three weight vectors: origin (P,), axes (2, P), corners in it (3, 2).
 
-    The origin is their mean. ValueError if they lie on one line.
+    The origin is their mean. ConfigError if they lie on one line.
     """
     points = np.array(corners, np.float64)
     origin = points.mean(0)

@@ -9,11 +9,13 @@ import numpy as np
 import pandas as pd
 import seaborn as sns
 from matplotlib.axes import Axes
+from scipy.optimize import nnls
 from torch import Tensor
 from tqdm import tqdm
 
-from paper_lib import figures, probe, runs
+from paper_lib import derivatives, figures, probe, runs
 from paper_lib.data import Dataset
+from paper_lib.full_gradient import held_batches
 from paper_lib.models import FlatModel, ModelFactory
 from paper_lib.trajectory import Trajectory
 from paper_lib.validate import require
@@ -47,11 +49,13 @@ def around(
     tables = []
     nets = {run: runs.network(run, dataset, model) for run in trajectories}
     for run, t in tqdm([(run, int(t)) for run in trajectories for t in at], desc="around the own step"):
-        size, stream = run.config.batch_size, run.config.stream
-        own = dataset.batches([t], size, stream)
-        held = dataset.batches(range(t * n_held, (t + 1) * n_held), size, stream, "held")
+        own = dataset.batches([t], run.config.batch_size, run.config.stream)
+        held = held_batches(dataset, run.config, t, n_held)
         window, start = run.window(t - before, t + after), np.array(run.at(t))
-        g_own, g_held = probe.gradients(nets[run], start, *own)[0], probe.mean_gradient(nets[run], start, *held)
+        g_own, g_held = (
+            derivatives.gradients(nets[run], start, *own)[0],
+            derivatives.mean_gradient(nets[run], start, *held),
+        )
         away = [(row - start).astype(np.float64) for row in window]  # its products with a gradient nearly cancel
         loss = probe.losses(nets[run], window, *own)[:, 0].astype(np.float64)
         beside = probe.losses(nets[run], window[before : before + 2], *held).mean(1)
@@ -91,13 +95,11 @@ def fit_mixture(dips: np.ndarray, n_rates: int) -> tuple[np.ndarray, np.ndarray]
     The model's dip (theory: 2 eta s2 q^k in each direction) is such a mixture over curvatures, q = 1 - lr h.
     """
     require(len(dips) > 2 * n_rates, "dips", len(dips), f"{n_rates} rate(s) need more than {2 * n_rates} values")
-    k, best = np.arange(len(dips)), (np.inf, np.zeros(n_rates), np.zeros(n_rates))
+    k, best = np.arange(len(dips)), (np.inf,)
     for taus in itertools.combinations(np.geomspace(3 * len(dips), 0.3, 60), n_rates):  # decay times in steps
         q = np.exp(-1 / np.array(taus))
-        basis = q[None, :] ** k[:, None]
-        amplitudes = np.linalg.lstsq(basis, dips, rcond=None)[0]
-        error = float(((basis @ amplitudes - dips) ** 2).sum())
-        if error < best[0] and amplitudes.min() >= 0:
+        amplitudes, error = nnls(q[None, :] ** k[:, None], dips)
+        if error < best[0]:
             best = (error, amplitudes, q)
     return best[1], best[2]
 
@@ -177,7 +179,7 @@ def excesses(net: FlatModel, points: np.ndarray, x: Tensor, y: Tensor) -> pd.Dat
     slopes = np.empty((n, n, n_batches))  # g_k(x_i) . (x_j - x_i)
     for a in range(n):
         away = points - points[a]
-        for k, gradient in enumerate(probe.each_gradient(net, points[a], x, y)):
+        for k, gradient in enumerate(derivatives.each_gradient(net, points[a], x, y)):
             slopes[a, :, k] = away @ gradient
     middle = np.stack([probe.losses(net, (points[a] + points[b]) / 2, x, y) for a, b in zip(i, j, strict=True)])
     tangent = np.maximum(at[i] + slopes[i, j] - at[j], at[j] + slopes[j, i] - at[i])

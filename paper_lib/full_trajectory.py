@@ -9,7 +9,7 @@ import pandas as pd
 from matplotlib.axes import Axes
 from tqdm import tqdm
 
-from paper_lib import figures, probe, runs, transient
+from paper_lib import derivatives, figures, probe, runs, transient
 from paper_lib.data import Dataset
 from paper_lib.models import FlatModel, ModelFactory
 from paper_lib.trajectory import Trajectory
@@ -87,11 +87,11 @@ def _hessian_state(
     x, y = probe.fixed_batches(dataset, n_products + 2 * half, c.batch_size, c.seed)
 
     def product(d: np.ndarray) -> np.ndarray:
-        return probe.mean_hessian_product(net, weights, d, x[:n_products], y[:n_products]) + c.weight_decay * d
+        return derivatives.mean_hessian_product(net, weights, d, x[:n_products], y[:n_products]) + c.weight_decay * d
 
     def gradient(first: int) -> np.ndarray:
         part = slice(first, first + half)
-        return probe.mean_gradient(net, weights, x[part], y[part]) + c.weight_decay * weights
+        return derivatives.mean_gradient(net, weights, x[part], y[part]) + c.weight_decay * weights
 
     one, other = gradient(n_products), gradient(n_products + half)
     h, both = transient.spectral_measure(product, (one + other) / 2, n_nodes)

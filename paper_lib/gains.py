@@ -8,10 +8,10 @@ import numpy as np
 import pandas as pd
 import seaborn as sns
 from matplotlib.axes import Axes
-from tqdm import tqdm
 
 from paper_lib import alignment, figures, probe, runs
 from paper_lib.data import Dataset
+from paper_lib.full_gradient import full_gradients
 from paper_lib.models import ModelFactory
 from paper_lib.monitor import BLOCKS, Averages
 from paper_lib.stationarity import replay
@@ -33,14 +33,11 @@ def measure_velocity(
     """
     rows = []
     for run in trajectories:
-        c, net = run.config, runs.network(run, dataset, model)
+        c = run.config
         begin = first + (1 if c.momentum else 0)
         g, v = alignment.used_gradients(run, begin, c.steps - 1)
-        products = []
-        for t in tqdm(np.linspace(begin, c.steps - 1, n_points).astype(int), desc="full gradients"):
-            held = dataset.batches(range(t * n_batches, (t + 1) * n_batches), c.batch_size, c.stream, "held")
-            x = np.array(run.at(t))
-            products.append(g[t - begin] @ (probe.mean_gradient(net, x, *held) + c.weight_decay * x))
+        steps = np.linspace(begin, c.steps - 1, n_points).astype(int)
+        products = [g[t - begin] @ full for t, _, full in full_gradients(run, dataset, steps, n_batches, model)]
         used = np.einsum("tp,tp->t", g[1:], v[:-1]).mean()
         rows.append({"seed": c.seed, "used": used, "predicted": -np.mean(products) / (1 + c.momentum)})
     return pd.DataFrame(rows)

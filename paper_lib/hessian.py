@@ -6,8 +6,8 @@ import numpy as np
 from scipy.sparse.linalg import LinearOperator, eigsh
 from torch import Tensor
 
+from paper_lib.derivatives import mean_hessian_product
 from paper_lib.models import FlatModel
-from paper_lib.probe import mean_hessian_product
 from paper_lib.validate import require
 
 

@@ -11,8 +11,9 @@ from matplotlib.axes import Axes
 from torch import Tensor
 from tqdm import tqdm
 
-from paper_lib import figures, probe, runs
+from paper_lib import derivatives, figures, probe, runs
 from paper_lib.data import Dataset
+from paper_lib.full_gradient import held_batches
 from paper_lib.models import FlatModel, ModelFactory
 from paper_lib.trajectory import Trajectory
 
@@ -44,9 +45,8 @@ def measure(
     jobs = [(run, step, batch) for run in trajectories for step in at for batch in range(step, step + n_batches)]
     nets = {run: runs.network(run, dataset, model) for run in trajectories}
     for run, step, batch in tqdm(jobs, desc=f"one step {point}".strip()):
-        size, stream = batch_size or run.config.batch_size, run.config.stream
-        own = dataset.batches([batch], size, stream)
-        held = dataset.batches(range(batch * n_held, (batch + 1) * n_held), size, stream, "held")
+        own = dataset.batches([batch], batch_size or run.config.batch_size, run.config.stream)
+        held = held_batches(dataset, run.config, batch, n_held, batch_size)
         buffers = np.array(run.buffers[run.rows(step)[0]]) if frozen else None
         table = _probe_one(nets[run], np.array(run.at(step)), own, held, multiples * run.config.lr, buffers)
         tables.append(table.assign(probe=multiples, seed=run.config.seed, step=step, batch=batch))
@@ -62,15 +62,15 @@ def _probe_one(
     buffers: np.ndarray | None,
 ) -> pd.DataFrame:
     """The table of one snapshot and one batch, without its column `probe`."""
-    gradient = probe.gradients(net, weights, *own, buffers)[0]
-    held_gradient = probe.mean_gradient(net, weights, *held, buffers)
+    gradient = derivatives.gradients(net, weights, *own, buffers)[0]
+    held_gradient = derivatives.mean_gradient(net, weights, *held, buffers)
     return pd.DataFrame(
         {
             "own": probe.line(net, weights, -gradient, steps, *own, buffers)[:, 0],
             "held": probe.line(net, weights, -gradient, steps, *held, buffers).mean(1),
             "slope_own": float(gradient @ gradient),
             "slope_held": float(gradient @ held_gradient),
-            "curvature": float(probe.curvature(net, weights, gradient, *own, buffers)[0]),
+            "curvature": float(derivatives.curvature(net, weights, gradient, *own, buffers)[0]),
         }
     )
 

@@ -11,7 +11,7 @@ from matplotlib.axes import Axes
 from torch import Tensor
 from tqdm import tqdm
 
-from paper_lib import figures, one_step, probe, runs
+from paper_lib import derivatives, figures, one_step, probe, runs
 from paper_lib.config import RunConfig
 from paper_lib.data import Dataset
 from paper_lib.models import FlatModel, ModelFactory
@@ -62,9 +62,9 @@ def _lines_from(
     net: FlatModel, weights: np.ndarray, batch: tuple[Tensor, Tensor], lr: float, rng: np.random.Generator
 ) -> Iterator[pd.DataFrame]:
     """The three lines of one snapshot and one batch."""
-    gradient = probe.gradients(net, weights, *batch)[0]
+    gradient = derivatives.gradients(net, weights, *batch)[0]
     best = best_step(net, weights, gradient, batch, lr)
-    slope, curvature = float(gradient @ gradient), float(probe.curvature(net, weights, gradient, *batch)[0])
+    slope, curvature = float(gradient @ gradient), float(derivatives.curvature(net, weights, gradient, *batch)[0])
     random = rng.standard_normal(len(weights)).astype(np.float32)
     random *= np.linalg.norm(gradient) / np.linalg.norm(random)
     for line, direction, positions in (

@@ -1,4 +1,4 @@
-"""Losses and gradients of chosen batches at chosen weights, without a trace on the network or the random state.
+"""Losses of chosen batches at chosen weights, without a trace on the network or the random state.
 
 Batches are stacked: x (K, B, ...) and y (K, B) are K batches of B samples. Weights are rows of a matrix, (n, P), or one
 vector, (P,). Everything comes back as NumPy arrays. All losses are mean cross-entropies in nats, in float32, without
@@ -11,10 +11,11 @@ either way (no dropout), so that a loss is a function of weights and batch alone
 
 from __future__ import annotations
 
+import collections
 import contextlib
 import copy
 from collections.abc import Callable, Iterable, Iterator
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import ThreadPoolExecutor, as_completed
 
 import numpy as np
 import torch
@@ -28,7 +29,10 @@ from paper_lib.models import FlatModel
 from paper_lib.validate import require
 
 SAMPLES_AT_ONCE = {"cpu": 256, "cuda": 4096}  # per forward pass: what fits a core's cache; what fills a GPU
-GRAM_BYTES = 2**30  # memory that gradients may take while their inner products are formed
+# Pixels per pass on a GPU, for about 16 GB: up to 1 kB each for losses alone; where activations are kept to be
+# differentiated twice, up to 14 kB (a ResNet-18 without stem; a ResNet-50 takes 5).
+PIXELS_AT_ONCE, PIXELS_KEPT = 2**22, 2**20
+PROBE_STREAM = 1_000_000  # seeds of probing streams start here; runs use small seeds
 
 
 def losses(
@@ -41,78 +45,85 @@ def losses(
 ) -> np.ndarray:
     """Loss of each batch at each of the weights, (n, K), or (K,) for one vector; `buffers` may be (n, Q) too."""
     rows = np.atleast_2d(weights)
-    _check_batches(x, y)
+    check_batches(x, y)
     found = np.empty((len(rows), len(x)), np.float32)
-    # Taking from one iterator is atomic, so threads share it.
-    turns, bar = iter(range(len(rows))), tqdm(total=len(rows), desc=progress, disable=not progress)
+    bar = tqdm(total=len(rows), desc=progress, disable=not progress)
 
-    def work(own: FlatModel) -> None:
-        with _probing(own, buffers), torch.no_grad():
+    def work(own: FlatModel, turns: Iterator[int]) -> None:
+        with probing(own, buffers), torch.no_grad():
             for i in turns:
-                _load(own, rows[i], buffers if np.ndim(buffers) < 2 else buffers[i])
-                parts = [F.cross_entropy(*piece, reduction="none") for piece in _passes(own, x, y)]
+                load(own, rows[i], buffers if np.ndim(buffers) < 2 else buffers[i])
+                parts = [F.cross_entropy(*piece, reduction="none") for piece in passes(own, x, y)]
                 found[i] = torch.cat(parts).view(y.shape).mean(1).cpu().numpy()
                 bar.update()
 
     with bar:
-        _in_threads(net, work, len(rows))
+        _in_threads(net, work, range(len(rows)))
     return found if np.ndim(weights) == 2 else found[0]
 
 
-def _in_threads(net: FlatModel, work: Callable[[FlatModel], None], n_tasks: int) -> None:
-    """Call `work` on as many copies of the network as torch may use threads, each in a one-thread worker of its own.
+def _in_threads(net: FlatModel, work: Callable[[FlatModel, Iterator[int]], None], tasks: range) -> None:
+    """Let `work` take tasks with as many copies of the network as torch may use threads, each in a one-thread worker.
 
     Whole forward passes share the cores of a CPU much better than the parts of a small convolution do.
     """
-    n_threads = min(torch.get_num_threads(), n_tasks) if net.device.type == "cpu" else 1
+    n_threads = min(torch.get_num_threads(), len(tasks)) if net.device.type == "cpu" else 1
+    turns = iter(tasks)  # taking from one iterator is atomic, so threads share it
     if n_threads == 1:
-        return work(net)
+        return work(net, turns)
     copies = [FlatModel(copy.deepcopy(net.module)) for _ in range(n_threads)]
     before = torch.get_num_threads()
     torch.set_num_threads(1)
     try:
         with ThreadPoolExecutor(n_threads, initializer=torch.set_num_threads, initargs=(1,)) as pool:
-            for future in [pool.submit(work, one) for one in copies]:
-                future.result()
+            try:
+                for future in as_completed([pool.submit(work, one, turns) for one in copies]):
+                    future.result()
+            except BaseException:  # an error or an interrupt: the pool waits for threads that would go on to the end
+                collections.deque(turns, maxlen=0)
+                raise
     finally:
         torch.set_num_threads(before)
 
 
-def _passes(net: FlatModel, x: Tensor, y: Tensor) -> Iterator[tuple[Tensor, Tensor]]:
+def passes(net: FlatModel, x: Tensor, y: Tensor) -> Iterator[tuple[Tensor, Tensor]]:
     """Yield logits (n, classes) and labels (n,) at the current weights: several batches to a forward pass."""
-    at_once = max(1, SAMPLES_AT_ONCE[net.device.type] // y.shape[1])
+    at_once = _batches_at_once(net.device.type, x.shape, torch.is_grad_enabled())
     for xs, ys in zip(x.split(at_once), y.split(at_once), strict=True):
         with batchnorm.batchwise_statistics(net.module, len(xs)):
             logits = net.forward(xs.flatten(0, 1))
         yield logits.float(), ys.flatten()
 
 
-def losses_reference(net: FlatModel, weights: np.ndarray, x: Tensor, y: Tensor) -> np.ndarray:
-    """What `losses` computes with batch statistics, one batch and one forward pass at a time: slow and plain."""
-    found = np.empty((len(weights), len(x)), np.float32)
-    with _probing(net, None), torch.no_grad():
-        for i, row in enumerate(weights):
-            _load(net, row, None)
-            found[i] = [F.cross_entropy(net.forward(xs), ys).item() for xs, ys in zip(x, y, strict=True)]
-    return found
+def _batches_at_once(device: str, shape: torch.Size, kept: bool) -> int:
+    """How many batches of x, `shape` = (K, B, ...), share a pass; one at least: its statistics are its own."""
+    samples = SAMPLES_AT_ONCE[device]
+    if device == "cuda":
+        samples = min(samples, (PIXELS_KEPT if kept else PIXELS_AT_ONCE) // shape[3:].numel())
+    return max(1, samples // shape[1])
 
 
 @contextlib.contextmanager
-def _probing(net: FlatModel, buffers: np.ndarray | None) -> Iterator[None]:
+def probing(net: FlatModel, buffers: np.ndarray | None) -> Iterator[None]:
     """Leave no trace; BatchNorm uses batch statistics unless there are buffers, all else is in evaluation mode."""
     with net.preserved(train=False):
         for layer in batchnorm.layers(net.module):
             layer.training = buffers is None
-        yield
+        try:
+            yield
+        except torch.OutOfMemoryError as error:
+            advice = "lower `batch_size` (a batch is never split: its statistics are its own) or `width`"
+            raise MemoryError(f"{net.device} ran out of memory probing: {advice}") from error
 
 
-def _load(net: FlatModel, weights: np.ndarray, buffers: np.ndarray | None) -> None:
+def load(net: FlatModel, weights: np.ndarray, buffers: np.ndarray | None) -> None:
+    """Set a network's weights (P,) and, where there are any, buffers (Q,); ConfigError for other shapes."""
     for name, vector, values in (("weights", net.weights, weights), ("buffers", net.buffers, buffers)):
         if values is not None:
             expected = f"this network needs {tuple(vector.shape)}"
             expected += "; was the run trained with model=...? pass the same here"
             require(np.shape(values) == vector.shape, f"shape of {name}", np.shape(values), expected)
-            vector.copy_(_tensor(values))
+            vector.copy_(tensor(values))
 
 
 def line(
@@ -129,109 +140,6 @@ def line(
     return losses(net, points, x, y, buffers)
 
 
-def gradients(
-    net: FlatModel, weights: np.ndarray, x: Tensor, y: Tensor, buffers: np.ndarray | None = None
-) -> np.ndarray:
-    """Gradient of each batch's loss at one weight vector, (K, P)."""
-    return np.stack(list(each_gradient(net, weights, x, y, buffers)))
-
-
-def each_gradient(
-    net: FlatModel, weights: np.ndarray, x: Tensor, y: Tensor, buffers: np.ndarray | None = None
-) -> Iterator[np.ndarray]:
-    """Yield what `gradients` stacks, one batch at a time, where only sums or inner products are needed."""
-    _check_batches(x, y)
-    for xs, ys in zip(x, y, strict=True):
-        with _probing(net, buffers):
-            _load(net, weights, buffers)
-            net.backward(F.cross_entropy(net.forward(xs).float(), ys))
-            found = net.grad.cpu().numpy().copy()
-        yield found
-
-
-def mean_gradient(
-    net: FlatModel, weights: np.ndarray, x: Tensor, y: Tensor, buffers: np.ndarray | None = None
-) -> np.ndarray:
-    """Mean of the batches' gradients at one weight vector, (P,): several batches to a pass."""
-    _check_batches(x, y)
-    with _probing(net, buffers):
-        _load(net, weights, buffers)
-        total = torch.zeros_like(net.grad)
-        for piece in _passes(net, x, y):
-            net.backward(F.cross_entropy(*piece, reduction="sum"))
-            total += net.grad
-        return (total / y.numel()).cpu().numpy()
-
-
-def gram(net: FlatModel, weights: np.ndarray, x: Tensor, y: Tensor, buffers: np.ndarray | None = None) -> np.ndarray:
-    """Inner products of all pairs of the batches' gradients at one weight vector, (K, K) float64.
-
-    As many gradients as GRAM_BYTES holds are kept; the others are computed again for each such block.
-    """
-    _check_batches(x, y)
-    n = len(x)
-    block = max(1, GRAM_BYTES // (4 * net.weights.numel()))
-    found = np.empty((n, n))
-    for i in range(0, n, block):
-        kept = gradients(net, weights, x[i : i + block], y[i : i + block], buffers)
-        found[i : i + block, i : i + block] = kept @ kept.T
-        if i + block < n:
-            for j, g in enumerate(each_gradient(net, weights, x[i + block :], y[i + block :], buffers), i + block):
-                found[i : i + block, j] = found[j, i : i + block] = kept @ g
-    return found
-
-
-def curvature(
-    net: FlatModel,
-    weights: np.ndarray,
-    direction: np.ndarray,
-    x: Tensor,
-    y: Tensor,
-    buffers: np.ndarray | None = None,
-) -> np.ndarray:
-    """Second derivative d^T H_k d / |d|^2 of each batch's loss along a direction, (K,)."""
-    products = hessian_vector_products(net, weights, direction, x, y, buffers)
-    return products @ direction / np.dot(direction, direction)
-
-
-def hessian_vector_products(
-    net: FlatModel,
-    weights: np.ndarray,
-    direction: np.ndarray,
-    x: Tensor,
-    y: Tensor,
-    buffers: np.ndarray | None = None,
-) -> np.ndarray:
-    """Exact products H_k d of each batch's Hessian with a direction, (K, P), by differentiating twice."""
-    _check_batches(x, y)
-    found = np.empty((len(x), len(direction)), np.float32)
-    for k in range(len(x)):
-        with _probing(net, buffers):
-            _load(net, weights, buffers)
-            loss = F.cross_entropy(net.forward(x[k]).float(), y[k])
-            found[k] = net.hessian_product(loss, _tensor(direction)).cpu().numpy()
-    return found
-
-
-def mean_hessian_product(
-    net: FlatModel,
-    weights: np.ndarray,
-    direction: np.ndarray,
-    x: Tensor,
-    y: Tensor,
-    buffers: np.ndarray | None = None,
-) -> np.ndarray:
-    """Mean of what `hessian_vector_products` gives, (P,) float64: several batches to a pass."""
-    _check_batches(x, y)
-    total, vector = np.zeros(len(direction)), _tensor(direction)
-    with _probing(net, buffers):
-        _load(net, weights, buffers)
-        for logits, labels in _passes(net, x, y):
-            product = net.hessian_product(F.cross_entropy(logits, labels), vector)
-            total += product.cpu().numpy() * (len(labels) / y.numel())
-    return total
-
-
 def statistics(net: FlatModel, weights: np.ndarray, x: Tensor) -> np.ndarray:
     """Buffers recomputed at the given weights: BatchNorm's means and variances averaged over batches x (K, B, ...).
 
@@ -239,8 +147,8 @@ def statistics(net: FlatModel, weights: np.ndarray, x: Tensor) -> np.ndarray:
     """
     layers = batchnorm.layers(net.module)
     rates = [layer.momentum for layer in layers]
-    with _probing(net, None), torch.no_grad():
-        _load(net, weights, None)
+    with probing(net, None), torch.no_grad():
+        load(net, weights, None)
         try:
             for i, batch in enumerate(x):
                 for layer in layers:
@@ -257,8 +165,8 @@ def evaluate(
 ) -> tuple[float, float]:
     """Mean loss and accuracy over chunks (x, y) of samples, in evaluation mode with the given buffers."""
     loss, correct, n = 0.0, 0, 0
-    with _probing(net, buffers), torch.no_grad():
-        _load(net, weights, buffers)
+    with probing(net, buffers), torch.no_grad():
+        load(net, weights, buffers)
         for x, y in chunks:
             logits = net.forward(x).float()
             loss += F.cross_entropy(logits, y, reduction="sum").item()
@@ -273,13 +181,12 @@ def fixed_batches(dataset: Dataset, n: int, size: int, seed: int, split: str = "
     return dataset.batches(n, size, PROBE_STREAM + seed, split)
 
 
-PROBE_STREAM = 1_000_000  # seeds of probing streams start here; runs use small seeds
+def tensor(row: np.ndarray) -> Tensor:
+    """A vector in float32, copied: rows of a mapped trajectory are read-only."""
+    return torch.from_numpy(np.array(row, np.float32))
 
 
-def _tensor(row: np.ndarray) -> Tensor:
-    return torch.from_numpy(np.array(row, np.float32))  # a copy: rows of a mapped trajectory are read-only
-
-
-def _check_batches(x: Tensor, y: Tensor) -> None:
+def check_batches(x: Tensor, y: Tensor) -> None:
+    """ConfigError unless x and y are stacked batches."""
     require(x.ndim >= 2 and len(x) > 0, "x", tuple(x.shape), "batches are stacked as (K, B, ...), K at least 1")
     require(tuple(y.shape) == tuple(x.shape[:2]), "y", tuple(y.shape), f"labels must be (K, B) = {tuple(x.shape[:2])}")

@@ -92,11 +92,6 @@ def batch_batch_cosine(eta, momentum: float = 0.0) -> np.ndarray:
     return v / (v + 1)
 
 
-def batch_full_cosine(eta, momentum: float = 0.0) -> np.ndarray:
-    """Cosine of a batch's gradient and the full gradient at one point: sqrt(eta/2) (claim C4)."""
-    return np.sqrt(batch_batch_cosine(eta, momentum))
-
-
 def gradient_cosine(eta, n: int, momentum: float = 0.0) -> np.ndarray:
     """Cosine of the gradients used k = 0..n-1 steps apart (claim C4).
 
@@ -175,19 +170,3 @@ def effective_eta(variance, s2=1.0) -> np.ndarray:
     if np.any(u < 0):
         raise ValueError(f"a variance cannot be negative, got {u.min():g}")
     return 2 * u / (s2 + u)
-
-
-def slow_direction_eta(eta, momentum: float) -> np.ndarray:
-    """eta / (1 - m): plain SGD that momentum resembles in slow directions (eta << 1 - m)."""
-    return check_eta(eta, momentum) / (1 - momentum)
-
-
-def slow_direction_error(eta, momentum: float) -> np.ndarray:
-    """By how much plain SGD at eta / (1 - m) overstates the variance with momentum, relatively.
-
-    2 m eta / ((1 + m) (2 (1 - m) - eta)), about m/(1+m) of slow_direction_eta.
-    ValueError once that plain SGD is unstable.
-    """
-    eta, m = check_eta(eta, momentum), momentum
-    check_eta(slow_direction_eta(eta, m))
-    return 2 * m * eta / ((1 + m) * (2 * (1 - m) - eta))

@@ -28,38 +28,9 @@ def sgd(minima: np.ndarray, lr, curvature=1.0, start=0.0, momentum: float = 0.0)
     """
     c = np.asarray(minima, dtype=np.float64)
     lr, h = np.broadcast_to(lr, c.shape), np.broadcast_to(curvature, c.shape)
-    return _run(lambda t, x: h[..., t] * (x - c[..., t]), c.shape, lr, start, momentum)
-
-
-def sgd_matrix(minima: np.ndarray, hessians: np.ndarray, lr, start=0.0, momentum: float = 0.0) -> np.ndarray:
-    """As sgd, for coupled directions: iterates (..., d, T+1) from minima (..., d, T).
-
-    hessians is one matrix (d, d) or one per batch (T, d, d); lr a scalar or (T,).
-    """
-    c = np.asarray(minima, dtype=np.float64)
-    H = np.broadcast_to(hessians, (c.shape[-1], c.shape[-2], c.shape[-2]))
-    lr = np.broadcast_to(lr, c.shape)
-    return _run(lambda t, x: (x - c[..., t]) @ H[t].T, c.shape, lr, start, momentum)
-
-
-def _run(gradient, shape: tuple[int, ...], lr: np.ndarray, start, momentum: float) -> np.ndarray:
-    """Heavy-ball SGD from rest at `start` over the T = shape[-1] steps of gradient(t, x)."""
-    x = np.empty((shape[-1] + 1, *shape[:-1]))  # time first while it runs: contiguous steps
+    x = np.empty((c.shape[-1] + 1, *c.shape[:-1]))  # time first while it runs: contiguous steps
     x[0], velocity = start, 0.0
-    for t in range(shape[-1]):
-        velocity = momentum * velocity + gradient(t, x[t])
+    for t in range(c.shape[-1]):
+        velocity = momentum * velocity + h[..., t] * (x[t] - c[..., t])
         x[t + 1] = x[t] - lr[..., t] * velocity
     return np.moveaxis(x, 0, -1)
-
-
-def wishart_hessians(rng: np.random.Generator, h, dof: int, steps: int) -> np.ndarray:
-    """One Hessian per batch, (steps, d, d): mean diag(h), relative spread falling as 1/sqrt(dof).
-
-    H^(1/2) W H^(1/2) with W the second moment of dof standard normal vectors: the Gauss-Newton
-    matrix of a batch of dof samples. A single curvature has relative variance 2/dof.
-    """
-    h = np.asarray(h, dtype=np.float64)
-    if dof < 1 or np.any(h < 0):
-        raise ValueError(f"need dof >= 1 and curvatures >= 0, got dof {dof} and h {h.tolist()}")
-    factors = rng.standard_normal((steps, dof, h.size)) * np.sqrt(h)
-    return np.einsum("tni,tnj->tij", factors, factors) / dof

@@ -11,7 +11,7 @@ import seaborn as sns
 from matplotlib.axes import Axes
 from torch import Tensor
 
-from paper_lib import averaging, ellipsoid, figures, hessian, probe, quadratic, runs
+from paper_lib import averaging, derivatives, ellipsoid, figures, hessian, probe, quadratic, runs
 from paper_lib.data import Dataset
 from paper_lib.models import FlatModel, ModelFactory
 from paper_lib.spectrum import Spectrum
@@ -85,7 +85,7 @@ def _fresh_batches(run: Trajectory, dataset: Dataset, j: int) -> tuple[Tensor, T
 
 def _noise(net: FlatModel, weights: np.ndarray, V: np.ndarray, x: Tensor, y: Tensor) -> np.ndarray:
     """Variance over batches of their gradients along V (k, P): (k,)."""
-    return np.var([V @ g for g in probe.each_gradient(net, weights, x, y)], axis=0, ddof=1)
+    return np.var([V @ g for g in derivatives.each_gradient(net, weights, x, y)], axis=0, ddof=1)
 
 
 def measure(found: Sequence[Modes]) -> pd.DataFrame:
@@ -173,7 +173,7 @@ def two_point_fall(
     """By how much the training loss of an average of two iterates lies below that of the later one, a row per lag.
 
     Means over n_pairs pairs: `full`, of the average itself; `steep`, when only the components along the measured
-    directions are averaged; `model`, what their spectrum predicts for that, sum h v (1 - q^lag) / 4 (plain SGD).
+    directions are averaged; `model`, what their spectrum predicts for that: sum h v (1 - rho_lag) / 4.
     """
     c, X, V = m.run.config, m.window, m.directions[m.stable]
     require(0 < min(lags) and max(lags) < len(X), "lags", list(lags), f"they must lie in 1..{len(X) - 1}")
@@ -187,8 +187,8 @@ def two_point_fall(
         full = probe.losses(net, X[ends] + back, *batches).mean()
         rows.append({"seed": c.seed, "lag": lag, "full": single - full, "steep": single - steep})
     spectrum = m.spectrum()
-    predicted = spectrum.excess_loss(c.lr) - spectrum.two_point_losses(c.lr, lags)
-    return pd.DataFrame(rows).assign(model=predicted)
+    averaged = [spectrum.averaged_loss(averaging.two_point(lag + 1, lag), c.lr, c.momentum) for lag in lags]
+    return pd.DataFrame(rows).assign(model=spectrum.excess_loss(c.lr, c.momentum) - np.array(averaged))
 
 
 def plot_rates(ax: Axes, table: pd.DataFrame) -> None:

@@ -11,7 +11,7 @@ import seaborn as sns
 from matplotlib.axes import Axes
 from tqdm import tqdm
 
-from paper_lib import averaging, figures, probe, runs
+from paper_lib import averaging, derivatives, figures, probe, runs
 from paper_lib.data import Dataset
 from paper_lib.evaluation import Evaluator
 from paper_lib.models import ModelFactory
@@ -81,7 +81,7 @@ def chords(trajectories: Sequence[Trajectory], evaluate: Mapping[int, Evaluator]
 
         def gradient(step: int, run=run, yardstick=yardstick, known=known) -> np.ndarray:
             if step not in known:
-                known[step] = probe.mean_gradient(yardstick.net, run.at(step), *yardstick.train)
+                known[step] = derivatives.mean_gradient(yardstick.net, run.at(step), *yardstick.train)
             return known[step]
 
         for end in ends(run):

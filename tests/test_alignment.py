@@ -8,7 +8,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from strategies import momenta
 
-from paper_lib import alignment, presets, probe, quadratic, runs
+from paper_lib import alignment, derivatives, presets, quadratic, runs
 from paper_lib.trajectory import SnapshotError
 from paper_lib.validate import ConfigError
 
@@ -74,7 +74,7 @@ def test_used_gradients_are_those_of_the_batches(recorded):
     found, velocity = alignment.used_gradients(run, 10, 12)
     for t, g in zip(range(10, 13), found, strict=True):
         x = np.array(run.at(t))
-        exact = probe.gradients(net, x, *dataset.batches([t], c.batch_size, c.stream))[0] + c.weight_decay * x
+        exact = derivatives.gradients(net, x, *dataset.batches([t], c.batch_size, c.stream))[0] + c.weight_decay * x
         np.testing.assert_allclose(g, exact, atol=1e-4 * np.linalg.norm(exact))
     np.testing.assert_allclose(velocity[1], c.momentum * velocity[0] + found[1], atol=1e-5)
     with pytest.raises(SnapshotError):

@@ -84,6 +84,13 @@ def test_mixture_fit_recovers_two_decays(a, b, fast, slow):
     assert amplitude == pytest.approx(2, rel=0.1) and -1 / np.log(rate) == pytest.approx(-1 / np.log(0.9), rel=0.08)
 
 
+def test_mixture_fit_of_no_dip_has_no_amplitude_and_finite_rates():
+    amplitudes, q = fixed_batch.fit_mixture(-np.ones(20), 2)
+    assert amplitudes.tolist() == [0, 0] and np.all((q > 0) & (q < 1))
+    amplitudes, q = fixed_batch.fit_mixture(0.9 ** np.arange(20) - 0.5 * 0.3 ** np.arange(20), 2)  # one grows
+    assert amplitudes.min() >= 0 and amplitudes.max() > 0.5
+
+
 def test_history_agrees_with_probing_each_snapshot(trained):
     (run, _), dataset = trained(SmallNet), small_data()
     table = fixed_batch.history([run], dataset, [2, 5], [0, 7], "held", SmallNet)

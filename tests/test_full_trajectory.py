@@ -9,7 +9,7 @@ import pytest
 import torch
 from helpers import SMALL, small_data
 
-from paper_lib import figures, full_trajectory, presets, probe, runs, schedules, transient
+from paper_lib import derivatives, figures, full_trajectory, presets, probe, runs, schedules, transient
 from paper_lib.validate import ConfigError
 
 LR, T = 0.5, 200
@@ -103,10 +103,10 @@ def test_state_holds_unbiased_squares_and_their_curvatures(recorded):
     state = full_trajectory.hessian_states([found], 4, dataset, n_gradients=6, n_products=2, n_nodes=3)[0]
     net, weights = runs.network(found, dataset), np.array(found.at(4))
     x, y = probe.fixed_batches(dataset, 8, 64, 0)
-    a, b = (probe.gradients(net, weights, x[s], y[s]).mean(0) + 30 * weights for s in (slice(2, 5), slice(5, 8)))
+    a, b = (derivatives.gradients(net, weights, x[s], y[s]).mean(0) + 30 * weights for s in (slice(2, 5), slice(5, 8)))
     assert state.gradient2.sum() == pytest.approx(a @ b, rel=1e-4)
     assert state.noise2.sum() == pytest.approx(6 * np.sum((a - b) ** 2) / 4, rel=1e-4)
-    products = [probe.mean_hessian_product(net, weights, d, x[:2], y[:2]) + 30 * d for d in (a, b)]
+    products = [derivatives.mean_hessian_product(net, weights, d, x[:2], y[:2]) + 30 * d for d in (a, b)]
     assert state.h @ state.gradient2 == pytest.approx((a @ products[1] + b @ products[0]) / 2, rel=1e-3)
 
 

@@ -7,7 +7,7 @@ import pandas as pd
 import pytest
 from matplotlib import pyplot as plt
 
-from paper_lib import boundary, one_step, presets, probe, quadratic, runs
+from paper_lib import boundary, derivatives, one_step, presets, probe, quadratic, runs
 
 
 @pytest.mark.parametrize("place", [0.3, 1.2, 2.2])
@@ -91,7 +91,7 @@ def test_measure_probes_the_batch_that_the_run_uses_next(recorded):
     assert at.own[0] - small.own == pytest.approx(0.001 * lr * small.slope_own, rel=0.1)
     x = (
         np.array(run.at(12))
-        - lr * probe.gradients(runs.network(run, dataset), np.array(run.at(12)), *dataset.batches([12], 64, 0))[0]
+        - lr * derivatives.gradients(runs.network(run, dataset), np.array(run.at(12)), *dataset.batches([12], 64, 0))[0]
     )
     own = probe.losses(runs.network(run, dataset), x, *dataset.batches([12], 64, 0))
     assert at.own[1.0] == pytest.approx(own[0], rel=1e-4)

@@ -7,7 +7,7 @@ from helpers import SMALL, SmallNet, small_data
 from hypothesis import given
 from hypothesis import strategies as st
 
-from paper_lib import parabola, presets, probe, runs
+from paper_lib import derivatives, parabola, presets, probe, runs
 
 
 def lines(loss, slope, curvature, best):
@@ -64,7 +64,7 @@ def test_lines_from_points_start_at_the_snapshot_and_have_their_minimum_at_one(t
     run, net = trained[1], runs.network(trained[1], small_data(), SmallNet)
     x, y = small_data().batches([21], 16, run.config.stream)
     one = table.query("seed == 1 and batch == 21")
-    gradient = probe.gradients(net, run.at(20), x, y)[0]
+    gradient = derivatives.gradients(net, run.at(20), x, y)[0]
     for line in ("gradient", "close"):
         part = one[one.line == line]
         expected = probe.line(net, run.at(20), -gradient, part.position * part.best, x, y)[:, 0]

@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+import time
+
 import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
 from torch import nn
 
-from paper_lib import data, probe, runs
+from paper_lib import data, derivatives, probe, runs
 from paper_lib.config import RunConfig
 from paper_lib.models import FlatModel
 from paper_lib.validate import ConfigError
@@ -44,6 +46,16 @@ def points(net: FlatModel, n: int = 3) -> np.ndarray:
     return net.weights.numpy() + 0.3 * rng.standard_normal((n, net.weights.numel())).astype(np.float32)
 
 
+def losses_reference(net: FlatModel, weights: np.ndarray, x: torch.Tensor, y: torch.Tensor) -> np.ndarray:
+    """What `probe.losses` computes with batch statistics, one batch and one forward pass at a time: slow and plain."""
+    found = np.empty((len(weights), len(x)), np.float32)
+    with probe.probing(net, None), torch.no_grad():
+        for i, row in enumerate(weights):
+            probe.load(net, row, None)
+            found[i] = [F.cross_entropy(net.forward(xs), ys).item() for xs, ys in zip(x, y, strict=True)]
+    return found
+
+
 NORMS = {
     "batch": lambda: nn.BatchNorm2d(6),
     "no affine": lambda: nn.BatchNorm2d(6, affine=False),
@@ -60,7 +72,7 @@ def test_losses_agree_with_the_reference(norm, samples, monkeypatch):
     x, y = batches()
     weights = points(net)
     found = probe.losses(net, weights, x, y)
-    np.testing.assert_allclose(found, probe.losses_reference(net, weights, x, y), rtol=2e-5)
+    np.testing.assert_allclose(found, losses_reference(net, weights, x, y), rtol=2e-5)
     np.testing.assert_array_equal(found[1], probe.losses(net, weights[1], x, y))
 
 
@@ -91,6 +103,47 @@ def test_an_error_in_a_thread_is_the_callers():
         torch.set_num_threads(before)
 
 
+def test_an_error_in_a_thread_ends_the_others(monkeypatch):
+    net, (x, y), before, done = make(), batches(), torch.get_num_threads(), []
+    many = points(net, 400)
+
+    def load(own, row, buffers):
+        if np.array_equal(row, many[3]):
+            raise KeyboardInterrupt
+        done.append(row)
+        time.sleep(0.01)  # else the other thread could finish before the caller learns of the error
+
+    monkeypatch.setattr(probe, "load", load)
+    torch.set_num_threads(2)
+    try:
+        with pytest.raises(KeyboardInterrupt):
+            probe.losses(net, many, x, y)
+    finally:
+        torch.set_num_threads(before)
+    assert len(done) < 200
+
+
+@pytest.mark.parametrize("kept", [False, True])
+def test_passes_on_a_gpu_are_bounded_by_pixels(kept):
+    def images(batch, *shape):
+        return batch * probe._batches_at_once("cuda", torch.Size([64, batch, *shape]), kept)
+
+    assert images(16, 3, 32, 32) == (1024 if kept else 4096)
+    assert images(16, 3, 224, 224) == (16 if kept else 80)
+    assert images(256, 3, 224, 224) == 256  # a batch is never split
+    assert images(16, 1, 8, 8) == images(16, 64) == 4096
+
+
+def test_running_out_of_memory_says_what_to_lower(monkeypatch):
+    def forward(x):
+        raise torch.OutOfMemoryError("CUDA out of memory")
+
+    net, (x, y) = make(), batches()
+    monkeypatch.setattr(net.module, "forward", forward)
+    with pytest.raises(MemoryError, match="lower `batch_size`"):
+        derivatives.mean_gradient(net, points(net)[0], x, y)
+
+
 def test_losses_with_buffers_do_not_depend_on_the_rest_of_the_batch():
     net = make()
     x, y = batches()
@@ -110,11 +163,11 @@ def all_probes(net: FlatModel) -> None:
     for chosen in (None, buffers):
         probe.losses(net, weights, x, y, chosen)
         probe.line(net, weights, weights, np.array([0.0, 0.1]), x, y, chosen)
-        probe.gradients(net, weights, x, y, chosen)
-        next(probe.each_gradient(net, weights, x, y, chosen))  # and leave it half way
-        probe.mean_gradient(net, weights, x, y, chosen)
-        probe.gram(net, weights, x, y, chosen)
-        probe.curvature(net, weights, weights, x, y, chosen)
+        derivatives.gradients(net, weights, x, y, chosen)
+        next(derivatives.each_gradient(net, weights, x, y, chosen))  # and leave it half way
+        derivatives.mean_gradient(net, weights, x, y, chosen)
+        derivatives.gram(net, weights, x, y, chosen)
+        derivatives.curvature(net, weights, weights, x, y, chosen)
     probe.evaluate(net, weights, buffers, zip(x, y, strict=True))
     with pytest.raises(ConfigError):
         probe.losses(net, weights[:-1], x, y)
@@ -180,7 +233,7 @@ def test_gradients_are_slopes_of_losses(frozen):
     weights, direction = points(net, 2)
     direction /= np.linalg.norm(direction)
     buffers = probe.statistics(net, weights, x) if frozen else None
-    slopes = probe.gradients(net, weights, x, y, buffers) @ direction
+    slopes = derivatives.gradients(net, weights, x, y, buffers) @ direction
     ahead, behind = probe.line(net, weights, direction, np.array([0.01, -0.01]), x, y, buffers)
     np.testing.assert_allclose(slopes, (ahead - behind) / 0.02, atol=2e-4)
 
@@ -190,12 +243,12 @@ def test_sums_and_inner_products_agree_with_stored_gradients(samples, monkeypatc
     net = make()
     x, y = batches()
     weights = points(net)[0]
-    stored = probe.gradients(net, weights, x, y)
+    stored = derivatives.gradients(net, weights, x, y)
     monkeypatch.setitem(probe.SAMPLES_AT_ONCE, "cpu", samples)
-    np.testing.assert_allclose(probe.mean_gradient(net, weights, x, y), stored.mean(0), atol=1e-6)
+    np.testing.assert_allclose(derivatives.mean_gradient(net, weights, x, y), stored.mean(0), atol=1e-6)
     for kept in (1, 2, 5):  # gradients that the memory holds
-        monkeypatch.setattr(probe, "GRAM_BYTES", 4 * kept * net.weights.numel())
-        np.testing.assert_allclose(probe.gram(net, weights, x, y), stored @ stored.T, rtol=1e-5)
+        monkeypatch.setattr(derivatives, "GRAM_BYTES", 4 * kept * net.weights.numel())
+        np.testing.assert_allclose(derivatives.gram(net, weights, x, y), stored @ stored.T, rtol=1e-5)
 
 
 @pytest.mark.parametrize("frozen", [False, True])
@@ -204,12 +257,12 @@ def test_hessian_products_are_differences_of_gradients(frozen):
     x, y = batches()
     weights, direction = points(net, 2)
     buffers = probe.statistics(net, weights, x) if frozen else None
-    exact = probe.hessian_vector_products(net, weights, direction, x, y, buffers)
+    exact = derivatives.hessian_vector_products(net, weights, direction, x, y, buffers)
     step = np.float32(2e-3)
-    ahead = probe.gradients(net, weights + step * direction, x, y, buffers)
-    behind = probe.gradients(net, weights - step * direction, x, y, buffers)
+    ahead = derivatives.gradients(net, weights + step * direction, x, y, buffers)
+    behind = derivatives.gradients(net, weights - step * direction, x, y, buffers)
     np.testing.assert_allclose(exact, (ahead - behind) / (2 * step), atol=0.01 * np.abs(exact).max())
-    along = probe.curvature(net, weights, direction, x, y, buffers)
+    along = derivatives.curvature(net, weights, direction, x, y, buffers)
     np.testing.assert_allclose(along, exact @ direction / (direction @ direction), rtol=1e-5)
 
 
@@ -257,7 +310,7 @@ def test_fixed_batches_are_not_those_of_a_run():
     assert torch.equal(probing, probe.fixed_batches(dataset, 2, 8, seed=0)[0])
 
 
-@pytest.mark.parametrize("probing", [probe.losses, probe.gradients, probe.gram, probe.mean_gradient])
+@pytest.mark.parametrize("probing", [probe.losses, derivatives.gradients, derivatives.gram, derivatives.mean_gradient])
 def test_what_does_not_fit_is_refused(probing):
     net = make()
     x, y = batches()

@@ -5,7 +5,8 @@ import pytest
 import torch
 from torch import nn
 
-from paper_lib import hessian, probe, timescales
+from paper_lib import data, derivatives, hessian, timescales
+from paper_lib.config import RunConfig
 from paper_lib.models import FlatModel
 from paper_lib.quadratic import autocorrelation, stationary_variance
 from paper_lib.simulate import sample_minima, sgd
@@ -24,11 +25,15 @@ class Bowl(nn.Module):
         return torch.stack([torch.zeros_like(z), z], dim=1)
 
 
+def bowl_images(n):
+    """Inputs (n, 10) of a bowl, that scatter less from axis to axis."""
+    return torch.from_numpy(np.random.default_rng(0).standard_normal((n, 10)) * np.linspace(2, 0.2, 10)).float()
+
+
 @pytest.fixture
 def bowl():
     """A network, its weights, batches (4, 32, 10) and its mean Hessian there."""
-    rng = np.random.default_rng(0)
-    x = torch.from_numpy(rng.standard_normal((4, 32, 10)) * np.linspace(2, 0.2, 10)).float()
+    x = bowl_images(128).view(4, 32, 10)
     y = torch.zeros(4, 32, dtype=torch.int64)
     flat = x.flatten(0, 1).double().numpy()
     return FlatModel(Bowl(10)), np.zeros(10, np.float32), x, y, flat.T @ flat / len(flat) / 4
@@ -37,7 +42,7 @@ def bowl():
 def test_product_is_that_of_the_mean_hessian(bowl):
     net, weights, x, y, H = bowl
     d = np.random.default_rng(1).standard_normal(10)
-    np.testing.assert_allclose(probe.mean_hessian_product(net, weights, d, x, y), H @ d, rtol=1e-5)
+    np.testing.assert_allclose(derivatives.mean_hessian_product(net, weights, d, x, y), H @ d, rtol=1e-5)
 
 
 def test_top_directions_are_the_steepest_and_orthonormal(bowl):
@@ -60,18 +65,18 @@ def test_batch_statistics_are_those_of_each_batch():
     net = FlatModel(nn.Sequential(nn.Linear(5, 4), nn.BatchNorm1d(4), nn.Tanh(), nn.Linear(4, 3)))
     x, y = torch.randn(3, 8, 5), torch.randint(3, (3, 8))
     weights, d = net.weights.numpy().copy(), np.random.default_rng(0).standard_normal(net.weights.numel())
-    singly = [probe.mean_hessian_product(net, weights, d, x[k : k + 1], y[k : k + 1]) for k in range(3)]
+    singly = [derivatives.mean_hessian_product(net, weights, d, x[k : k + 1], y[k : k + 1]) for k in range(3)]
     before = net.buffers.clone()
     np.testing.assert_allclose(
-        probe.mean_hessian_product(net, weights, d, x, y), np.mean(singly, 0), rtol=1e-4, atol=1e-6
+        derivatives.mean_hessian_product(net, weights, d, x, y), np.mean(singly, 0), rtol=1e-4, atol=1e-6
     )
     assert torch.equal(net.buffers, before)
 
 
-def simulated(eta, steps, s2=1.0):
+def simulated(eta, steps, s2=1.0, momentum=0.0):
     """Stationary iterates of the model, (steps, k), by directions of eta."""
     minima = sample_minima(np.random.default_rng(0), np.full(len(eta), s2), steps + 200)
-    return sgd(minima, 1.0, np.array(eta)[:, None])[0, :, -steps:].T
+    return sgd(minima, 1.0, np.array(eta)[:, None], momentum=momentum)[0, :, -steps:].T
 
 
 def test_autocorrelation_against_the_model():
@@ -85,9 +90,11 @@ def test_autocorrelation_against_the_model():
 class Run:
     """What `Modes` reads of a run."""
 
-    def __init__(self, weights, lr, momentum=0.0):
+    def __init__(self, weights, lr, momentum=0.0, batch_size=8):
         self.weights = weights
-        self.config = type("C", (), dict(lr=lr, momentum=momentum, norm="none", seed=0, steps=len(weights) - 1))()
+        self.config = RunConfig(
+            lr=lr, momentum=momentum, batch_size=batch_size, steps=len(weights) - 1, norm="none", weight_decay=0.01
+        )
 
     def window(self, first, last):
         return self.weights[first : last + 1]
@@ -111,6 +118,50 @@ def test_predictions_hold_for_the_model():
     assert found.correlation > 0.99
     assert found.rms < 0.03
     assert abs(found.v_met_ratio - 1) < 0.05
+
+
+def test_modes_measure_curvature_and_noise_where_they_say(monkeypatch):
+    images = bowl_images(4096)
+    dataset = data.from_tensors(images, torch.zeros(4096, dtype=torch.int64), images[:1], torch.zeros(1).long())
+    monkeypatch.setattr(timescales.runs, "network", lambda run, dataset, model: FlatModel(model()))
+    away = np.random.default_rng(2).standard_normal(10).astype(np.float32)
+    X = np.stack([away, -away] * 40)  # their average is zero
+    found = timescales.modes(Run(X, lr=0.1), dataset, 3, n_batches=80, model=lambda: Bowl(10))
+    np.testing.assert_allclose(found.center, 0, atol=1e-6)
+    np.testing.assert_allclose(found.projected, X @ found.directions.T, atol=1e-5)
+    x = images.double().numpy()
+    slope = 1 / (1 + np.exp(-x @ np.stack([0 * away, away, -away]).T))  # of an image's loss in its logit
+    noise = [np.var(s[:, None] * x @ found.directions.T, axis=0) / 8 for s in slope.T]
+    H = x.T @ x / len(x) / 4
+    np.testing.assert_allclose(found.h, np.diag(found.directions @ H @ found.directions.T) + 0.01, rtol=0.15)
+    np.testing.assert_allclose(found.noise, noise[0], rtol=0.4)
+    np.testing.assert_allclose(found.noise_met, (noise[1] + noise[2]) / 2, rtol=0.3)
+    assert np.all(noise[1] + noise[2] > 3 * noise[0])  # the two noises cannot be taken for each other
+
+
+@pytest.mark.parametrize("momentum", [0.0, 0.8])
+def test_two_point_fall_is_that_of_the_model(momentum, monkeypatch):
+    half = bowl_images(64)
+    images, labels = torch.cat([half, half]), torch.arange(128) // 64  # each with both labels: the minimum is at zero
+    dataset = data.from_tensors(images, labels, images[:1], labels[:1])
+    monkeypatch.setattr(timescales.runs, "network", lambda run, dataset, model: FlatModel(model()))
+    h, V = np.linalg.eigh((half.T @ half).double().numpy() / 64 / 4)
+    h, V = h[[-1, -4, -7]], V.T[[-1, -4, -7]]
+    lr = 0.9 / h[0]
+    s2 = 0.004 / h / stationary_variance(lr * h, 1.0, momentum)  # a loss of 0.002 in each direction
+    z = simulated(lr * h, 20_000, s2, momentum)
+    run = Run(z @ V, lr, momentum, batch_size=128)
+    m = timescales.Modes(run, 0, 0 * V[0], V[:2], h[:2], *np.tile(h[:2] ** 2 * s2[:2], (2, 1)), z[:, :2])
+    found = timescales.two_point_fall(m, dataset, [1, 3, 40], n_batches=1, n_pairs=30, model=lambda: Bowl(10))
+
+    def falls(ends, directions):
+        pairs = [(z[ends], (z[ends] + z[ends - lag]) / 2) for lag in (1, 3, 40)]
+        return [((later**2 - middle**2) @ (h * directions) / 2).mean() for later, middle in pairs]
+
+    ends = np.linspace(40, 19_999, 30).astype(int)
+    np.testing.assert_allclose(found.steep, falls(ends, [1, 1, 0]), rtol=0.03)
+    np.testing.assert_allclose(found.full, falls(ends, [1, 1, 1]), rtol=0.03)
+    np.testing.assert_allclose(found.model, falls(np.arange(40, 20_000), [1, 1, 0]), rtol=0.05)
 
 
 def test_the_rest_of_a_random_walk_is_a_random_walk():
