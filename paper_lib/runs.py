@@ -16,6 +16,7 @@ import json
 import warnings
 from collections.abc import Iterator, Sequence
 from pathlib import Path
+from typing import Any
 
 from tqdm import tqdm
 
@@ -135,21 +136,27 @@ def network(run: Trajectory, dataset: Dataset, model: ModelFactory | None = None
     return train.initial_model(run.config, dataset, model)
 
 
-def run_folder(config: RunConfig, dataset: Dataset | None = None, model: ModelFactory | None = None) -> Path:
-    """Return the folder of a run, whether it exists or not."""
+def run_folder(
+    config: RunConfig, dataset: Dataset | None = None, model: ModelFactory | None = None, **method: Any
+) -> Path:
+    """Return the folder of a run, whether it exists or not; for `method` see `run_key`."""
     dataset = dataset or load_dataset(config)
     name = "own" if model is not None else config.model
-    return config_module.folder("runs") / f"{dataset.name}-{name}-{run_key(config, dataset, model)}"
+    return config_module.folder("runs") / f"{dataset.name}-{name}-{run_key(config, dataset, model, **method)}"
 
 
-def run_key(config: RunConfig, dataset: Dataset, model: ModelFactory | None = None) -> str:
-    """Return the 12 hex digits that identify a run (see the head of this module)."""
+def run_key(config: RunConfig, dataset: Dataset, model: ModelFactory | None = None, **method: Any) -> str:
+    """Return the 12 hex digits that identify a run (see the head of this module).
+
+    `method` is what decides besides, as JSON can hold it, where a config is not trained by SGD alone (`methods`).
+    """
     identity = {
         "config": config.to_dict(),
         "data": dataset.fingerprint,
         "model": _model_identity(config, dataset, model),
         "code": CODE,
         "format": FORMAT,
+        **method,
     }
     return hashlib.sha256(json.dumps(identity, sort_keys=True).encode()).hexdigest()[:12]
 
@@ -166,10 +173,10 @@ def _model_identity(config: RunConfig, dataset: Dataset, model: ModelFactory | N
     return hashlib.sha256(repr(net.module).encode() + source.encode() + weights).hexdigest()
 
 
-def code_fingerprint() -> str:
-    """Hash of the syntax trees of the decisive modules, without docstrings."""
+def code_fingerprint(modules: Sequence[str]) -> str:
+    """Hash of the syntax trees of modules of this package, without docstrings."""
     digest = hashlib.sha256()
-    for module in DECISIVE:
+    for module in modules:
         tree = ast.parse((Path(__file__).parent / f"{module}.py").read_text())
         for node in ast.walk(tree):
             body = getattr(node, "body", None)
@@ -183,7 +190,7 @@ def _is_text(node: ast.stmt) -> bool:
     return isinstance(node, ast.Expr) and isinstance(node.value, ast.Constant) and isinstance(node.value.value, str)
 
 
-CODE = code_fingerprint()  # of what was imported, not of what an editor has saved since
+CODE = code_fingerprint(DECISIVE)  # of what was imported, not of what an editor has saved since
 
 
 # --- several runs -----------------------------------------------------------------------------------------------

@@ -54,11 +54,10 @@ def test_data_model_and_code_are_part_of_the_key(monkeypatch):
 
 def test_comments_and_docstrings_do_not_retrain_but_code_does(tmp_path, monkeypatch):
     monkeypatch.setattr(runs, "__file__", str(tmp_path / "runs.py"))
-    monkeypatch.setattr(runs, "DECISIVE", ["module"])
     found = []
     for source in ('"""Doc."""\ndef f():\n    "Doc."\n    return 1', "def f(): return 1  # why", "def f(): return 2"):
         (tmp_path / "module.py").write_text(source)
-        found.append(runs.code_fingerprint())
+        found.append(runs.code_fingerprint(["module"]))
     assert found[0] == found[1] != found[2]
 
 
