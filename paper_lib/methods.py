@@ -7,6 +7,7 @@ the method's settings and the syntax trees of this module and of `monitor`.
 from __future__ import annotations
 
 import dataclasses
+import os
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
@@ -215,11 +216,10 @@ def _side_by_side(
 ) -> list[Arrays]:
     """obtain(job, its network) for every job, with exact float32.
 
-    On a CPU in as many threads as torch may use; one after the other with layers of dropout, as threads share a
-    generator.
+    On a CPU in a thread for each core; one after the other with layers of dropout, as threads share a generator.
     """
     draws = any(isinstance(sub, nn.modules.dropout._DropoutNd) for net in nets for sub in net.module.modules())
-    n_threads = torch.get_num_threads() if device.type == "cpu" and not draws else 1
+    n_threads = (os.cpu_count() or 1) if device.type == "cpu" and not draws else 1
     with (
         forked_rng(device),
         exact_float32(device),

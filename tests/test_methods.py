@@ -19,11 +19,8 @@ def own_folder(tmp_path, monkeypatch):
 
 
 @pytest.fixture
-def two_threads():
-    before = torch.get_num_threads()
-    torch.set_num_threads(2)
-    yield
-    torch.set_num_threads(before)
+def three_cores(monkeypatch):
+    monkeypatch.setattr(methods.os, "cpu_count", lambda: 3)
 
 
 def train(chosen=METHODS, settings=SETTINGS, seeds=(0, 1), model=SmallNet):
@@ -44,7 +41,7 @@ def assert_same(some, others):
 # --- side by side ------------------------------------------------------------------------------------------------
 
 
-def test_runs_train_side_by_side_as_they_do_alone(two_threads):
+def test_runs_train_side_by_side_as_they_do_alone(three_cores):
     together = train(seeds=[3, 1])
     for path in methods.path(METHODS["free"], SETTINGS, small_data(), SmallNet).parent.glob("*.npz"):
         path.unlink()
@@ -53,7 +50,7 @@ def test_runs_train_side_by_side_as_they_do_alone(two_threads):
     assert all(map(np.array_equal, together["free"], [one["free"][0] for one in alone]))
 
 
-def test_watched_runs_with_dropout_draw_what_the_recorded_ones_drew(two_threads):
+def test_watched_runs_with_dropout_draw_what_the_recorded_ones_drew(three_cores):
     def dropping():
         return SmallNet(dropout=0.5)
 
