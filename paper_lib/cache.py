@@ -1,15 +1,18 @@
-"""Large arrays made once and kept on disk: locked while made, checked when read, mapped into memory."""
+"""Arrays made once and kept on disk: locked while made, checked when read; large ones mapped into memory."""
 
 from __future__ import annotations
 
 import os
+import zipfile
 import zlib
 from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
 
-from paper_lib.files import allocate, lock
+from paper_lib.files import allocate, lock, replacing
+
+Arrays = dict[str, np.ndarray]
 
 
 def cached_array(
@@ -30,6 +33,26 @@ def cached_array(
                 return array
             path.unlink()
         return _read(_make(folder, key, shape, dtype, fill), shape, dtype)
+
+
+def cached_arrays(path: Path, make: Callable[[], Arrays]) -> Arrays:
+    """The arrays that `make` returns, from the .npz file `path`, made first if absent or damaged."""
+    with lock(path):
+        arrays = read_arrays(path)
+        if arrays is None:
+            arrays = make()
+            with replacing(path) as temporary:
+                np.savez(temporary, **arrays)
+        return arrays
+
+
+def read_arrays(path: Path) -> Arrays | None:
+    """The arrays of a .npz file, or None where it is absent, cut short or altered (their checksums are in the file)."""
+    try:
+        with np.load(path, allow_pickle=False) as stored:
+            return dict(stored)
+    except (ValueError, OSError, EOFError, RuntimeError, zipfile.BadZipFile):  # RuntimeError: flags of the format
+        return None
 
 
 def _make(folder: Path, key: str, shape, dtype, fill) -> Path:

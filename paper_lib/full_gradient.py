@@ -11,7 +11,7 @@ from tqdm import tqdm
 from paper_lib import derivatives, runs
 from paper_lib.config import RunConfig
 from paper_lib.data import Dataset
-from paper_lib.train import ModelFactory
+from paper_lib.models import ModelFactory
 from paper_lib.trajectory import Trajectory
 
 

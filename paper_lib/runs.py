@@ -14,6 +14,7 @@ import json
 import warnings
 from collections.abc import Iterator, Sequence
 from pathlib import Path
+from typing import Any
 
 from torch import nn
 from tqdm import tqdm
@@ -156,22 +157,28 @@ def _check_model(dataset: Dataset, model: ModelFactory | None) -> None:
     require(is_factory, "model", type(model).__name__, allowed)
 
 
-def run_folder(config: RunConfig, dataset: Dataset | None = None, model: ModelFactory | None = None) -> Path:
-    """Return the folder of a run, whether it exists or not."""
+def run_folder(
+    config: RunConfig, dataset: Dataset | None = None, model: ModelFactory | None = None, **method: Any
+) -> Path:
+    """Return the folder of a run, whether it exists or not; for `method` see `run_key`."""
     dataset = dataset or load_dataset(config)
     _check_model(dataset, model)
     name = "own" if model is not None else config.model
-    return config_module.folder("runs") / f"{dataset.name}-{name}-{run_key(config, dataset, model)}"
+    return config_module.folder("runs") / f"{dataset.name}-{name}-{run_key(config, dataset, model, **method)}"
 
 
-def run_key(config: RunConfig, dataset: Dataset, model: ModelFactory | None = None) -> str:
-    """Return the 12 hex digits that identify a run (see the head of this module)."""
+def run_key(config: RunConfig, dataset: Dataset, model: ModelFactory | None = None, **method: Any) -> str:
+    """Return the 12 hex digits that identify a run (see the head of this module).
+
+    `method` is what decides besides, as JSON can hold it, where a config is not trained by SGD alone (`methods`).
+    """
     identity = {
         "config": config.to_dict(),
         "data": dataset.fingerprint,
         "model": _model_identity(config, dataset, model),
         "code": CODE,
         "format": FORMAT,
+        **method,
     }
     return hashlib.sha256(json.dumps(identity, sort_keys=True).encode()).hexdigest()[:12]
 

@@ -2,134 +2,19 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
 
 import numpy as np
 import pandas as pd
-import schedulefree
 import seaborn as sns
-import torch
 from matplotlib.axes import Axes
-from torch import nn
-from tqdm import tqdm
 
 from paper_lib import evaluation, figures, runs, sgd
-from paper_lib.config import RunConfig, Study
+from paper_lib.config import Study
 from paper_lib.data import Dataset
-from paper_lib.models import FlatModel, ModelFactory, exact_float32, forked_rng
-from paper_lib.monitor import Averages, Monitor, Window
+from paper_lib.methods import Watched
+from paper_lib.models import ModelFactory
 from paper_lib.trajectory import Trajectory
-from paper_lib.validate import require
-
-
-@dataclass(frozen=True, eq=False)
-class Watched:
-    """A run that was watched: its end, and what happened on the way.
-
-    weights (P,) at its end; average (P,), the one of `Averages` that was then predicted to save most; at every step,
-    (n_steps,), loss and lr, and the memory of the average that was best and its gain (nats); windows by the step at
-    which they had ended.
-    """
-
-    seed: int
-    weights: np.ndarray
-    average: np.ndarray
-    loss: np.ndarray
-    lr: np.ndarray
-    memory: np.ndarray
-    gain: np.ndarray
-    windows: dict[int, Window]
-
-    @property
-    def alarms(self) -> list[int]:
-        """Steps at which the run was found stationary."""
-        return [step for step, window in self.windows.items() if window.stationary]
-
-
-# --- training loops ----------------------------------------------------------------------------------------------
-
-
-def _backward(config: RunConfig, dataset: Dataset, net: FlatModel) -> Iterator[float]:
-    """Leave the gradient of each batch of a run from scratch in net.grad, and yield the batch's loss.
-
-    Raises ConfigError for a branch, a schedule, or a perturbed start.
-    """
-    require(config.start == 0, "start", config.start, "a watched run begins at its initialization")
-    require(config.schedule == "constant", "schedule", config.schedule, "the watching method lowers the learning rate")
-    require(config.perturbation == 0, "perturbation", config.perturbation, "a watched run starts unperturbed")
-    net.module.train()
-    for step, (x, y) in enumerate(dataset.stream(0, config.steps, config.batch_size, config.stream)):
-        sgd.seed_step(net.device, step, config)
-        loss = sgd.batch_loss(net, x, y, config)
-        net.backward(loss)
-        yield float(loss.detach())
-
-
-def watch(
-    config: RunConfig, dataset: Dataset, net: FlatModel, monitor: Monitor, factor: float, averages: Averages
-) -> Watched:
-    """Train from the network's weights on the batches of `config`, multiplying the learning rate at every alarm.
-
-    With `factor` = 1 this is the run of `config` at its constant learning rate, to the same bits under `each_seed`.
-    Raises ConfigError unless `config` starts from an unperturbed initialization and has a constant learning rate.
-    """
-    velocity, lr = torch.zeros_like(net.weights), config.lr
-    log, windows = [], {}
-    for step, loss in enumerate(_backward(config, dataset, net)):
-        gradient = net.grad + config.weight_decay * net.weights  # the model is about all that the step descends
-        if monitor.observe(gradient):
-            lr *= factor
-        if len(monitor.windows) > len(windows):
-            windows[step] = monitor.windows[-1]
-        averages.observe(net.weights, gradient)
-        log.append((loss, lr, averages.best()[0], max(map(float, averages.gains))))
-        sgd.sgd_step(net, velocity, lr, config)
-    ends = (vector.cpu().numpy().copy() for vector in (net.weights, averages.best()[1]))
-    return Watched(config.seed, *ends, *np.array(log).T, windows)
-
-
-def schedule_free(config: RunConfig, dataset: Dataset, net: FlatModel, lr: float, momentum: float) -> np.ndarray:
-    """The averaged weights (P,) of schedule-free SGD (Defazio et al. 2024) on the batches of `config`.
-
-    Raises ConfigError as `watch` does.
-    """
-    weights = nn.Parameter(net.weights)  # shares its memory, as the gradient does
-    weights.grad = net.grad
-    optimizer = schedulefree.SGDScheduleFree([weights], lr=lr, momentum=momentum, weight_decay=config.weight_decay)
-    optimizer.train()
-    for _ in _backward(config, dataset, net):
-        optimizer.step()
-    optimizer.eval()
-    return net.weights.cpu().numpy().copy()
-
-
-def each_seed(
-    train_one: Callable[[RunConfig, FlatModel], object],
-    config: RunConfig,
-    seeds: Sequence[int],
-    dataset: Dataset,
-    model: ModelFactory | None = None,
-    progress: str = "",
-) -> list:
-    """train_one(config, initial network) for every seed, with exact float32; the random generators come back.
-
-    On a CPU they run side by side in as many threads as torch may use, but one after the other with layers of dropout,
-    as threads share a generator.
-    """
-    configs = [config.replace(seed=seed) for seed in seeds]
-    nets = [sgd.initial_model(c, dataset, model) for c in configs]  # here: it seeds the global generator
-    device = dataset.device
-    draws = any(isinstance(sub, nn.modules.dropout._DropoutNd) for net in nets for sub in net.module.modules())
-    n_threads = torch.get_num_threads() if device.type == "cpu" and not draws else 1
-    with (
-        forked_rng(device),
-        exact_float32(device),
-        ThreadPoolExecutor(n_threads, initializer=torch.set_num_threads, initargs=(1,)) as pool,
-    ):
-        return list(tqdm(pool.map(train_one, configs, nets), total=len(configs), desc=progress))
-
 
 # --- comparison --------------------------------------------------------------------------------------------------
 

@@ -2,18 +2,21 @@
 
 A worker is `python -m paper_lib.workers`: it reads one run per line, {"config", "folder"}, trains it through the run
 cache, and writes its progress as lines of JSON. (Plain subprocesses, not multiprocessing: that would import the
-caller's script again.)
+caller's script again.) On CPUs workers wait for the next call, because starting one takes as long as some hundred
+steps of a small network.
 """
 
 from __future__ import annotations
 
+import atexit
+import contextlib
 import json
 import os
 import queue
 import subprocess
 import sys
 import threading
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import IO, Any
 
@@ -25,6 +28,8 @@ from paper_lib.train import Report
 
 RUNS_PER_GPU = 3  # of small networks, whose steps are too short to keep a GPU busy
 SMALL = ("resnet8", "resnet14", "resnet20")
+
+_waiting: dict[subprocess.Popen, dict[str, str]] = {}  # workers between two calls, with the environment of each
 
 
 class WorkerError(RuntimeError):
@@ -40,8 +45,7 @@ def train_parallel(jobs: Sequence[tuple[RunConfig, Path]], report: Report) -> No
     for config, folder in jobs:
         waiting.put(json.dumps({"config": config.to_dict(), "folder": str(folder)}))
     messages: queue.SimpleQueue = queue.SimpleQueue()
-    workers = [_start(variables) for variables in slots([config for config, _ in jobs])]
-    try:
+    with _workers(slots([config for config, _ in jobs])) as workers:
         for worker in workers:
             threading.Thread(target=_serve, args=(worker, waiting, messages), daemon=True).start()
         finished = 0
@@ -52,11 +56,40 @@ def train_parallel(jobs: Sequence[tuple[RunConfig, Path]], report: Report) -> No
             finished += "done" in message
             if "steps" in message:
                 report(message["steps"], message["loss"], message["lr"])
-    finally:
-        for worker in workers:
-            worker.terminate()
-        for worker in workers:
-            worker.wait()
+
+
+@contextlib.contextmanager
+def _workers(chosen: Sequence[dict[str, str]]) -> Iterator[list[subprocess.Popen]]:
+    """Yield a worker for each of the slots, one that waits or a new one; after an error they end, else they wait.
+
+    Those of another environment end at once, as do all that have used a GPU: they hold its memory.
+    """
+    environment = dict(os.environ)
+    usable = [worker for worker, known in _waiting.items() if known == environment and worker.poll() is None]
+    _end([worker for worker in _waiting if worker not in usable])
+    workers = [usable.pop() if usable else _start(variables) for variables in chosen]
+    for worker in workers:
+        _waiting.pop(worker, None)
+    try:
+        yield workers
+    except BaseException:
+        _end(workers)
+        raise
+    if torch.cuda.is_available():
+        _end(workers)
+    else:
+        _waiting.update(dict.fromkeys(workers, environment))
+
+
+def _end(workers: Sequence[subprocess.Popen]) -> None:
+    for worker in workers:
+        worker.terminate()
+    for worker in workers:
+        worker.wait()
+        _waiting.pop(worker, None)
+
+
+atexit.register(lambda: _end(list(_waiting)))
 
 
 def slots(configs: Sequence[RunConfig]) -> list[dict[str, str]]:

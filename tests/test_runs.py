@@ -80,6 +80,22 @@ def test_seeds_side_by_side_are_the_same_bits_as_alone(tmp_path, monkeypatch):
     assert not np.array_equal(together[0].at(35), together[1].at(35))
 
 
+def test_workers_wait_for_the_next_call_in_the_same_environment(monkeypatch):
+    workers, settings = runs.workers, study("smoke", steps=2, record="").run
+    with workers._workers([]):
+        pass  # ends those of other tests
+    runs.train_seeds(settings, [0, 1], progress=False)
+    waiting = set(workers._waiting)
+    assert len(waiting) == 2 and all(worker.poll() is None for worker in waiting)
+    with monkeypatch.context() as patch:
+        patch.setattr(workers, "_start", None)  # calling it would fail
+        assert len(runs.train_seeds(settings, [2, 3], progress=False)) == 2
+    assert set(workers._waiting) == waiting
+    monkeypatch.setenv("PAPER_RUNS", "elsewhere")
+    with workers._workers([]):
+        assert not workers._waiting and all(worker.poll() is not None for worker in waiting)
+
+
 def test_seeds_that_repeat_are_refused():
     with pytest.raises(ConfigError, match=r"seeds = \[1, 1\]"):
         runs.train_seeds(SMALL, [1, 1], small_data(), SmallNet)

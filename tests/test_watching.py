@@ -5,7 +5,7 @@ import pandas as pd
 import pytest
 import torch
 
-from paper_lib import config, data, gains, presets, runs, sgd, stationarity, watching
+from paper_lib import config, data, gains, methods, presets, runs, sgd, stationarity, watching
 from paper_lib.monitor import Averages, Monitor, StationarityTest
 from paper_lib.validate import ConfigError
 
@@ -14,10 +14,6 @@ SETTINGS = config.RunConfig(data="mine", lr=0.3, batch_size=16, steps=150, recor
 
 def net():
     return torch.nn.Sequential(torch.nn.Linear(6, 8), torch.nn.Tanh(), torch.nn.Linear(8, 3))
-
-
-def dropping():
-    return torch.nn.Sequential(torch.nn.Linear(6, 8), torch.nn.Dropout(0.5), torch.nn.Linear(8, 3))
 
 
 @pytest.fixture(scope="module")
@@ -35,13 +31,9 @@ def recorded(dataset, tmp_path_factory):
         yield runs.train_seeds(SETTINGS, [0, 1], dataset, net, progress=False)
 
 
-def watched_end(dataset):
-    return lambda settings, fresh: watching.watch(settings, dataset, fresh, Monitor(0.5), 1.0, Averages((0.9,)))
-
-
 def watch(dataset, settings=SETTINGS, monitor=None, factor=1.0, memories=(0.0, 0.9)):
     fresh = sgd.initial_model(settings, dataset, net)
-    return watching.watch(settings, dataset, fresh, monitor or Monitor(0.5), factor, Averages(memories))
+    return methods.watch(settings, dataset, fresh, monitor or Monitor(0.5), factor, Averages(memories))
 
 
 # --- loops -------------------------------------------------------------------------------------------------------
@@ -58,27 +50,13 @@ def test_watching_changes_nothing(dataset, momentum, tmp_path, monkeypatch):
     assert np.all(watched.lr == 0.3)
 
 
-def test_a_watched_run_with_dropout_draws_what_the_recorded_one_drew(dataset, tmp_path, monkeypatch):
-    monkeypatch.setenv("PAPER_RUNS", str(tmp_path))
-    settings = SETTINGS.replace(steps=30, record="30")
-    plain = runs.train_seeds(settings, [0, 1], dataset, dropping, progress=False)
-    before, threads = torch.get_rng_state(), torch.get_num_threads()
-    torch.set_num_threads(2)
-    try:
-        watched = watching.each_seed(watched_end(dataset), settings, [0, 1], dataset, dropping)
-    finally:
-        torch.set_num_threads(threads)
-    assert all(np.array_equal(some.weights, run.at(30)) for some, run in zip(watched, plain, strict=True))
-    assert torch.equal(torch.get_rng_state(), before)
-
-
 @pytest.mark.parametrize("change", [{"schedule": "cosine"}, {"schedule": (1.0,) * 150}, {"perturbation": 0.1}])
 def test_only_plain_runs_at_a_constant_learning_rate_are_watched(dataset, change):
     settings = SETTINGS.replace(**change)
     with pytest.raises(ConfigError, match=next(iter(change))):
         watch(dataset, settings)
     with pytest.raises(ConfigError, match=next(iter(change))):
-        watching.schedule_free(settings, dataset, sgd.initial_model(settings, dataset, net), 0.5, 0.9)
+        methods.schedule_free(settings, dataset, sgd.initial_model(settings, dataset, net), 0.5, 0.9)
 
 
 def test_a_branch_is_not_watched(dataset):
@@ -128,7 +106,7 @@ def test_schedule_free_is_the_package_on_the_networks_own_parameters(dataset):
     import schedulefree
 
     fresh, plain = (sgd.initial_model(SETTINGS, dataset, net) for _ in range(2))
-    found = watching.schedule_free(SETTINGS, dataset, fresh, lr=0.5, momentum=0.9)
+    found = methods.schedule_free(SETTINGS, dataset, fresh, lr=0.5, momentum=0.9)
     optimizer = schedulefree.SGDScheduleFree(plain.parameters, lr=0.5, momentum=0.9, weight_decay=0.01)
     optimizer.train()
     for x, y in dataset.stream(0, SETTINGS.steps, SETTINGS.batch_size, SETTINGS.stream):
@@ -136,21 +114,6 @@ def test_schedule_free_is_the_package_on_the_networks_own_parameters(dataset):
         optimizer.step()
     optimizer.eval()
     assert found == pytest.approx(plain.weights.numpy(), abs=1e-5)
-
-
-def test_seeds_train_side_by_side_as_they_do_alone(dataset):
-    def end(settings, fresh):
-        return watching.schedule_free(settings, dataset, fresh, lr=0.5, momentum=0.9)
-
-    settings = SETTINGS.replace(steps=30, record="")
-    before = torch.get_num_threads()
-    torch.set_num_threads(2)
-    try:
-        together = watching.each_seed(end, settings, [3, 1], dataset, net)
-    finally:
-        torch.set_num_threads(before)
-    alone = [watching.each_seed(end, settings, [seed], dataset, net)[0] for seed in (3, 1)]
-    assert all(np.array_equal(some, others) for some, others in zip(together, alone, strict=True))
 
 
 # --- tables ------------------------------------------------------------------------------------------------------
