@@ -6,11 +6,9 @@ import contextlib
 import itertools
 import os
 import tempfile
-import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterable, Iterator
 
 import numpy as np
-import pandas as pd
 import torch
 import torch.nn.functional as F
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
@@ -23,18 +21,10 @@ from paper_lib.augment import FlipCrop
 from paper_lib.config import RunConfig
 from paper_lib.data import Dataset
 from paper_lib.presets import study
+from paper_lib.profiling import profile_step, seconds, threads
 
 STEPS = 600
 SEEDS = (0, 1, 2)
-
-
-def seconds(work: Callable[[], object]) -> float:
-    """Wall time of one call."""
-    start = time.perf_counter()
-    work()
-    if torch.cuda.is_available():
-        torch.cuda.synchronize()
-    return time.perf_counter() - start
 
 
 @contextlib.contextmanager
@@ -66,21 +56,30 @@ def plain_loop(config: RunConfig, dataset: Dataset) -> None:
         optimizer.step()
 
 
-def training() -> list[dict]:
+def single_runs() -> Iterator[tuple[RunConfig, Dataset]]:
+    """Runs that are timed alone: one on the digits and, on a GPU, one of the preset cifar10 on random images."""
+    config = study("digits", steps=STEPS, record="").run
+    yield config, runs.load_dataset(config)
+    device = data.default_device()
+    if device.type == "cuda":
+        x, y = torch.randint(256, (50_000, 3, 32, 32), dtype=torch.uint8), torch.randint(10, (50_000,))
+        images, labels = {"train": x, "test": x[:100]}, {"train": y, "test": y[:100]}
+        random = dataset_module.TensorDataset("random", images, labels, 10, augment=FlipCrop(4), content="random")
+        yield study("cifar10", steps=STEPS, record="").run, random.to(device)
+
+
+def training() -> Iterator[dict]:
     """train_seeds against one plain loop per seed, and the cost of keeping every iterate."""
     config = study("digits", steps=STEPS, record="").run
-    every = config.replace(record=f"0-{STEPS}")
-    dataset = runs.load_dataset(config)
+    dataset, n = runs.load_dataset(config), STEPS * len(SEEDS)
     plain = sum(seconds(lambda seed=seed: plain_loop(config.replace(seed=seed), dataset)) for seed in SEEDS)
     with empty_run_cache():
         ours = seconds(lambda: runs.train_seeds(config, SEEDS))
-        recorded = seconds(lambda: runs.train_seeds(every, SEEDS))
-    n = STEPS * len(SEEDS)
-    return [
-        *one_run(config, dataset),
-        row(f"train {len(SEEDS)} seeds, {STEPS} steps", n / ours, n / plain, "steps/s", "plain DataLoader + SGD loops"),
-        row("the same, every iterate recorded", n / recorded, n / ours, "steps/s", "training without recording"),
-    ]
+        yield row(
+            f"train {len(SEEDS)} seeds, {STEPS} steps", n / ours, n / plain, "steps/s", "plain DataLoader + SGD loops"
+        )
+        recorded = seconds(lambda: runs.train_seeds(config.replace(record=f"0-{STEPS}"), SEEDS))
+    yield row("the same, every iterate recorded", n / recorded, n / ours, "steps/s", "training without recording")
 
 
 def matrix_rate(device: torch.device, dtype: torch.dtype) -> float:
@@ -98,36 +97,22 @@ def step_flops(config: RunConfig, dataset: Dataset) -> int:
     return counter.get_total_flops()
 
 
-def one_run(config: RunConfig, dataset: Dataset) -> list[dict]:
+def one_run(config: RunConfig, dataset: Dataset) -> Iterator[dict]:
     """One run alone, in images/s, against its floor (its FLOPs at the measured matrix rate) and a plain loop."""
     dtype = torch.bfloat16 if config.precision == "bfloat16" else torch.float32
-    before = torch.get_num_threads()
-    torch.set_num_threads(config.threads)
-    floor = config.batch_size * matrix_rate(dataset.device, dtype) / step_flops(config, dataset)
-    torch.set_num_threads(before)
+    with threads(config.threads):
+        floor = config.batch_size * matrix_rate(dataset.device, dtype) / step_flops(config, dataset)
     images = config.steps * config.batch_size
-    plain = images / seconds(lambda: plain_loop(config, dataset))
     with empty_run_cache():
         ours = images / runs.obtain(config, dataset).status["wall_s"]
-    what = f"train {config.model}, width {config.width}, batch {config.batch_size}, {config.precision}"
-    return [
-        row(what, ours, floor, "images/s", "its FLOPs at the matrix rate (floor)"),
-        row(what, ours, plain, "images/s", "plain DataLoader + SGD loop, all threads"),
-    ]
+    yield row(title(config), ours, floor, "images/s", "its FLOPs at the matrix rate (floor)")
+    plain = images / seconds(lambda: plain_loop(config, dataset))
+    yield row(title(config), ours, plain, "images/s", "plain DataLoader + SGD loop, all threads")
 
 
-def large_run() -> list[dict]:
-    """The preset cifar10's network on a GPU, on random images of CIFAR's shape; nothing where there is no GPU."""
-    device = data.default_device()
-    if device.type != "cuda":
-        return []
-    config = study("cifar10", steps=STEPS, record="").run
-    x, y = torch.randint(256, (50_000, 3, 32, 32), dtype=torch.uint8), torch.randint(10, (50_000,))
-    images, labels = {"train": x, "test": x[:100]}, {"train": y, "test": y[:100]}
-    dataset = dataset_module.TensorDataset("random", images, labels, 10, augment=FlipCrop(4), content="random").to(
-        device
-    )
-    return one_run(config, dataset)
+def title(config: RunConfig) -> str:
+    """What a row says of a run."""
+    return f"train {config.model}, width {config.width}, batch {config.batch_size}, {config.precision}"
 
 
 def naive_losses(config: RunConfig, dataset: Dataset, states: list[dict], x: torch.Tensor, y: torch.Tensor) -> None:
@@ -141,7 +126,7 @@ def naive_losses(config: RunConfig, dataset: Dataset, states: list[dict], x: tor
                 F.cross_entropy(net(xs), ys).item()
 
 
-def probing(n_snapshots: int = 40, n_batches: int = 32) -> list[dict]:
+def probing(n_snapshots: int = 40, n_batches: int = 32) -> Iterator[dict]:
     """probe.losses against one load_state_dict and one small-batch loop per snapshot."""
     config = study("digits", steps=n_snapshots, record=f"1-{n_snapshots}").run
     dataset = runs.load_dataset(config)
@@ -157,10 +142,10 @@ def probing(n_snapshots: int = 40, n_batches: int = 32) -> list[dict]:
         ours = seconds(lambda: probe.losses(net, run.weights, x, y))
     n = n_snapshots * n_batches
     what = f"losses of {n_batches} batches at {n_snapshots} snapshots"
-    return [row(what, n / ours, n / naive, "batches/s", "load_state_dict and a loop over batches")]
+    yield row(what, n / ours, n / naive, "batches/s", "load_state_dict and a loop over batches")
 
 
-def averages(n_snapshots: int = 1000, width: int = 16) -> list[dict]:
+def averages(n_snapshots: int = 1000, width: int = 16) -> Iterator[dict]:
     """averaging.average of a whole window against a copy of it, and against AveragedModel.update_parameters."""
     net = models.build("resnet8", 1, 10, width)
     n_weights = sum(p.numel() for p in net.parameters())
@@ -173,10 +158,8 @@ def averages(n_snapshots: int = 1000, width: int = 16) -> list[dict]:
     update = seconds(lambda: [updated.update_parameters(net) for _ in range(n_snapshots)])
     size = trajectory.nbytes / 1e9
     what = f"EMA of {n_snapshots} snapshots of {n_weights:,} weights"
-    return [
-        row(what, size / ours, size / copied, "GB/s", "a copy of the snapshots"),
-        row(what, n_snapshots / ours, n_snapshots / update, "snapshots/s", "torch.optim.swa_utils.AveragedModel"),
-    ]
+    yield row(what, size / ours, size / copied, "GB/s", "a copy of the snapshots")
+    yield row(what, n_snapshots / ours, n_snapshots / update, "snapshots/s", "torch.optim.swa_utils.AveragedModel")
 
 
 def row(what: str, ours: float, other: float, unit: str, against: str) -> dict:
@@ -184,8 +167,19 @@ def row(what: str, ours: float, other: float, unit: str, against: str) -> dict:
     return {"what": what, "ours": ours, "other": other, "unit": unit, "against": against, "ratio": ours / other}
 
 
+def print_rows(rows: Iterable[dict]) -> None:
+    """Print the table, each row when it has been measured."""
+    line = "{what:<51} {ours:>12} {other:>12} {ratio:>8}  {unit:<11}  {against}"
+    print(line.format(what="", ours="ours", other="other", ratio="ratio", unit="", against="other is"))
+    for one in rows:
+        numbers = {name: f"{one[name]:,.2f}" for name in ("ours", "other", "ratio")}
+        print(line.format(**one | numbers), flush=True)
+
+
 def main() -> None:
-    """Run all benchmarks and print the table."""
+    """Run all benchmarks, and print the table and where the steps of single runs spend their time."""
     print(f"{os.cpu_count()} cores, torch {torch.__version__}, {data.default_device()}")
-    table = pd.DataFrame([*training(), *large_run(), *probing(), *averages()])
-    print(table.to_string(index=False, float_format=lambda v: f"{v:,.2f}"))
+    alone = list(single_runs())
+    print_rows(itertools.chain(*itertools.starmap(one_run, alone), training(), probing(), averages()))
+    for config, dataset in alone:
+        print(f"\n{title(config)}: {profile_step(config, dataset)}")

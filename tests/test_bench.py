@@ -1,8 +1,9 @@
-"""The floor of a training step: FLOPs counted by hand, and a rate that is positive."""
+"""The benchmark: FLOPs counted by hand, a rate that is positive, rows that appear at once, a profile that adds up."""
 
+import pytest
 import torch
 
-from paper_lib import bench, runs
+from paper_lib import bench, profiling, runs
 from paper_lib.presets import study
 
 
@@ -21,3 +22,27 @@ def test_the_flops_of_a_step_are_those_of_its_convolutions():
 
 def test_the_matrix_rate_is_a_rate():
     assert 1e8 < bench.matrix_rate(torch.device("cpu"), torch.float32) < 1e14
+
+
+def test_a_row_is_printed_before_the_next_is_measured(capsys):
+    def rows():
+        capsys.readouterr()  # the head of the table
+        for i in range(3):
+            yield bench.row(f"row {i}", 2000.0 * i, 1000.0, "images/s", "another")
+            shown = capsys.readouterr().out.split()
+            assert shown == ["row", str(i), f"{2000.0 * i:,.2f}", "1,000.00", f"{2 * i}.00", "images/s", "another"]
+
+    bench.print_rows(rows())
+
+
+def test_a_profile_names_the_operators_of_a_step_and_their_share(monkeypatch):
+    monkeypatch.setattr(profiling, "STEPS", 2)
+    config = study("smoke").run
+    found = profiling.profile_step(config, runs.load_dataset(config), top=1000)
+    assert found.operators.share.sum() == pytest.approx(1) and found.operators.ms.is_monotonic_decreasing
+    assert found.operators.ms.sum() == pytest.approx(found.busy)
+    names = set(found.operators.operator)
+    assert any("convolution" in name for name in names) and any("NllLossBackward" in name for name in names)
+    assert {"aten::add_", "aten::index_select"} <= names  # the SGD step, and the batch
+    head, *lines = str(found).splitlines()
+    assert head == f"{found.wall:.2f} ms a step" and len(lines) == 1 + len(found.operators)
