@@ -76,9 +76,11 @@ readme: env ## regenerate the README's tables from results/
 	@$(PY) -m paper_lib.report readme
 
 # A folder of its own, so that the tests train for real and never touch results/ or runs/; one thread per worker.
+# Only test_cuda.py sees a GPU: what the other tests and the notebooks compare are the numbers of a CPU.
 test: lint ## lint, unit tests, and every notebook on the smoke preset
 	@mkdir -p .build && work=$$(mktemp -d "$(CURDIR)/.build/test.XXXXXX") && trap 'rm -rf "$$work"' EXIT && \
 	export PAPER_RUNS="$$work/runs" PAPER_RESULTS="$$work/results" OMP_NUM_THREADS=1 && \
+	$(PY) -m pytest -q tests/test_cuda.py && export CUDA_VISIBLE_DEVICES= && \
 	$(PY) -m pytest -q -n 2 tests && \
 	$(PY) -m paper_lib.notebooks smoke "$$work/notebooks" && \
 	$(if $(NOTEBOOKS),$(PY) -m pytest -q -n 2 --dist loadfile --nbval-lax --nbval-current-env "$$work/notebooks",:)
