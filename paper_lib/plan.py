@@ -35,7 +35,8 @@ def require_memory(config: RunConfig, n_weights: int, device: torch.device) -> N
     """Raise MemoryError with the arithmetic if a run's vectors do not fit into what is free on its device."""
     needed, free = memory_bytes(config, n_weights), psutil.virtual_memory().available
     if device.type == "cuda":  # what PyTorch has reserved and does not use is free as well
-        free = torch.cuda.mem_get_info()[0] + torch.cuda.memory_reserved() - torch.cuda.memory_allocated()
+        unused = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
+        free = torch.cuda.mem_get_info(device)[0] + unused
     if needed > free:
         raise MemoryError(
             f"weights, gradient, momentum, {len(config.averages)} averages and up to {CHUNK} pending snapshots of "

@@ -82,6 +82,8 @@ def seed_step(device: torch.device, step: int, config: RunConfig) -> None:
 
     It seeds one device, because torch.manual_seed costs a tenth of a small network's step.
     """
-    cuda = device.type == "cuda"
-    generator = torch.cuda.default_generators[torch.cuda.current_device()] if cuda else torch.default_generator
+    generator = torch.default_generator
+    if device.type == "cuda":
+        index = torch.cuda.current_device() if device.index is None else device.index
+        generator = torch.cuda.default_generators[index]
     generator.manual_seed((step * 1_000_003 + config.stream) * parallel.world() + parallel.rank())

@@ -191,7 +191,7 @@ def train_run(
         "diverged_at": diverged_at,
         "parameters": net.weights.numel(),
         "wall_s": round(time.monotonic() - clock, 2),
-        "device": torch.cuda.get_device_name() if net.device.type == "cuda" else "cpu",
+        "device": torch.cuda.get_device_name(net.device) if net.device.type == "cuda" else "cpu",
         "processes": parallel.world(),
         "torch": torch.__version__,
     }

@@ -10,7 +10,7 @@ import pytest
 import torch
 from helpers import SMALL, SmallNet, interrupted, small_data
 
-from paper_lib import models, probe, profiling, runs, train
+from paper_lib import derivatives, models, probe, profiling, runs, sgd, train
 from paper_lib.augment import FlipCrop
 from paper_lib.dataset import TensorDataset
 from paper_lib.presets import study
@@ -69,7 +69,7 @@ def test_batches_and_initial_weights_are_those_of_the_cpu_bit_for_bit(images):
     for found, expected in pairs:
         assert found[0].device.type == DEVICE.type
         assert all(torch.equal(a.cpu(), b) for a, b in zip(found, expected, strict=True))
-    nets = [train.initial_model(CONFIG, dataset) for dataset in (there, images)]
+    nets = [sgd.initial_model(CONFIG, dataset) for dataset in (there, images)]
     assert torch.equal(nets[0].weights.cpu(), nets[1].weights)
 
 
@@ -95,17 +95,17 @@ def every_probe(net, dataset, weights):
         buffers,
         probe.losses(net, weights, x, y),
         probe.losses(net, weights, x, y, buffers),
-        probe.gradients(net, weights, x, y),
-        probe.mean_gradient(net, weights, x, y, buffers),
-        probe.hessian_vector_products(net, weights, direction, x, y),
-        probe.mean_hessian_product(net, weights, direction, x, y),
+        derivatives.gradients(net, weights, x, y),
+        derivatives.mean_gradient(net, weights, x, y, buffers),
+        derivatives.hessian_vector_products(net, weights, direction, x, y),
+        derivatives.mean_hessian_product(net, weights, direction, x, y),
         np.array(probe.evaluate(net, weights, buffers, dataset.evaluation("test", 16))),
     ]
 
 
 def test_probes_find_what_they_find_on_the_cpu(images):
     there = images.to(DEVICE)
-    net, on_cpu = train.initial_model(CONFIG, there), train.initial_model(CONFIG, images)
+    net, on_cpu = sgd.initial_model(CONFIG, there), sgd.initial_model(CONFIG, images)
     weights = on_cpu.weights.numpy().copy()
     for found, exact in zip(every_probe(net, there, weights), every_probe(on_cpu, images, weights), strict=True):
         assert np.linalg.norm(found - exact) < 1e-4 * np.linalg.norm(exact)  # TF32 would be off by 1e-3
@@ -115,7 +115,7 @@ def test_probes_find_what_they_find_on_the_cpu(images):
 def test_neither_probing_nor_settings_of_the_user_move_a_run_or_a_probe(users, images, monkeypatch, tmp_path):
     monkeypatch.setattr(train, "CHUNK", 10)
     there = images.to(DEVICE)
-    net, run = train.initial_model(CONFIG, there), runs.obtain(CONFIG, there)
+    net, run = sgd.initial_model(CONFIG, there), runs.obtain(CONFIG, there)
     expected = every_probe(net, there, run.weights[-1])
     monkeypatch.setenv("PAPER_RUNS", str(tmp_path / "probed"))
     found = []
@@ -128,7 +128,7 @@ def test_neither_probing_nor_settings_of_the_user_move_a_run_or_a_probe(users, i
 @pytest.mark.skipif(torch.cuda.is_available() and torch.cuda.get_device_capability() < (8, 0), reason="needs TF32")
 def test_tf32_would_be_seen(images):
     there = images.to(DEVICE)
-    net, (x, _) = train.initial_model(CONFIG, there), there.batch(0, 32, 0)
+    net, (x, _) = sgd.initial_model(CONFIG, there), there.batch(0, 32, 0)
     with torch.no_grad(), chosen(USERS["tf32"]):
         rough = net.forward(x)
         with models.exact_float32(DEVICE):
