@@ -150,18 +150,6 @@ def rest(m: Modes) -> dict[str, float]:
     return {"share": float((z**2).sum() / np.trace(G)), "exponent": ellipsoid.exponent(lags, flat)}
 
 
-def principal_components(X: np.ndarray, n: int = 3) -> tuple[np.ndarray, np.ndarray]:
-    """Shares of variance (n,) and time courses (iterates, n), of unit norm, of a trajectory's principal components."""
-    values, vectors = np.linalg.eigh(averaging.gram(X))
-    return values[::-1][:n] / values.sum(), vectors[:, ::-1][:, :n]
-
-
-def cosines(n_iterates: int, n: int = 3) -> np.ndarray:
-    """The principal components of a random walk, (n_iterates, n): cosines of 1/2, 1, 3/2, ... periods, unit norm."""
-    t = (np.arange(n_iterates) + 0.5) / n_iterates
-    return np.cos(np.pi * np.arange(1, n + 1) * t[:, None]) * np.sqrt(2 / n_iterates)
-
-
 def two_point_fall(
     m: Modes,
     dataset: Dataset,
@@ -229,20 +217,6 @@ def plot_forgetting(ax: Axes, m: Modes, chosen: Sequence[int], n_lags: int = 16)
     ax.legend(fontsize="small")
     parts = [pd.DataFrame({"direction": i, "lag": lags, "rho": found[:, i], "rho_model": model[i]}) for i in chosen]
     return pd.concat(parts)
-
-
-def plot_components(ax: Axes, m: Modes) -> pd.DataFrame:
-    """Time courses of the first principal components, and the cosines that any wandering path would give."""
-    shares, found = principal_components(m.window)
-    expected = cosines(len(found))
-    expected *= np.sign((expected * found).sum(0))
-    step = np.arange(len(found))
-    for j, share in enumerate(shares):
-        ax.plot(step, found[:, j], linewidth=1.5, label=f"component {j + 1}: {100 * share:.0f} %")
-        figures.predicted(ax, step, expected[:, j], label="cosine" if j == 2 else None, linewidth=1.2)
-    ax.set(xlabel="step in the window", ylabel="projection (unit norm)", ylim=np.array([-1.2, 4]) * expected.max())
-    ax.legend(fontsize="small", loc="upper center", title="share of the variance", title_fontsize="small")
-    return pd.DataFrame({"step": step, **{f"component{j + 1}": found[:, j] for j in range(len(shares))}})
 
 
 def plot_two_points(ax: Axes, table: pd.DataFrame) -> None:

@@ -7,7 +7,7 @@ import torch
 from helpers import SMALL, SmallNet, small_data
 from torch import nn
 
-from paper_lib import fixed_batch, probe, runs
+from paper_lib import convexity, fixed_batch, probe, runs
 from paper_lib.models import FlatModel
 from paper_lib.trajectory import SnapshotError
 
@@ -105,33 +105,31 @@ def test_convex_losses_violate_nothing():
     generator = torch.Generator().manual_seed(0)
     x, y = torch.randn(2, 6, 4, generator=generator), torch.randint(3, (2, 6), generator=generator)
     points = np.random.default_rng(0).normal(size=(5, 15)).astype(np.float32)
-    found = fixed_batch.excesses(net, points, x, y).assign(seed=0, path="p")
+    found = convexity.excesses(net, points, x, y).assign(seed=0, path="p")
     assert len(found) == 10 * 2 and (found.midpoint < 0).all() and (found.tangent < 0).all()
-    assert fixed_batch.violations(found)[["midpoint", "tangent"]].to_numpy().tolist() == [[0, 0]]
+    assert convexity.violations(found)[["midpoint", "tangent"]].to_numpy().tolist() == [[0, 0]]
 
 
 def test_excesses_of_a_saddle_are_those_of_its_closed_form():
     points = np.array([[2, 2], [-2, -2]], np.float32)  # logit 4 at both, 0 between
-    found = fixed_batch.excesses(
-        FlatModel(Product()), points, torch.zeros(1, 3, 1), torch.zeros(1, 3, dtype=torch.long)
-    )
+    found = convexity.excesses(FlatModel(Product()), points, torch.zeros(1, 3, 1), torch.zeros(1, 3, dtype=torch.long))
     end, slope = np.log1p(np.exp(-4)), -1 / (1 + np.exp(4))  # of the loss in the logit
     assert found.distance.item() == pytest.approx(np.sqrt(32))
     assert found.midpoint.item() == pytest.approx(np.log(2) - end, abs=1e-6)
     assert found.tangent.item() == pytest.approx(slope * (2 * -4 + 2 * -4), abs=1e-5)  # l(x_i) = l(x_j)
-    assert fixed_batch.violations(found.assign(seed=0, path="p")).midpoint.item() == 1
+    assert convexity.violations(found.assign(seed=0, path="p")).midpoint.item() == 1
 
 
 def test_convexity_names_path_and_seed(trained):
     trajectories = trained(SmallNet)
-    paths = [fixed_batch.along(run, 0, 40, n=3) for run in trajectories]
-    found = fixed_batch.convexity(trajectories, small_data(), paths, [0, 1], "held", SmallNet, path="start")
+    paths = [convexity.along(run, 0, 40, n=3) for run in trajectories]
+    found = convexity.measure(trajectories, small_data(), paths, [0, 1], "held", SmallNet, path="start")
     assert sorted(found.seed.unique()) == [0, 1] and set(found.path) == {"start"} and len(found) == 2 * 3 * 2
 
 
 def test_random_path_keeps_start_and_step_lengths():
     points = np.random.default_rng(1).normal(size=(4, 50)).astype(np.float32)
-    path = fixed_batch.random_path(points)
+    path = convexity.random_path(points)
     np.testing.assert_array_equal(path[0], points[0])
     lengths = [np.linalg.norm(np.diff(p, axis=0), axis=1) for p in (path, points)]
     np.testing.assert_allclose(*lengths, rtol=1e-5)
@@ -139,7 +137,7 @@ def test_random_path_keeps_start_and_step_lengths():
 
 
 def test_segment_is_straight_with_both_ends():
-    path = fixed_batch.segment(np.zeros(2, np.float32), np.array([4, 8], np.float32), n=5)
+    path = convexity.segment(np.zeros(2, np.float32), np.array([4, 8], np.float32), n=5)
     np.testing.assert_array_equal(path, [[0, 0], [1, 2], [2, 4], [3, 6], [4, 8]])
 
 
@@ -150,7 +148,7 @@ def test_bad_windows_say_what_to_do(trained):
     with pytest.raises(ValueError, match="at least one"):
         fixed_batch.around(trajectories, dataset, [], 1, 1, SmallNet)
     with pytest.raises(ValueError, match="window.*empty"):
-        fixed_batch.along(trajectories[0], 5, 5)
+        convexity.along(trajectories[0], 5, 5)
     with pytest.raises(SnapshotError, match="it has 0-10.*`record`"):
         fixed_batch.around(trajectories, dataset, [9], 1, 5, SmallNet)
     with pytest.raises(ValueError, match="batch size 500"):

@@ -5,7 +5,7 @@ import pytest
 import torch
 from torch import nn
 
-from paper_lib import data, derivatives, hessian, timescales
+from paper_lib import components, data, derivatives, hessian, timescales
 from paper_lib.config import RunConfig
 from paper_lib.models import FlatModel
 from paper_lib.quadratic import autocorrelation, stationary_variance
@@ -176,8 +176,8 @@ def test_the_rest_of_a_random_walk_is_a_random_walk():
 
 def test_principal_components_of_a_random_walk_are_cosines():
     walk = np.cumsum(np.random.default_rng(0).standard_normal((200, 2000)), axis=0)
-    shares, found = timescales.principal_components(walk)
-    overlap = np.abs((found * timescales.cosines(200)).sum(0))
+    shares, found = components.principal_components(walk)
+    overlap = np.abs((found * components.cosines(200)).sum(0))
     assert np.all(overlap > 0.97)
     assert shares.sum() < 1
-    np.testing.assert_allclose(timescales.cosines(200).T @ timescales.cosines(200), np.eye(3), atol=1e-12)
+    np.testing.assert_allclose(components.cosines(200).T @ components.cosines(200), np.eye(3), atol=1e-12)
