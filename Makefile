@@ -101,7 +101,9 @@ refresh: env ## store the checked outputs of the notebooks again, after changing
 lock: env ## resolve the transitive pins of environment.yml again, after changing a direct one
 	$(PY) paper_lib/environment.py lock "$$(dirname "$$($(PY) -c 'import sys; print(sys.executable)')")/uv"
 
-.DEFAULT: # a misspelled task
+FOLDERS := data notebooks paper_lib results runs tests # .DEFAULT does not see names that exist
+.PHONY: $(FOLDERS)
+.DEFAULT $(FOLDERS): # a misspelled task
 	@echo "no such task: $@; see make help" >&2; exit 2
 
 clean: ## forget what is up to date, and remove caches

@@ -45,11 +45,11 @@ class Criterion:
     def __str__(self) -> str:
         low, high = self.bound[0], self.bound[-1]
         return {
-            "between": f"{low:.3g} <= mean <= {high:.3g}",
-            "below": f"mean < {high:.3g}",
-            "above": f"mean > {low:.3g}",
-            "within": f"within {high:.3g} of predicted",
-            "rel": f"within {100 * high:.3g} % of predicted",
+            "between": f"{low:g} <= mean <= {high:g}",
+            "below": f"mean < {high:g}",
+            "above": f"mean > {low:g}",
+            "within": f"within {high:g} of predicted",
+            "rel": f"within {100 * high:g} % of predicted",
         }[self.kind]
 
     def holds(self, mean: float, predicted: float) -> bool:
@@ -207,7 +207,8 @@ def markdown(claims: pd.DataFrame) -> str:
         predicted = "" if math.isnan(row.predicted) else f"{row.predicted:.3g}"
         verdict = "yes" if row.holds else "**no**" + (f": {row.reason}" if row.reason else "")
         measured = f"{with_spread(row.measured, row.spread)} (n = {row.seeds})"
-        cells = (row.claim, row.quantity, predicted, measured, row.criterion, verdict)
+        criterion = re.sub(r"\d+\.\d{4,}", lambda number: f"{float(number[0]):.3g}", row.criterion)
+        cells = (row.claim, row.quantity, predicted, measured, criterion, verdict)
         lines.append("| " + " | ".join(str(cell).replace("|", "\\|") for cell in cells) + " |")
     return "\n".join(lines) + "\n"
 
@@ -218,8 +219,8 @@ def with_spread(mean: float, spread: float) -> str:
         return f"{mean:.3g}"
     if not 1e-5 <= spread < 1e5:
         return f"{mean:.3g} ± {spread:.2g}"
-    decimals = 1 - math.floor(math.log10(spread))
-    return " ± ".join(f"{round(value, decimals):.{max(decimals, 0)}f}" for value in (mean, spread))
+    decimals = 1 - math.floor(math.log10(float(f"{spread:.1e}")))  # of what is written: 0.0999 is 0.10
+    return " ± ".join(f"{round(value, decimals) + 0.0:.{max(decimals, 0)}f}" for value in (mean, spread))  # never -0
 
 
 _KINDS = ("between", "below", "above", "within", "rel")

@@ -117,7 +117,7 @@ class Study:
     eval_batches: int = 128  # batches in an estimate of the training loss
     eval_images: int = 2500  # training images, and test images, in an evaluation of weights
     label: str = field(default="", repr=False)  # how figures name the setting
-    custom: bool = field(default=False, repr=False)  # whether other settings than seeds differ from the preset's
+    custom: str = field(default="", repr=False)  # six digits that stand for settings that differ from the preset's
 
     def __post_init__(self) -> None:
         check_types(self)
@@ -126,7 +126,7 @@ class Study:
     @property
     def results(self) -> Path:
         """Folder of the results: that of the preset, unless settings were changed, whose results are others."""
-        return folder("results") / (f"{self.preset}-custom" if self.custom else self.preset)
+        return folder("results") / (f"{self.preset}-{self.custom}" if self.custom else self.preset)
 
     @property
     def averaged_steps(self) -> int:

@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import ast
+import functools
 import hashlib
 import inspect
 from collections.abc import Iterable
 from pathlib import Path
-from types import CodeType, FunctionType
+from types import BuiltinFunctionType, CodeType, FunctionType, MethodType
 from typing import Any
 
 import torch
@@ -75,7 +76,19 @@ def _plain(value: Any) -> Any:
             return [value.co_code.hex(), list(value.co_names), _plain(value.co_consts)]
         case FunctionType():
             function = inspect.unwrap(value)  # what a decorator such as torch.no_grad() wraps
+            if not isinstance(function, FunctionType):
+                return _plain(function)
             return [_plain(part) for part in (function.__code__, function.__defaults__, function.__kwdefaults__)]
+        case BuiltinFunctionType() | type():  # torch.tanh, a class
+            return [value.__module__, value.__qualname__]
+        case MethodType():
+            return _plain(value.__func__)
+        case functools.partial():
+            return [_plain(part) for part in (value.func, value.args, value.keywords)]
+        case functools.cached_property():
+            return _plain(value.func)
+        case torch.dtype() | torch.device():
+            return repr(value)
         case staticmethod() | classmethod():
             return _plain(value.__func__)
         case property():
@@ -88,4 +101,4 @@ def _plain(value: Any) -> Any:
             return sorted((_plain(item) for item in value), key=repr)
         case None | bool() | int() | float() | complex() | str() | bytes():
             return repr(value)
-    return type(value).__qualname__
+    return _plain(value.__wrapped__) if hasattr(value, "__wrapped__") else type(value).__qualname__

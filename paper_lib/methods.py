@@ -1,4 +1,4 @@
-"""Ways to train that watch their own gradients: each a function of its settings, trained side by side, and kept.
+"""Ways to train that no RunConfig describes, which watch gradients or average: trained side by side, and kept.
 
 What a method ends with is <data>-<model>-<key>-<method>.npz among the runs. The key is that of its config (`runs`) with
 the method's settings and the syntax trees of this module and of `monitor`.
@@ -76,11 +76,13 @@ class Watched:
 def _backward(config: RunConfig, dataset: Dataset, net: FlatModel) -> Iterator[float]:
     """Leave the gradient of each batch of a run from scratch in net.grad, and yield the batch's loss.
 
-    Raises ConfigError for a branch, a schedule, or a perturbed start.
+    Raises ConfigError for a branch, a schedule, a perturbed start, several threads, or a compiled network.
     """
-    require(config.start == 0, "start", config.start, "a watched run begins at its initialization")
-    require(config.schedule == "constant", "schedule", config.schedule, "the watching method lowers the learning rate")
-    require(config.perturbation == 0, "perturbation", config.perturbation, "a watched run starts unperturbed")
+    require(config.start == 0, "start", config.start, "this method begins at the initialization")
+    require(config.schedule == "constant", "schedule", config.schedule, "this method sets the learning rate")
+    require(config.perturbation == 0, "perturbation", config.perturbation, "this method starts unperturbed")
+    require(config.threads == 1, "threads", config.threads, "this method uses one for each run")
+    require(not config.compile, "compile", config.compile, "this method does not compile the network")
     net.module.train()
     for step, (x, y) in enumerate(dataset.stream(0, config.steps, config.batch_size, config.stream)):
         sgd.seed_step(net.device, step, config)
@@ -95,7 +97,8 @@ def watch(
     """Train from the network's weights on the batches of `config`, multiplying the learning rate at every alarm.
 
     With `factor` = 1 this is the run of `config` at its constant learning rate, to the same bits under `train_all`.
-    Raises ConfigError unless `config` starts from an unperturbed initialization and has a constant learning rate.
+    Raises ConfigError unless `config` starts from an unperturbed initialization and has a constant learning rate, and
+    where the run diverges.
     """
     velocity, lr = torch.zeros_like(net.weights), config.lr
     log, windows = [], {}
@@ -148,6 +151,10 @@ class Watching:
     alpha: float
     factor: float
 
+    def __post_init__(self) -> None:
+        for name in ("memory", "alpha", "factor"):  # 1 and 1.0 are one setting, and one key
+            object.__setattr__(self, name, float(getattr(self, name)))
+
     def train(self, config: RunConfig, dataset: Dataset, net: FlatModel) -> Arrays:
         """See `Method`."""
         monitor = Monitor(self.memory, self.alpha)
@@ -196,7 +203,10 @@ def train_all(
         return cache.cached_arrays(paths[job], lambda: method.train(c, dataset, net))
 
     nets = [sgd.initial_model(c, dataset, model) for _, c in missing]  # here: it seeds the global generator
-    kept |= zip(missing, _side_by_side(obtain, missing, nets, dataset.device), strict=True)
+    # A user's network may draw numbers, from a generator that threads would share.
+    n_threads = parallel.cpus() if dataset.device.type == "cpu" and model is None else 1
+    with forked_rng(dataset.device), exact_float32(dataset.device):
+        kept |= zip(missing, _side_by_side(obtain, missing, nets, n_threads), strict=True)
     found = iter([method.result(c.seed, kept[method, c]) for method, c in jobs])
     return {name: [next(found) for _ in seeds] for name in methods}
 
@@ -210,22 +220,12 @@ def path(method: Method, config: RunConfig, dataset: Dataset, model: ModelFactor
 
 
 def _side_by_side(
-    obtain: Callable[[Any, FlatModel], Arrays], jobs: Sequence, nets: Sequence[FlatModel], device: torch.device
+    obtain: Callable[[Any, FlatModel], Arrays], jobs: Sequence, nets: Sequence[FlatModel], n_threads: int
 ) -> list[Arrays]:
-    """obtain(job, its network) for every job, with exact float32.
-
-    On a CPU in a thread for each core; one after the other with layers of dropout, as threads share a generator.
-    """
-    draws = any(isinstance(sub, nn.modules.dropout._DropoutNd) for net in nets for sub in net.module.modules())
-    n_threads = parallel.cpus() if device.type == "cpu" and not draws else 1
-    with (
-        forked_rng(device),
-        exact_float32(device),
-        ThreadPoolExecutor(n_threads, initializer=torch.set_num_threads, initargs=(1,)) as pool,
-    ):
-        progress = tqdm(pool.map(obtain, jobs, nets), total=len(jobs), desc="watched runs", disable=not jobs)
+    """obtain(job, its network) for every job, in threads that each use one core."""
+    with ThreadPoolExecutor(n_threads, initializer=torch.set_num_threads, initargs=(1,)) as pool:
         try:
-            return list(progress)
+            return list(tqdm(pool.map(obtain, jobs, nets), total=len(jobs), desc="other methods", disable=not jobs))
         except BaseException:
             pool.shutdown(wait=False, cancel_futures=True)  # an interrupt waits for what runs, not for all that is left
             raise

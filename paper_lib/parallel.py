@@ -1,6 +1,6 @@
 """Several processes that train one run, as torchrun starts them: same global batches, one gradient, rank 0 writes.
 
-Nothing here does anything in a process of its own: its rank is 0 and the world's size 1.
+In a process of its own its rank is 0, the world's size 1, and sharing does nothing.
 """
 
 from __future__ import annotations

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 from dataclasses import replace
 from typing import Any
 
@@ -139,4 +140,5 @@ def study(preset: str, **overrides: Any) -> Study:
     chosen = replace(base, run=base.run.replace(**changes), **changed)
     before, after = ({**vars(s.run), **vars(s)} for s in (base, chosen))
     differing = [f"{name} = {after[name]}" for name in overrides if name != "seeds" and after[name] != before[name]]
-    return replace(chosen, label=", ".join([base.label, *differing]), custom=bool(differing))
+    custom = hashlib.sha256(repr(sorted(differing)).encode()).hexdigest()[:6] if differing else ""
+    return replace(chosen, label=", ".join([base.label, *differing]), custom=custom)

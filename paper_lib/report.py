@@ -46,7 +46,7 @@ def claims_table(results: Path) -> str:
     table = claims.table(results)
     lines = ["| claim | notebook | criteria that hold | why others fail |", "|---|---|---|---|"]
     for (claim, notebook), rows in table.groupby(["claim", "notebook"], sort=False):
-        reasons = "; ".join(rows.reason[~rows.holds].unique()).replace("|", "\\|")
+        reasons = "; ".join(filter(None, rows.reason[~rows.holds].unique())).replace("|", "\\|")
         link = f"[{notebook}]({_relative(results)}/notebooks/{notebook}.ipynb)"
         lines.append(f"| {claim} | {link} | {int(rows.holds.sum())} of {len(rows)} | {reasons} |")
     total = f"{claims.count(table)} [Every criterion]({_relative(results)}/claims.md), prediction and measurement."

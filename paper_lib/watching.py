@@ -1,4 +1,4 @@
-"""Claim C10, on networks: lower the learning rate, or average, when the gradients say that the run is stationary."""
+"""Claim C10, on networks: methods that lower the learning rate or average by themselves, next to fixed schedules."""
 
 from __future__ import annotations
 

@@ -3,7 +3,7 @@
 A worker is `python -m paper_lib.workers`: it reads one run per line, {"config", "folder"}, trains it through the run
 cache, and writes its progress as lines of JSON. (Plain subprocesses, not multiprocessing: that would import the
 caller's script again.) On CPUs workers wait for the next call, because starting one takes as long as some hundred
-steps of a small network.
+steps of a small network; they end with the caller, and until then each holds torch and its data in memory.
 """
 
 from __future__ import annotations
@@ -13,6 +13,7 @@ import contextlib
 import json
 import os
 import queue
+import signal
 import subprocess
 import sys
 import threading
@@ -29,7 +30,7 @@ from paper_lib.train import Report
 RUNS_PER_GPU = 3  # of small networks, whose steps are too short to keep a GPU busy
 SMALL = ("resnet8", "resnet14", "resnet20")
 
-_waiting: dict[subprocess.Popen, dict[str, str]] = {}  # workers between two calls, with the environment of each
+_waiting: dict[subprocess.Popen, dict[str, str]] = {}  # workers between calls: the environment and folder of each
 
 
 class WorkerError(RuntimeError):
@@ -64,13 +65,14 @@ def _workers(chosen: Sequence[dict[str, str]]) -> Iterator[list[subprocess.Popen
 
     Those of another environment end at once, as do all that have used a GPU: they hold its memory.
     """
-    environment = dict(os.environ)
+    environment = {**os.environ, "": os.getcwd()}
     usable = [worker for worker, known in _waiting.items() if known == environment and worker.poll() is None]
     _end([worker for worker in _waiting if worker not in usable])
-    workers = [usable.pop() if usable else _start(variables) for variables in chosen]
-    for worker in workers:
-        _waiting.pop(worker, None)
+    workers: list[subprocess.Popen] = []
     try:
+        for variables in chosen:
+            workers.append(usable.pop() if usable else _start(variables))
+            _waiting.pop(workers[-1], None)
         yield workers
     except BaseException:
         _end(workers)
@@ -162,5 +164,6 @@ def work(jobs: IO[str], out: IO[str]) -> None:
 
 
 if __name__ == "__main__":
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # an interrupt is the caller's, which then ends its workers
     protocol, sys.stdout = sys.stdout, sys.stderr  # anything that prints must not disturb the protocol
     work(sys.stdin, protocol)

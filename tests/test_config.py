@@ -71,7 +71,7 @@ def test_changed_settings_are_named_and_keep_away_from_the_presets_results(monke
     monkeypatch.setenv("PAPER_RESULTS", "/results")
     changed = study("digits", lr=0.5, window=16, seeds=[7])
     assert changed.label == "digits, ResNet-8, lr = 0.5, window = 16"
-    assert (changed.preset, changed.results.name) == ("digits", "digits-custom")
+    assert (changed.preset, changed.results.name) == ("digits", f"digits-{changed.custom}")
     for same in (study("digits"), study("digits", seeds=[7]), study("digits", lr=1, seeds=(0, 1, 2))):
         assert (same.label, same.results.name) == ("digits, ResNet-8", "digits")
 

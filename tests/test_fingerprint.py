@@ -1,6 +1,7 @@
 """What stands for code: the same in every process and Python version, another wherever a number could be another."""
 
 import ast
+import functools
 import os
 import subprocess
 import sys
@@ -133,3 +134,24 @@ def test_another_process_finds_the_same_hash():
 def test_other_initial_weights_are_another_network():
     torch.manual_seed(1)
     assert fingerprint.of_network(nn.Linear(2, 2)) != fingerprint.of_network(nn.Linear(2, 2))
+
+
+@pytest.mark.parametrize(
+    ("one", "other"),
+    [
+        (torch.tanh, torch.sigmoid),
+        (torch.float32, torch.float64),
+        (nn.ReLU, nn.GELU),
+        (functools.partial(nn.functional.leaky_relu, negative_slope=0.1), nn.functional.leaky_relu),
+        (lambda x: x + 1, lambda x: x + 2),
+        (functools.lru_cache(lambda x: x + 1), functools.lru_cache(lambda x: x + 2)),
+    ],
+)
+def test_what_a_network_holds_is_part_of_it(one, other):
+    found = []
+    for held in (one, other):
+        net = nn.Linear(2, 2)
+        nn.init.zeros_(net.weight), nn.init.zeros_(net.bias)
+        net.held = held
+        found.append(fingerprint.of_network(net))
+    assert found[0] != found[1]

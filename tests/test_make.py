@@ -63,10 +63,11 @@ def test_unknown_preset_is_one_line_that_names_them(make, target):
     assert "did you mean 'digits'? (allowed: smoke, digits, cifar10_small," in line
 
 
-def test_an_unknown_task_is_one_line(make):
-    done = make("01_one_steps")
+@pytest.mark.parametrize("task", ["01_one_steps", "tests"])
+def test_an_unknown_task_is_one_line(make, task):
+    done = make(task)
     assert done.returncode == 2 and not done.stdout
-    assert done.stderr.splitlines()[0] == "no such task: 01_one_steps; see make help"
+    assert done.stderr.splitlines()[0] == f"no such task: {task}; see make help"
 
 
 def test_continuous_integration_runs_make_test():

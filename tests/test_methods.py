@@ -42,10 +42,11 @@ def assert_same(some, others):
 
 
 def test_runs_train_side_by_side_as_they_do_alone(three_cores):
-    together = train(seeds=[3, 1])
-    for path in methods.path(METHODS["free"], SETTINGS, small_data(), SmallNet).parent.glob("*.npz"):
+    settings = SETTINGS.replace(width=1, steps=12, record="")
+    together = train(settings=settings, seeds=[3, 1], model=None)
+    for path in methods.path(METHODS["free"], settings, small_data()).parent.glob("*.npz"):
         path.unlink()
-    alone = [train(seeds=[seed]) for seed in (3, 1)]
+    alone = [train(settings=settings, seeds=[seed], model=None) for seed in (3, 1)]
     assert_same(together["lowered"], [one["lowered"][0] for one in alone])
     assert all(map(np.array_equal, together["free"], [one["free"][0] for one in alone]))
 
