@@ -224,7 +224,7 @@ def plot_weights(fig: Figure, axes: Sequence[Axes], follows: Mapping[str, pd.Dat
     _plot_divergence(axes[0], follows)
     _plot_cosine(axes[1], follows)
     entries = {name: line for ax in axes for line, name in zip(*ax.get_legend_handles_labels(), strict=True)}
-    fig.legend(entries.values(), entries.keys(), loc="outside right upper", fontsize="small")
+    fig.legend(entries.values(), entries.keys(), loc="outside right center", fontsize="small")
 
 
 def _plot_divergence(ax: Axes, follows: Mapping[str, pd.DataFrame]) -> None:
