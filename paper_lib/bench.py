@@ -7,6 +7,7 @@ import itertools
 import os
 import tempfile
 from collections.abc import Iterable, Iterator
+from unittest import mock
 
 import numpy as np
 import torch
@@ -20,8 +21,9 @@ from paper_lib import dataset as dataset_module
 from paper_lib.augment import FlipCrop
 from paper_lib.config import RunConfig
 from paper_lib.data import Dataset
+from paper_lib.models import threads
 from paper_lib.presets import study
-from paper_lib.profiling import profile_step, seconds, threads
+from paper_lib.profiling import profile_step, seconds
 
 STEPS = 600
 SEEDS = (0, 1, 2)
@@ -30,15 +32,8 @@ SEEDS = (0, 1, 2)
 @contextlib.contextmanager
 def empty_run_cache() -> Iterator[None]:
     """Train into a temporary folder, so that nothing is found finished."""
-    before = os.environ.get("PAPER_RUNS")
-    with tempfile.TemporaryDirectory() as folder:
-        os.environ["PAPER_RUNS"] = folder
-        try:
-            yield
-        finally:
-            os.environ.pop("PAPER_RUNS")
-            if before is not None:
-                os.environ["PAPER_RUNS"] = before
+    with tempfile.TemporaryDirectory() as folder, mock.patch.dict(os.environ, PAPER_RUNS=folder):
+        yield
 
 
 def plain_loop(config: RunConfig, dataset: Dataset) -> None:

@@ -147,6 +147,17 @@ def exact_float32(device: torch.device) -> Iterator[None]:
             setattr(owner, name, value)
 
 
+@contextlib.contextmanager
+def threads(n: int) -> Iterator[None]:
+    """With n threads for torch's operators on the CPU."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(n)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before)
+
+
 ModelFactory = Callable[[], nn.Module]  # a user's function or class that makes a network
 
 

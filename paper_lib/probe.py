@@ -25,7 +25,7 @@ from tqdm import tqdm
 
 from paper_lib import batchnorm
 from paper_lib.data import Dataset
-from paper_lib.models import FlatModel
+from paper_lib.models import FlatModel, threads
 from paper_lib.validate import require
 
 SAMPLES_AT_ONCE = {"cpu": 256, "cuda": 4096}  # per forward pass: what fits a core's cache; what fills a GPU
@@ -72,18 +72,13 @@ def _in_threads(net: FlatModel, work: Callable[[FlatModel, Iterator[int]], None]
     if n_threads == 1:
         return work(net, turns)
     copies = [FlatModel(copy.deepcopy(net.module)) for _ in range(n_threads)]
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    try:
-        with ThreadPoolExecutor(n_threads, initializer=torch.set_num_threads, initargs=(1,)) as pool:
-            try:
-                for future in as_completed([pool.submit(work, one, turns) for one in copies]):
-                    future.result()
-            except BaseException:  # an error or an interrupt: the pool waits for threads that would go on to the end
-                collections.deque(turns, maxlen=0)
-                raise
-    finally:
-        torch.set_num_threads(before)
+    with threads(1), ThreadPoolExecutor(n_threads, initializer=torch.set_num_threads, initargs=(1,)) as pool:
+        try:
+            for future in as_completed([pool.submit(work, one, turns) for one in copies]):
+                future.result()
+        except BaseException:  # an error or an interrupt: the pool waits for threads that would go on to the end
+            collections.deque(turns, maxlen=0)
+            raise
 
 
 def passes(net: FlatModel, x: Tensor, y: Tensor) -> Iterator[tuple[Tensor, Tensor]]:

@@ -2,10 +2,9 @@
 
 from __future__ import annotations
 
-import contextlib
 import itertools
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import pandas as pd
@@ -16,7 +15,7 @@ from torch.profiler import ProfilerActivity, profile
 from paper_lib import sgd
 from paper_lib.config import RunConfig
 from paper_lib.data import Dataset
-from paper_lib.models import exact_float32
+from paper_lib.models import exact_float32, threads
 
 STEPS = 10  # to warm up, to time, and to profile
 
@@ -90,14 +89,3 @@ def seconds(work: Callable[[], object]) -> float:
     work()
     wait()
     return time.perf_counter() - start
-
-
-@contextlib.contextmanager
-def threads(n: int) -> Iterator[None]:
-    """With n threads for torch's operators on the CPU."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(n)
-    try:
-        yield
-    finally:
-        torch.set_num_threads(before)

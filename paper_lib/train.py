@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-import contextlib
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 
 import numpy as np
 import torch
@@ -13,7 +12,7 @@ from torch import Tensor
 from paper_lib import averaging, parallel, plan
 from paper_lib.config import RunConfig
 from paper_lib.data import Dataset
-from paper_lib.models import FlatModel, ModelFactory, exact_float32, forked_rng
+from paper_lib.models import FlatModel, ModelFactory, exact_float32, forked_rng, threads
 from paper_lib.plan import CHUNK
 from paper_lib.recorder import Follower, Recorder
 from paper_lib.sgd import (
@@ -68,16 +67,6 @@ class _Chunk:
         bad = np.flatnonzero(~np.isfinite(losses))
         self.diverged_at = self.first + int(bad[0]) if bad.size else None
         return float(losses[-1])
-
-
-@contextlib.contextmanager
-def _fixed_threads(n_threads: int) -> Iterator[None]:
-    before = torch.get_num_threads()
-    torch.set_num_threads(n_threads)
-    try:
-        yield
-    finally:
-        torch.set_num_threads(before)
 
 
 class _Training:
@@ -175,7 +164,7 @@ def train_run(
     """
     share = f"the {parallel.world()} processes that share it must divide it"
     require(config.batch_size % parallel.world() == 0, "batch_size", config.batch_size, share)
-    with _fixed_threads(config.threads), forked_rng(dataset.device), exact_float32(dataset.device):
+    with threads(config.threads), forked_rng(dataset.device), exact_float32(dataset.device):
         net = initial_model(config, dataset, factory)
         plan.require_memory(config, net.weights.numel(), net.device)
         training = _Training(config, dataset, net, recorder_for(net))
