@@ -1,4 +1,4 @@
-# Start with `make help`. The logic is in paper_lib/environment.py and paper_lib/notebooks.py; this file names the tasks.
+# Start with `make help`. The logic is in paper_lib/results; this file names the tasks.
 
 CONFIG ?= digits
 SEEDS ?=
@@ -25,7 +25,7 @@ ifeq ($(CONDA_DEFAULT_ENV),$(shell sed -n 's/^name: *//p' environment.yml))
 PY := python
 else
 PY := .venv/bin/python
-BUILD_ENV := $(PYTHON) paper_lib/environment.py build .venv
+BUILD_ENV := $(PYTHON) paper_lib/results/environment.py build .venv
 endif
 endif
 
@@ -57,23 +57,23 @@ train: env ## train a preset's runs ahead of time (figures trains what it needs)
 ON := --preset $(CONFIG) $(if $(SEEDS),--seeds $(SEEDS))
 
 figures: env ## run every notebook whose result is out of date, into results/CONFIG
-	@names=$$($(PY) -m paper_lib.notebooks outdated $(ON)) && \
+	@names=$$($(PY) -m paper_lib.results.notebooks outdated $(ON)) && \
 	{ test -z "$$names" || $(MAKE) --no-print-directory $$names; } && \
 	echo "$(words $(NOTEBOOKS)) notebooks are up to date in $(RESULTS)/$(CONFIG)"
 
 $(NOTEBOOKS): env
-	@OMP_NUM_THREADS=$${OMP_NUM_THREADS:-$(THREADS)} $(PY) -m paper_lib.notebooks run $@ $(ON)
+	@OMP_NUM_THREADS=$${OMP_NUM_THREADS:-$(THREADS)} $(PY) -m paper_lib.results.notebooks run $@ $(ON)
 
 compare: env ## compare results/CONFIG with what is committed, within stated tolerances
-	@$(PY) -m paper_lib.compare $(RESULTS)/$(CONFIG)
+	@$(PY) -m paper_lib.results.compare $(RESULTS)/$(CONFIG)
 
 report: figures ## one self-contained page with every figure and verdict, and the notebooks as HTML
 	@$(PY) -m nbconvert --log-level ERROR --to html --output-dir .build/$(CONFIG)/report "$(RESULTS)/$(CONFIG)"/notebooks/*.ipynb
-	@$(PY) -m paper_lib.report page $(CONFIG) .build/$(CONFIG)/report/index.html
+	@$(PY) -m paper_lib.results.report page $(CONFIG) .build/$(CONFIG)/report/index.html
 	@echo "see .build/$(CONFIG)/report/index.html"
 
 readme: env ## regenerate the README's tables from results/
-	@$(PY) -m paper_lib.report readme
+	@$(PY) -m paper_lib.results.report readme
 
 # A folder of its own, so that the tests train for real and never touch results/ or runs/; one thread per worker.
 # Only test_cuda.py sees a GPU: what the other tests and the notebooks compare are the numbers of a CPU.
@@ -82,7 +82,7 @@ test: lint ## lint, unit tests, and every notebook on the smoke preset
 	export PAPER_RUNS="$$work/runs" PAPER_RESULTS="$$work/results" OMP_NUM_THREADS=1 && \
 	$(PY) -m pytest -q tests/test_cuda.py && export CUDA_VISIBLE_DEVICES= && \
 	$(PY) -m pytest -q -n 2 tests && \
-	$(PY) -m paper_lib.notebooks smoke "$$work/notebooks" && \
+	$(PY) -m paper_lib.results.notebooks smoke "$$work/notebooks" && \
 	$(if $(NOTEBOOKS),$(PY) -m pytest -q -n 2 --dist loadfile --nbval-lax --nbval-current-env "$$work/notebooks",:)
 
 lint: env ## ruff, for style and format
@@ -90,16 +90,16 @@ lint: env ## ruff, for style and format
 	$(PY) -m ruff format --check .
 
 bench: env ## time training and averaging against plain PyTorch
-	$(PY) -m paper_lib bench
+	$(PY) -m benchmarks.bench
 
 lab: env ## open JupyterLab
 	$(PY) -m jupyterlab notebooks
 
 refresh: env ## store the checked outputs of the notebooks again, after changing one
-	PAPER_RESULTS="$(CURDIR)/.build/refresh" $(PY) -m paper_lib.notebooks refresh
+	PAPER_RESULTS="$(CURDIR)/.build/refresh" $(PY) -m paper_lib.results.notebooks refresh
 
 lock: env ## resolve the transitive pins of environment.yml again, after changing a direct one
-	$(PY) paper_lib/environment.py lock "$$(dirname "$$($(PY) -c 'import sys; print(sys.executable)')")/uv"
+	$(PY) paper_lib/results/environment.py lock "$$(dirname "$$($(PY) -c 'import sys; print(sys.executable)')")/uv"
 
 FOLDERS := data notebooks paper_lib results runs tests # .DEFAULT does not see names that exist
 .PHONY: $(FOLDERS)

@@ -9,13 +9,13 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from paper_lib.averaging.schedules import COOLDOWNS
 from paper_lib.config import RunConfig, Study, folder
 from paper_lib.presets import PRESETS, RUN_SETTINGS, STUDY_SETTINGS, study
-from paper_lib.schedules import COOLDOWNS
 from paper_lib.validate import ConfigError, check_names, parse_value, require
 
 if TYPE_CHECKING:
-    from paper_lib.trajectory import Trajectory
+    from paper_lib.runs.trajectory import Trajectory
 
 
 def overrides(words: Sequence[str]) -> dict[str, typing.Any]:
@@ -37,7 +37,11 @@ def train_command(preset: str, words: Sequence[str]) -> None:
     """Train the runs that a preset's notebooks share, for every seed; torchrun's processes train each together."""
     chosen = study(preset, **overrides(words))
     # torch takes seconds to import: not before the settings are known to be good
-    from paper_lib import costs, dataset, parallel, runs, scoreboard, trajectory, workers
+    from paper_lib import runs
+    from paper_lib.data import dataset
+    from paper_lib.experiments import scoreboard
+    from paper_lib.runs import costs, trajectory, workers
+    from paper_lib.training import parallel
 
     averages = scoreboard.averages(chosen.averaged_steps).values()
     try:
@@ -53,7 +57,8 @@ def train_command(preset: str, words: Sequence[str]) -> None:
 def plan_command(preset: str, rate: float | None, words: Sequence[str]) -> None:
     """Print what the runs that a preset's notebooks share will take."""
     chosen = study(preset, **overrides(words))
-    from paper_lib import costs, scoreboard
+    from paper_lib.experiments import scoreboard
+    from paper_lib.runs import costs
 
     require(rate is None or rate > 0, "images-per-second", rate, "it must be > 0")
     table = costs.table(chosen, scoreboard.averages(chosen.averaged_steps).values(), rate)
@@ -94,15 +99,15 @@ def _carry_out(args: argparse.Namespace, words: Sequence[str]) -> None:
     if args.command == "presets":
         print("\n".join(PRESETS))
     elif args.command == "bench":
-        from paper_lib import bench
+        from benchmarks import bench
 
         bench.main()
     elif args.command == "jpegs":
-        from paper_lib import jpegs
+        from paper_lib.data import jpegs
 
         jpegs.write(args.dataset, folder("data"), args.folder)
     elif args.command == "cooldown":
-        from paper_lib import checkpoints
+        from paper_lib.averaging import checkpoints
 
         checkpoints.cooldown_files(args.checkpoints, args.schedule, args.output)
     elif args.command == "plan":

@@ -14,7 +14,7 @@ from typing import Any
 
 import numpy as np
 
-from paper_lib import averaging, schedules
+from paper_lib.averaging import schedules, vectors
 from paper_lib.validate import ConfigError, check_names, check_types, field_names, require
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -179,7 +179,7 @@ def check_run(c: RunConfig) -> None:
         require(n == expected, "schedule of length", n, f"it needs one factor for each of {expected} steps")
     for name in c.averages:
         try:
-            averaging.named(name, c.steps - c.start + 1)
+            vectors.named(name, c.steps - c.start + 1)
         except ValueError as error:
             raise ConfigError(f"averages = {c.averages!r} is not allowed: {error}") from None
     for name, kept in (("record", c.snapshot_steps), ("checkpoints", np.array(c.checkpoints, int))):

@@ -9,8 +9,9 @@ import pytest
 import torch
 from torch import nn
 
-from paper_lib import data, train
+from paper_lib import data
 from paper_lib.config import RunConfig
+from paper_lib.training import train
 
 
 class SmallNet(nn.Module):

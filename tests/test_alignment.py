@@ -8,8 +8,11 @@ from hypothesis import given
 from hypothesis import strategies as st
 from strategies import momenta
 
-from paper_lib import alignment, derivatives, presets, quadratic, runs
-from paper_lib.trajectory import SnapshotError
+from paper_lib import presets, runs
+from paper_lib.experiments import alignment
+from paper_lib.probing import derivatives
+from paper_lib.runs.trajectory import SnapshotError
+from paper_lib.theory import quadratic
 from paper_lib.validate import ConfigError
 
 

@@ -5,7 +5,7 @@ import torch.nn.functional as F
 from hypothesis import given
 from hypothesis import strategies as st
 
-from paper_lib.augment import FlipCrop, ResizedCrop, central_square
+from paper_lib.data.augment import FlipCrop, ResizedCrop, central_square
 
 
 def flip_crop_reference(x, draws, pad):

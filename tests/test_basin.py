@@ -9,10 +9,11 @@ import numpy as np
 import pandas as pd
 import pytest
 
-from paper_lib import averaging, basin
+from paper_lib.averaging import vectors
 from paper_lib.config import RunConfig
-from paper_lib.quadratic import different_batches_distance, same_batches_distance
-from paper_lib.simulate import sample_minima, sgd
+from paper_lib.experiments import basin
+from paper_lib.theory.quadratic import different_batches_distance, same_batches_distance
+from paper_lib.theory.simulate import sample_minima, sgd
 from paper_lib.validate import ConfigError
 
 
@@ -70,7 +71,7 @@ def test_other_batches_part_as_the_model_and_the_displacement_say():
     expected = 500 * different_batches_distance(0.3, table.step)
     np.testing.assert_allclose(table.distance[5:] ** 2, expected[5:], rtol=0.25)
     steps = np.arange(1, 20)
-    window = averaging.gram(run.weights[50:])
+    window = vectors.gram(run.weights[50:])
     np.testing.assert_allclose(basin.parting(window, steps), expected[steps], rtol=0.1)
 
 

@@ -3,7 +3,8 @@
 import pytest
 import torch
 
-from paper_lib import bench, profiling, runs
+from benchmarks import bench, profiling
+from paper_lib import runs
 from paper_lib.presets import study
 
 

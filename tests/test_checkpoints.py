@@ -9,8 +9,8 @@ import safetensors.torch
 import torch
 from torch import nn
 
-from paper_lib import averaging, checkpoints, schedules
-from paper_lib.equivalence import to_average
+from paper_lib.averaging import checkpoints, schedules, vectors
+from paper_lib.averaging.equivalence import to_average
 from paper_lib.validate import ConfigError
 
 STEPS = [100, 250, 300, 1000]
@@ -43,7 +43,7 @@ def write(folder, found, steps=STEPS, suffix=".pt", wrap=lambda state: state):
 @pytest.mark.parametrize("steps", [[0, 1], STEPS, [7, 8, 30, 31, 90]])
 def test_weights_are_those_of_the_tail_sums_carried_to_the_checkpoints(schedule, steps):
     fine = (np.array(steps) - steps[0]) * (4000 // (steps[-1] - steps[0]))  # many steps between checkpoints
-    expected = averaging.on_snapshots(to_average(schedules.factors(schedule, fine[-1])), fine)
+    expected = vectors.on_snapshots(to_average(schedules.factors(schedule, fine[-1])), fine)
     found = checkpoints.cooldown_weights(steps, schedule)
     assert found.sum() == pytest.approx(1, abs=1e-12) and found.min() >= 0
     np.testing.assert_allclose(found, expected, atol=3e-3)

@@ -6,8 +6,8 @@ import numpy as np
 import pandas as pd
 import pytest
 
-from paper_lib import claims
-from paper_lib.claims import LedgerError
+from paper_lib.results import claims
+from paper_lib.results.claims import LedgerError
 
 
 @pytest.fixture

@@ -3,9 +3,10 @@
 import pytest
 import torch
 
-from paper_lib import runs, trajectory, workers
+from paper_lib import runs
 from paper_lib.__main__ import main
 from paper_lib.presets import PRESETS, study
+from paper_lib.runs import trajectory, workers
 
 
 def test_presets_are_listed_one_a_line(capsys):

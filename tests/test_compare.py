@@ -6,7 +6,7 @@ import numpy as np
 import pandas as pd
 import pytest
 
-from paper_lib import claims, compare
+from paper_lib.results import claims, compare
 
 
 def claim(measured, spread=0.0, holds=True, criterion="mean < 1", quantity="q"):

@@ -11,9 +11,13 @@ from hypothesis import given
 from hypothesis import strategies as st
 from strategies import seeds
 
-from paper_lib import cooldown, emulation, evaluation, runs, schedules, simulate, timescales
+from paper_lib import runs
+from paper_lib.averaging import schedules
 from paper_lib.config import Study
-from paper_lib.cooldown import Cooldown
+from paper_lib.experiments import cooldown, emulation, timescales
+from paper_lib.experiments.cooldown import Cooldown
+from paper_lib.probing import evaluation
+from paper_lib.theory import simulate
 from paper_lib.validate import ConfigError
 
 NAMES = ["linear", "cosine", "1-sqrt", "step", "polynomial"]

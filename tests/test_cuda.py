@@ -10,10 +10,13 @@ import pytest
 import torch
 from helpers import SMALL, SmallNet, interrupted, small_data
 
-from paper_lib import derivatives, models, probe, profiling, runs, sgd, train
-from paper_lib.augment import FlipCrop
-from paper_lib.dataset import TensorDataset
+from benchmarks import profiling
+from paper_lib import runs
+from paper_lib.data.augment import FlipCrop
+from paper_lib.data.dataset import TensorDataset
 from paper_lib.presets import study
+from paper_lib.probing import derivatives, probe
+from paper_lib.training import models, sgd, train
 
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
 DEVICE = torch.device("cuda")

@@ -7,8 +7,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from paper_lib import data
-from paper_lib.augment import FlipCrop
-from paper_lib.dataset import TensorDataset
+from paper_lib.data.augment import FlipCrop
+from paper_lib.data.dataset import TensorDataset
 
 
 def numbered(n=103, n_test=17, **kwargs):

@@ -2,7 +2,8 @@ import numpy as np
 import pytest
 import torch
 
-from paper_lib import data, digits
+from paper_lib import data
+from paper_lib.data import digits
 
 
 @pytest.fixture(scope="module")

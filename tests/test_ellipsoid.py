@@ -4,9 +4,10 @@ import numpy as np
 import pandas as pd
 import pytest
 
-from paper_lib import averaging, ellipsoid
-from paper_lib.quadratic import autocorrelation, stationary_variance
-from paper_lib.simulate import sample_minima, sgd
+from paper_lib.averaging import vectors
+from paper_lib.experiments import ellipsoid
+from paper_lib.theory.quadratic import autocorrelation, stationary_variance
+from paper_lib.theory.simulate import sample_minima, sgd
 from paper_lib.validate import ConfigError
 
 
@@ -20,7 +21,7 @@ def stationary():
 def test_displacement_of_the_model(stationary):
     lags = ellipsoid.spaced_lags(600)
     assert (lags[0], lags[-1]) == (1, 300)
-    found = ellipsoid.squared_displacement(averaging.gram(stationary), lags)
+    found = ellipsoid.squared_displacement(vectors.gram(stationary), lags)
     expected = 2 * 400 * stationary_variance(0.5) * (1 - autocorrelation(0.5, 301)[lags])
     np.testing.assert_allclose(found, expected, rtol=0.03)
     assert abs(ellipsoid.exponent(lags, found)) < 0.02
@@ -29,7 +30,7 @@ def test_displacement_of_the_model(stationary):
 def test_displacement_does_not_depend_on_the_centre(stationary):
     x = stationary[:50]
     shifted = ellipsoid.squared_displacement((x + 3) @ (x + 3).T, [0, 1, 10])
-    np.testing.assert_allclose(shifted, ellipsoid.squared_displacement(averaging.gram(x), [0, 1, 10]), atol=1e-8)
+    np.testing.assert_allclose(shifted, ellipsoid.squared_displacement(vectors.gram(x), [0, 1, 10]), atol=1e-8)
     with pytest.raises(ConfigError, match="lags"):
         ellipsoid.squared_displacement(np.eye(5), [5])
 
@@ -40,18 +41,18 @@ def test_exponent_of_a_power():
 
 
 def test_geometry_of_the_model_and_of_a_line(stationary):
-    found = ellipsoid.geometry(averaging.gram(stationary))
+    found = ellipsoid.geometry(vectors.gram(stationary))
     assert found["radius"] ** 2 == pytest.approx(400 * stationary_variance(0.5), rel=0.02)
     assert found["radius_spread"] < 0.1
     assert abs(found["far_cosine"]) < 0.02
     assert found["pair_ratio"] == pytest.approx(0.5, abs=0.02)
-    line = ellipsoid.geometry(averaging.gram(np.arange(101.0)[:, None]))  # drift: the ends lie opposite each other
+    line = ellipsoid.geometry(vectors.gram(np.arange(101.0)[:, None]))  # drift: the ends lie opposite each other
     assert line["far_cosine"] < -0.9
     assert line["pair_ratio"] < 0.2
 
 
 def test_radii_of_averages(stationary):
-    table = ellipsoid.average_radii(averaging.gram(stationary), (1, 4, 16), (1, 20, 100))
+    table = ellipsoid.average_radii(vectors.gram(stationary), (1, 4, 16), (1, 20, 100))
     far = table.query("spacing >= 20 and count > 1")
     np.testing.assert_allclose(far.ratio, far.model, rtol=0.15)
     assert (table.query("spacing == 1 and count == 4").ratio > 0.4).all()  # neighbours are not independent

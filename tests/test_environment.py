@@ -8,7 +8,7 @@ import yaml
 from packaging.requirements import Requirement
 from packaging.specifiers import SpecifierSet
 
-from paper_lib import environment
+from paper_lib.results import environment
 
 TEXT = environment.PINS.read_text()
 

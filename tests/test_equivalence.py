@@ -6,7 +6,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 from strategies import averages, decays, etas, momenta, seeds
 
-from paper_lib import averaging, equivalence, schedules, simulate
+from paper_lib.averaging import equivalence, schedules, vectors
+from paper_lib.theory import simulate
 
 
 def stable(eta: np.ndarray, momentum: float) -> np.ndarray:
@@ -43,7 +44,7 @@ def test_signed_averages_and_large_eta_have_schedules_too(n, seed, data):
 
 def test_ten_thousand_steps_in_a_hundred_directions():
     rng, n = np.random.default_rng(0), 10_001
-    a = averaging.compose(averaging.uniform(n, 50, 100), lambda m: averaging.uniform(m, 20))
+    a = vectors.compose(vectors.uniform(n, 50, 100), lambda m: vectors.uniform(m, 20))
     eta = np.geomspace(1e-4, 1, 100)[:, None]
     c = rng.standard_normal((100, n - 1))
     averaged = simulate.sgd(c, eta, start=1.0) @ a
@@ -102,8 +103,8 @@ def test_small_eta_tends_to_the_tail_sums(a, momentum):
 
 def test_tail_sums_of_the_named_averages():
     k = np.arange(49, -1, -1)  # steps back from the end
-    np.testing.assert_allclose(equivalence.to_schedule(averaging.ema(51, 0.9)), 1 - 0.9 ** (k + 1))
-    np.testing.assert_allclose(equivalence.to_schedule(averaging.two_point(51, 20)), np.where(k < 20, 0.5, 1))
+    np.testing.assert_allclose(equivalence.to_schedule(vectors.ema(51, 0.9)), 1 - 0.9 ** (k + 1))
+    np.testing.assert_allclose(equivalence.to_schedule(vectors.two_point(51, 20)), np.where(k < 20, 0.5, 1))
 
 
 @pytest.mark.parametrize("eta", [0.02, 0.1, 0.3, 0.7, 1.0])
@@ -112,13 +113,13 @@ def test_closed_forms_of_the_equivalent_schedules(eta):
     k = np.arange(steps - 1, -1, -1)
     end = slice(steps - 200, None)  # 2800 steps are a long run even at eta = 0.02
     for decay in (0.5, 0.9, 0.98):  # 0.9 and 0.98 meet r = q
-        exact = eta * equivalence.to_schedule(averaging.ema(steps + 1, decay), eta)
+        exact = eta * equivalence.to_schedule(vectors.ema(steps + 1, decay), eta)
         np.testing.assert_allclose(equivalence.ema_equivalent(k[end], eta, decay), exact[end], rtol=1e-9)
     for window in (1, 7, 150):
-        exact = eta * equivalence.to_schedule(averaging.uniform(steps + 1, window), eta)
+        exact = eta * equivalence.to_schedule(vectors.uniform(steps + 1, window), eta)
         np.testing.assert_allclose(equivalence.uniform_equivalent(k, eta, window), exact, rtol=1e-9)
     for lag in (1, 10, 150):
-        exact = eta * equivalence.to_schedule(averaging.two_point(steps + 1, lag), eta)
+        exact = eta * equivalence.to_schedule(vectors.two_point(steps + 1, lag), eta)
         np.testing.assert_allclose(equivalence.two_point_equivalent(k, eta, lag), exact, rtol=1e-9)
 
 
@@ -131,9 +132,9 @@ def test_ema_equivalent_at_both_ends(eta, decay):
 
 @given(decays)
 def test_forgotten_steps_do_not_spoil_a_schedule(decay):
-    factors = equivalence.to_schedule(averaging.ema(5001, decay), 0.999)  # q^5000 underflows
+    factors = equivalence.to_schedule(vectors.ema(5001, decay), 0.999)  # q^5000 underflows
     assert np.all((factors >= 0) & (factors <= 1))
-    np.testing.assert_array_equal(equivalence.to_schedule(averaging.last(5001), 1.0), 1.0)
+    np.testing.assert_array_equal(equivalence.to_schedule(vectors.last(5001), 1.0), 1.0)
 
 
 def test_a_rising_schedule_has_only_signed_weights():
@@ -150,9 +151,9 @@ def test_a_rising_schedule_has_only_signed_weights():
 
 
 def test_at_finite_eta_a_schedule_may_rise_as_fast_as_two_points_need():
-    factors = equivalence.to_schedule(averaging.two_point(101, 50), 0.2)
+    factors = equivalence.to_schedule(vectors.two_point(101, 50), 0.2)
     assert np.diff(factors).max() > 0.01  # it falls at the earlier point and climbs to 1/2
-    np.testing.assert_allclose(equivalence.to_average(factors, 0.2), averaging.two_point(101, 50), atol=1e-12)
+    np.testing.assert_allclose(equivalence.to_average(factors, 0.2), vectors.two_point(101, 50), atol=1e-12)
     with pytest.raises(ValueError, match="signed=True"):
         equivalence.to_average(factors)
 
@@ -174,4 +175,4 @@ def test_at_finite_eta_a_schedule_may_rise_as_fast_as_two_points_need():
 )
 def test_errors_name_the_value_and_the_range(call, message):
     with pytest.raises(ValueError, match=message):
-        call(averaging.ema(11, 0.9))
+        call(vectors.ema(11, 0.9))

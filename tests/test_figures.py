@@ -9,7 +9,7 @@ import numpy as np
 import pandas as pd
 import pytest
 
-from paper_lib import figures
+from paper_lib.results import figures
 
 
 @pytest.fixture

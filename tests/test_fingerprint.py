@@ -11,7 +11,7 @@ import pytest
 import torch
 from torch import nn
 
-from paper_lib import fingerprint
+from paper_lib.runs import fingerprint
 
 
 def of_source(folder, source):

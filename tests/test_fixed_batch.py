@@ -7,9 +7,11 @@ import torch
 from helpers import SMALL, SmallNet, small_data
 from torch import nn
 
-from paper_lib import convexity, fixed_batch, probe, runs
-from paper_lib.models import FlatModel
-from paper_lib.trajectory import SnapshotError
+from paper_lib import runs
+from paper_lib.experiments import convexity, fixed_batch
+from paper_lib.probing import probe
+from paper_lib.runs.trajectory import SnapshotError
+from paper_lib.training.models import FlatModel
 
 
 class Prior(nn.Module):

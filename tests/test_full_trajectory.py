@@ -9,7 +9,12 @@ import pytest
 import torch
 from helpers import SMALL, small_data
 
-from paper_lib import derivatives, figures, full_trajectory, presets, probe, runs, schedules, transient
+from paper_lib import presets, runs
+from paper_lib.averaging import schedules
+from paper_lib.experiments import full_trajectory
+from paper_lib.probing import derivatives, probe
+from paper_lib.results import figures
+from paper_lib.theory import transient
 from paper_lib.validate import ConfigError
 
 LR, T = 0.5, 200

@@ -6,10 +6,11 @@ import pytest
 import torch
 from PIL import Image
 
-from paper_lib import data, imagefolder
-from paper_lib.augment import ResizedCrop, central_square
-from paper_lib.decode import decode, decode_all
-from paper_lib.streaming import MEAN, STD, StreamedImages
+from paper_lib import data
+from paper_lib.data import imagefolder
+from paper_lib.data.augment import ResizedCrop, central_square
+from paper_lib.data.decode import decode, decode_all
+from paper_lib.data.streaming import MEAN, STD, StreamedImages
 
 CLASSES = ("ant", "bee", "cat")
 KINDS = (("jpg", "RGB"), ("JPEG", "L"), ("png", "RGBA"), ("png", "P"))

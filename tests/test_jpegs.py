@@ -6,8 +6,9 @@ import pytest
 from PIL import Image
 from test_vision import archive  # noqa: F401
 
-from paper_lib import data, jpegs
+from paper_lib import data
 from paper_lib.__main__ import main
+from paper_lib.data import jpegs
 
 
 def test_the_tree_holds_every_image_under_its_class(archive, tmp_path):  # noqa: F811

@@ -5,8 +5,9 @@ import pytest
 import torch
 from helpers import SMALL, SmallNet, small_data
 
-from paper_lib import methods, runs
-from paper_lib.methods import ScheduleFree, Watching
+from paper_lib import runs
+from paper_lib.experiments import methods
+from paper_lib.experiments.methods import ScheduleFree, Watching
 
 SETTINGS = SMALL.replace(lr=0.3)
 METHODS = {"lowered": Watching(0.0, 0.4, 0.5), "free": ScheduleFree(0.5, 0.9)}

@@ -4,7 +4,9 @@ import numpy as np
 import pandas as pd
 import pytest
 
-from paper_lib import averaging, equivalence, model_checks, quadratic, schedules, simulate
+from paper_lib.averaging import equivalence, schedules, vectors
+from paper_lib.experiments import model_checks
+from paper_lib.theory import quadratic, simulate
 
 SEEDS = [3, 4]
 
@@ -29,7 +31,7 @@ def test_a_wrong_schedule_is_far_from_its_average(monkeypatch):
 def test_random_averages_are_averages():
     for seed in range(5):
         a = model_checks.random_average(np.random.default_rng(seed), 3)
-        averaging.check_weights(a, 3)
+        vectors.check_weights(a, 3)
         assert a.min() >= 0
 
 

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 from jupyter_client.manager import start_new_kernel
 
-from paper_lib import explorer, model_checks, model_figures, plane
+from paper_lib.experiments import explorer, model_checks, model_figures, plane
 
 
 @pytest.fixture(autouse=True)

@@ -7,8 +7,8 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from paper_lib import models
-from paper_lib.models import FlatModel
+from paper_lib.training import models
+from paper_lib.training.models import FlatModel
 from paper_lib.validate import ConfigError
 
 

@@ -9,8 +9,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from scipy import stats
 
-from paper_lib import averaging, simulate
-from paper_lib.monitor import BLOCKS, Averages, Monitor, StationarityTest, block_length, gradient_vector
+from paper_lib.averaging import vectors
+from paper_lib.averaging.monitor import BLOCKS, Averages, Monitor, StationarityTest, block_length, gradient_vector
+from paper_lib.theory import simulate
 from paper_lib.validate import ConfigError
 
 ETA = np.geomspace(0.02, 1, 6)
@@ -161,7 +162,7 @@ def test_an_average_is_uniform_first_and_exponential_then():
         averages.observe(row, row)
         if n == 10:
             assert averages.vectors[0] == pytest.approx(x[:10].mean(0))
-    expected = x[:10].mean(0) * 0.9**50 + averaging.average(averaging.ema(50, 0.9), x[10:])
+    expected = x[:10].mean(0) * 0.9**50 + vectors.average(vectors.ema(50, 0.9), x[10:])
     first = 0.9**49 * x[10] - 0.9**49 * 0.1 * x[10]  # `ema` begins at its first iterate, this one goes on
     assert averages.vectors[0] == pytest.approx(expected - first)
 

@@ -10,7 +10,7 @@ import nbformat
 import pytest
 from nbformat.v4 import new_code_cell, new_markdown_cell, new_notebook, new_output
 
-from paper_lib import environment, execution, notebooks
+from paper_lib.results import environment, execution, notebooks
 from paper_lib.validate import ConfigError
 
 SOURCES = notebooks.sources()

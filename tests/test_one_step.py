@@ -7,7 +7,10 @@ import pandas as pd
 import pytest
 from matplotlib import pyplot as plt
 
-from paper_lib import boundary, derivatives, one_step, presets, probe, quadratic, runs
+from paper_lib import presets, runs
+from paper_lib.experiments import boundary, one_step
+from paper_lib.probing import derivatives, probe
+from paper_lib.theory import quadratic
 
 
 @pytest.mark.parametrize("place", [0.3, 1.2, 2.2])

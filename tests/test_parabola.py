@@ -7,7 +7,9 @@ from helpers import SMALL, SmallNet, small_data
 from hypothesis import given
 from hypothesis import strategies as st
 
-from paper_lib import derivatives, parabola, presets, probe, runs
+from paper_lib import presets, runs
+from paper_lib.experiments import parabola
+from paper_lib.probing import derivatives, probe
 
 
 def lines(loss, slope, curvature, best):

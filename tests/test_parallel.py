@@ -7,9 +7,10 @@ import pytest
 import torch
 from helpers import SMALL, SmallNet, small_data, torchrun
 
-from paper_lib import batchnorm, parallel, runs
+from paper_lib import runs
 from paper_lib.__main__ import main
-from paper_lib.trajectory import Trajectory
+from paper_lib.runs.trajectory import Trajectory
+from paper_lib.training import batchnorm, parallel
 
 CONFIG = SMALL.replace(lr=0.05, momentum=0.5, averages=("EMA 0.9", "uniform 10"), steps=30, record="0-30")
 
@@ -18,7 +19,8 @@ JOB = textwrap.dedent(
     """
     import os, signal, sys
     from helpers import SmallNet, small_data
-    from paper_lib import files, parallel, runs, train
+    from paper_lib import files, runs
+    from paper_lib.training import parallel, train
     from test_parallel import CONFIG
     train.CHUNK, train.RESUME_EVERY_S, train.RESUME_SHARE = 5, 0.0, float("inf")
     def report(steps, loss, lr, seen=[0]):

@@ -7,10 +7,12 @@ import pytest
 import torch
 from helpers import SMALL, SmallNet, interrupted, small_data
 
-from paper_lib import averaging, costs, plan, presets, runs
+from paper_lib import presets, runs
 from paper_lib.__main__ import main
-from paper_lib.models import FlatModel
-from paper_lib.trajectory import SnapshotError
+from paper_lib.averaging import vectors
+from paper_lib.runs import costs, plan
+from paper_lib.runs.trajectory import SnapshotError
+from paper_lib.training.models import FlatModel
 
 AVERAGES = ("EMA 0.9", "uniform 10", "two points 30", "uniform 1")
 
@@ -40,18 +42,18 @@ def test_averages_of_a_run_that_keeps_no_snapshots_are_those_of_one_that_does():
     bounded = obtain(SMALL.branch(30, averages=AVERAGES))
     assert len(bounded.steps) == 0
     for name in AVERAGES:
-        a = averaging.named(name, 31)
+        a = vectors.named(name, 31)
         np.testing.assert_allclose(bounded.average(a), every.average(a), rtol=1e-5, atol=1e-6)
-        np.testing.assert_allclose(every.average(a), averaging.average(a, every.weights), rtol=1e-6)
+        np.testing.assert_allclose(every.average(a), vectors.average(a, every.weights), rtol=1e-6)
     with pytest.raises(SnapshotError, match="named in its `averages`"):
-        bounded.average(averaging.named("EMA 0.8", 31))
+        bounded.average(vectors.named("EMA 0.8", 31))
     with pytest.raises(ValueError, match="has 31 iterates"):
-        bounded.average(averaging.named("EMA 0.9", 30))
+        bounded.average(vectors.named("EMA 0.9", 30))
 
 
 def test_sparse_snapshots_serve_the_averages_that_weigh_them_alone():
     run = obtain(SMALL.replace(record="20-40/10"))
-    np.testing.assert_array_equal(run.average(averaging.two_point(41, 20)), (run.at(20) + run.at(40)) / 2)
+    np.testing.assert_array_equal(run.average(vectors.two_point(41, 20)), (run.at(20) + run.at(40)) / 2)
 
 
 def test_an_interrupted_run_accumulates_the_same_averages(tmp_path, monkeypatch):

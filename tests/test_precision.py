@@ -7,7 +7,10 @@ import pytest
 import torch
 from helpers import SMALL, SmallNet, small_data
 
-from paper_lib import models, probe, runs, workers
+from paper_lib import runs
+from paper_lib.probing import probe
+from paper_lib.runs import workers
+from paper_lib.training import models
 
 SEEDS = (0, 1, 2)
 

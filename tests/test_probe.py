@@ -10,9 +10,10 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from paper_lib import data, derivatives, probe, runs
+from paper_lib import data, runs
 from paper_lib.config import RunConfig
-from paper_lib.models import FlatModel
+from paper_lib.probing import derivatives, probe
+from paper_lib.training.models import FlatModel
 from paper_lib.validate import ConfigError
 
 

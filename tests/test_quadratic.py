@@ -10,7 +10,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 from strategies import averages, decays, momenta
 
-from paper_lib import averaging, quadratic, simulate
+from paper_lib.averaging import vectors
+from paper_lib.theory import quadratic, simulate
 
 SEEDS, WINDOW, S2, H = 4000, 41, 2.0, 0.7
 CASES = [(0.05, 0.0), (0.3, 0.0), (1.0, 0.0), (1.6, 0.0), (0.05, 0.5), (0.4, 0.9), (2.5, 0.5)]
@@ -70,7 +71,7 @@ def test_averages_of_iterates(run):
     eta, m, x, _ = run
     v, n = quadratic.stationary_variance(eta, S2, m), WINDOW + 1
     rho = quadratic.autocorrelation(eta, n, m)
-    for a in (averaging.ema(n, 0.9), averaging.uniform(n, 20), averaging.two_point(n, 7)):
+    for a in (vectors.ema(n, 0.9), vectors.uniform(n, 20), vectors.two_point(n, 7)):
         assert_mean((x @ a) ** 2, v * quadratic.variance_ratio(a, rho))
 
 
@@ -104,9 +105,9 @@ def test_named_averages_agree_with_the_general_form(eta, decay, k):
     n = 1200
     rho = quadratic.autocorrelation(eta, n)
     exact = {
-        quadratic.ema_ratio(eta, decay): averaging.ema(n, decay, debias=True),
-        quadratic.uniform_ratio(eta, k): averaging.uniform(n, k),
-        quadratic.two_point_ratio(eta, k): averaging.two_point(n, k),
+        quadratic.ema_ratio(eta, decay): vectors.ema(n, decay, debias=True),
+        quadratic.uniform_ratio(eta, k): vectors.uniform(n, k),
+        quadratic.two_point_ratio(eta, k): vectors.two_point(n, k),
     }
     for closed_form, a in exact.items():
         assert quadratic.variance_ratio(a, rho) == pytest.approx(closed_form, rel=1e-9, abs=1e-13)
@@ -198,7 +199,7 @@ def test_eta_outside_its_range_is_refused_everywhere(eta):
         (lambda: quadratic.ema_ratio(0.1, 1.0), r"decay must lie in \[0, 1\), got 1.0"),
         (lambda: quadratic.uniform_ratio(0.1, 0), r"window must be at least 1 step, got 0"),
         (lambda: quadratic.two_point_ratio(0.1, -5), r"lag must be at least 1 step, got -5"),
-        (lambda: quadratic.variance_ratio(averaging.last(5), np.ones(4)), r"lags 0\.\.4, got 4"),
+        (lambda: quadratic.variance_ratio(vectors.last(5), np.ones(4)), r"lags 0\.\.4, got 4"),
         (lambda: quadratic.effective_eta(-1.0), r"negative, got -1"),
     ],
 )

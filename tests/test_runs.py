@@ -12,10 +12,13 @@ import pytest
 import torch
 from helpers import SMALL, SmallNet, interrupt, small_data
 
-from paper_lib import data, files, one_step, recorder, runs, train
+from paper_lib import data, files, runs
 from paper_lib.config import RunConfig
+from paper_lib.experiments import one_step
 from paper_lib.presets import study
-from paper_lib.trajectory import Trajectory
+from paper_lib.runs import recorder
+from paper_lib.runs.trajectory import Trajectory
+from paper_lib.training import train
 from paper_lib.validate import ConfigError
 
 
@@ -105,7 +108,8 @@ COUNTED = textwrap.dedent(
     """
     import sys
     from helpers import SMALL, SmallNet, small_data
-    from paper_lib import runs, train
+    from paper_lib import runs
+    from paper_lib.training import train
     original = train.train_run
     def counted(*args, **kwargs):
         print("trained", flush=True)

@@ -5,7 +5,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from paper_lib import averaging, schedules
+from paper_lib.averaging import schedules, vectors
 
 
 @pytest.mark.parametrize("name", schedules.COOLDOWNS)
@@ -30,7 +30,7 @@ def test_cooldowns_have_the_values_their_names_promise():
 
 @given(st.integers(1, 200), st.integers(0, 50))
 def test_linear_is_the_tail_sum_of_a_uniform_average(window, before):
-    a = averaging.uniform(window + before + 1, window)
+    a = vectors.uniform(window + before + 1, window)
     tail_sums = a[::-1].cumsum()[::-1][1:]
     expected = schedules.cooldown("linear", window + before, window)
     np.testing.assert_allclose(tail_sums, expected, atol=1e-12)

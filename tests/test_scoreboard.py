@@ -5,7 +5,8 @@ import numpy as np
 import pandas as pd
 import pytest
 
-from paper_lib import averaging, scoreboard
+from paper_lib.averaging import vectors
+from paper_lib.experiments import scoreboard
 
 
 @pytest.fixture
@@ -22,7 +23,7 @@ def table():
 @pytest.mark.parametrize("n_steps", [20, 800])
 def test_every_average_is_one(n_steps):
     for name in scoreboard.averages(n_steps).values():
-        averaging.check_weights(averaging.named(name, n_steps + 1), n_steps + 1)
+        vectors.check_weights(vectors.named(name, n_steps + 1), n_steps + 1)
 
 
 def test_the_summary_keeps_the_order_and_gives_percent(table):

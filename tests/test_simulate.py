@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 import torch
 
-from paper_lib import simulate
+from paper_lib.theory import simulate
 
 
 def test_sgd_is_an_exponential_average_of_batch_minima():

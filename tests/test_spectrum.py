@@ -3,8 +3,9 @@
 import numpy as np
 import pytest
 
-from paper_lib import averaging, quadratic, simulate
-from paper_lib.spectrum import Spectrum
+from paper_lib.averaging import vectors
+from paper_lib.theory import quadratic, simulate
+from paper_lib.theory.spectrum import Spectrum
 
 LR, BURN, N, SEEDS = 0.5, 600, 101, 1500
 
@@ -40,7 +41,7 @@ def test_loss_radius_and_displacement(spectrum, run):
 
 def test_loss_of_averages(spectrum, run):
     momentum, x = run
-    for a in (averaging.ema(N, 0.9), averaging.uniform(N, 30), averaging.two_point(N, 50)):
+    for a in (vectors.ema(N, 0.9), vectors.uniform(N, 30), vectors.two_point(N, 50)):
         loss = (spectrum.h * (x @ a) ** 2 / 2).sum(1)
         assert_mean(loss, spectrum.averaged_loss(a, LR, momentum))
 
@@ -48,9 +49,9 @@ def test_loss_of_averages(spectrum, run):
 def test_curves_are_the_losses_of_their_averages(spectrum):
     n, lags, decays, windows = 1000, [1, 10, 100], [0.0, 0.5, 0.95], [1, 5, 50]
     for curve, settings, average in (
-        (spectrum.two_point_losses, lags, averaging.two_point),
-        (spectrum.ema_losses, decays, averaging.ema),
-        (spectrum.uniform_losses, windows, averaging.uniform),
+        (spectrum.two_point_losses, lags, vectors.two_point),
+        (spectrum.ema_losses, decays, vectors.ema),
+        (spectrum.uniform_losses, windows, vectors.uniform),
     ):
         expected = [spectrum.averaged_loss(average(n, s), LR) for s in settings]
         np.testing.assert_allclose(curve(LR, settings), expected, rtol=1e-9)

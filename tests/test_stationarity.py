@@ -6,8 +6,9 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from paper_lib import quadratic, stationarity
-from paper_lib.monitor import Monitor, StationarityTest
+from paper_lib.averaging.monitor import Monitor, StationarityTest
+from paper_lib.experiments import stationarity
+from paper_lib.theory import quadratic
 
 SPECTRUM = np.array([0.05, 0.3, 1.2])
 

@@ -9,7 +9,7 @@ from PIL import Image
 
 from paper_lib import data, runs
 from paper_lib.config import RunConfig
-from paper_lib.trajectory import Trajectory
+from paper_lib.runs.trajectory import Trajectory
 
 # 30 training images of 36, 6 to a batch: an epoch is 5 steps.
 CONFIG = RunConfig(
@@ -56,7 +56,8 @@ def test_two_processes_stream_the_global_batches_of_one(tree, tmp_path, monkeypa
     alone = runs.obtain(CONFIG, load(tree))
     job = """
         import sys
-        from paper_lib import parallel, runs
+        from paper_lib import runs
+        from paper_lib.training import parallel
         from test_streamed_training import CONFIG, load
         with parallel.processes():
             runs.obtain(CONFIG, load(sys.argv[1]))

@@ -5,11 +5,13 @@ import pytest
 import torch
 from torch import nn
 
-from paper_lib import components, data, derivatives, hessian, timescales
+from paper_lib import data
 from paper_lib.config import RunConfig
-from paper_lib.models import FlatModel
-from paper_lib.quadratic import autocorrelation, stationary_variance
-from paper_lib.simulate import sample_minima, sgd
+from paper_lib.experiments import components, timescales
+from paper_lib.probing import derivatives, hessian
+from paper_lib.theory.quadratic import autocorrelation, stationary_variance
+from paper_lib.theory.simulate import sample_minima, sgd
+from paper_lib.training.models import FlatModel
 from paper_lib.validate import ConfigError
 
 

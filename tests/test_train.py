@@ -11,9 +11,10 @@ import torch
 import torch.nn.functional as F
 from helpers import SMALL, SmallNet, small_data
 
-from paper_lib import runs, schedules
-from paper_lib.models import FlatModel
-from paper_lib.trajectory import DivergedError, SnapshotError
+from paper_lib import runs
+from paper_lib.averaging import schedules
+from paper_lib.runs.trajectory import DivergedError, SnapshotError
+from paper_lib.training.models import FlatModel
 
 
 @pytest.fixture(autouse=True)
@@ -142,7 +143,8 @@ KILLED = textwrap.dedent(
     """
     import os, signal
     from helpers import SMALL, SmallNet, small_data
-    from paper_lib import runs, train
+    from paper_lib import runs
+    from paper_lib.training import train
     train.CHUNK, train.RESUME_EVERY_S, train.RESUME_SHARE = 5, 0.0, float("inf")
     def report(steps, loss, lr, seen=[0]):
         seen[0] += steps

@@ -6,8 +6,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 from strategies import etas, seeds
 
-from paper_lib import quadratic, schedules, simulate, transient
-from paper_lib.transient import Transient
+from paper_lib.averaging import schedules
+from paper_lib.theory import quadratic, simulate, transient
+from paper_lib.theory.transient import Transient
 
 LR, T = 0.5, 300
 H, S2, START = np.array([0.02, 0.3, 2.2]), np.array([3.0, 1.0, 0.5]), np.array([2.0, -1.0, 0.5])

@@ -8,7 +8,10 @@ import pandas as pd
 import pytest
 from helpers import SMALL, SmallNet, small_data
 
-from paper_lib import averaging, evaluation, probe, runs, two_points
+from paper_lib import runs
+from paper_lib.averaging import vectors
+from paper_lib.experiments import two_points
+from paper_lib.probing import evaluation, probe
 from paper_lib.validate import ConfigError
 
 LAGS = [1, 2, 4, 8]
@@ -48,7 +51,7 @@ def test_statistics_are_named(measured):
 
 def test_references_reach_back_as_far_as_they_say(measured):
     found, _, evaluate = measured
-    table = two_points.references(found, evaluate, {"all": lambda n: averaging.uniform(n, n)}, reach=10)
+    table = two_points.references(found, evaluate, {"all": lambda n: vectors.uniform(n, n)}, reach=10)
     expected = evaluate[0](found[0].window(50, 60).mean(0))
     row = table.query("seed == 0 and end == 60").iloc[0]
     assert row.train_loss == pytest.approx(expected["train_loss"], rel=1e-5)

@@ -10,7 +10,8 @@ import torch
 from torchvision import datasets
 from torchvision.datasets import utils
 
-from paper_lib import data, vision
+from paper_lib import data
+from paper_lib.data import vision
 
 
 def offline(*args, **kwargs):

@@ -5,8 +5,10 @@ import pandas as pd
 import pytest
 import torch
 
-from paper_lib import config, data, gains, methods, presets, runs, sgd, stationarity, watching
-from paper_lib.monitor import Averages, Monitor, StationarityTest
+from paper_lib import config, data, presets, runs
+from paper_lib.averaging.monitor import Averages, Monitor, StationarityTest
+from paper_lib.experiments import gains, methods, stationarity, watching
+from paper_lib.training import sgd
 from paper_lib.validate import ConfigError
 
 SETTINGS = config.RunConfig(data="mine", lr=0.3, batch_size=16, steps=150, record="0-150", weight_decay=0.01)

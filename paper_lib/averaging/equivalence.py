@@ -1,0 +1,147 @@
+"""Averages and learning-rate schedules as one thing (claim C5): exact conversions in both directions.
+
+On quadratics with minima c_i every SGD iterate, hence every average a @ x, is a weighted sum of x_0 and
+c_1, c_2, ... with weights w_0, w_1, ... On the same batches, SGD under eta'_i = w_i / (w_0 + ... + w_i)
+ends at that very sum. For small eta this is lr'_i / lr_i = sum_(t>=i) a_t, the tail sum of the weights,
+whatever the curvature.
+
+A schedule is a float64 array (..., T) of factors: step i (0-based, from x_i to x_(i+1)) uses
+eta'_i = eta_i * factors[i], eta_i = lr_i * curvature being the averaged run's own. Time is the last
+axis; leading ones are directions. eta is a scalar, (T,), (d, 1) or (d, T), and eta = 0, the default,
+is the limit of slow directions, in which no curvature need be known.
+"""
+
+from __future__ import annotations
+
+import numpy as np
+
+from paper_lib.averaging.vectors import check_decay, check_length, check_weights
+from paper_lib.theory.quadratic import check_eta
+
+
+def batch_weights(a: np.ndarray, eta, momentum: float = 0.0) -> np.ndarray:
+    """Weights (..., T+1) of x_0 and of the batch minima c_1..c_T in the average a @ (x_0..x_T).
+
+    w_i = sum_(t>=i) a_t eta_i prod_(i<j<=t) (1 - eta_j) without momentum; they sum to 1.
+    """
+    return _adjoint(a, eta, momentum)[1]
+
+
+def to_schedule(a: np.ndarray, eta=0.0, momentum: float = 0.0) -> np.ndarray:
+    """Factors (..., T) of the schedule that ends, on the same batches, where the average a lies.
+
+    With momentum, both runs use it (and start at rest). At eta = 0: the tail sums of a. ValueError
+    where no learning rate does it (signed weights, or eta above 1, may need an infinite one).
+    """
+    g, _ = _adjoint(a, eta, momentum)
+    # eta'_i = w_i / (w_0 + ... + w_i), with w_i = eta_i g_i, and w_0 + ... + w_i = g_i + the weights
+    # of the average up to x_(i-1): sums of like signs, where 1 - (later w) would cancel.
+    total = np.cumsum(a)[:-1] + g
+    idle = (g == 0) & (total == 0)  # steps that a later one forgets: any factor does
+    schedule = np.divide(g, total, out=np.ones_like(g), where=~idle & (total != 0))
+    if np.any((total == 0) & ~idle):
+        step = np.argwhere((total == 0) & ~idle)[0, -1]
+        raise ValueError(f"no schedule reproduces this average: step {step} needs an infinite lr")
+    return schedule
+
+
+def _adjoint(a: np.ndarray, eta, momentum: float) -> tuple[np.ndarray, np.ndarray]:
+    """Derivatives of a @ x along the run: g (..., T) by x_1..x_T, w (..., T+1) by x_0, c_1..c_T.
+
+    Backwards through v_t = m v_(t-1) + x_(t-1) - c_t, x_t = x_(t-1) - eta_t v_t:
+    w_t = eta_t g_t + m w_(t+1), g_(t-1) = a_(t-1) + g_t - w_t.
+    """
+    a = check_weights(a)
+    steps = a.size - 1
+    eta = _per_step(eta, steps, momentum)
+    g, w = np.empty(eta.shape), np.empty((*eta.shape[:-1], steps + 1))
+    state, weight = np.full(eta.shape[:-1], a[-1]), np.zeros(eta.shape[:-1])
+    for i in range(steps - 1, -1, -1):
+        weight = eta[..., i] * state + momentum * weight
+        g[..., i], w[..., i + 1] = state, weight
+        state = a[i] + state - weight
+    w[..., 0] = state
+    return g, w
+
+
+def _per_step(eta, steps: int, momentum: float) -> np.ndarray:
+    """Broadcast eta to (..., steps), having checked that it is zero or stable."""
+    eta = np.asarray(eta, dtype=np.float64)
+    check_eta(np.where(eta == 0, 1.0, eta), momentum)
+    try:
+        return np.broadcast_to(eta, np.broadcast_shapes(eta.shape, (steps,)))
+    except ValueError:
+        raise ValueError(
+            f"eta of shape {eta.shape} does not fit {steps} steps: give a scalar, ({steps},), "
+            f"(directions, 1) or (directions, {steps})"
+        ) from None
+
+
+def to_average(schedule: np.ndarray, eta=0.0, momentum: float = 0.0, signed: bool = False) -> np.ndarray:
+    """Weights (..., T+1) over a run at eta whose average ends where SGD under `schedule` does.
+
+    The inverse of to_schedule: a_t = W (f_t - f_(t+1)) + w_(t+1) (1 - f_t) with f_0 = 1, where w are
+    the scheduled run's batch weights and W their sum up to t+1. At eta = 0, a_t = f_t - f_(t+1).
+    ValueError where a weight would be negative (the schedule rises), unless `signed`.
+    """
+    f = np.asarray(schedule, dtype=np.float64)
+    if f.ndim == 0 or not np.isfinite(f).all():
+        raise ValueError(f"a schedule is an array of finite factors, got {f!r}")
+    steps = f.shape[-1]
+    eta, f = np.broadcast_arrays(_per_step(eta, steps, momentum), f)
+    previous = np.concatenate([np.ones((*f.shape[:-1], 1)), f[..., :-1]], axis=-1)
+    a = np.empty((*f.shape[:-1], steps + 1))
+    a[..., steps] = f[..., -1]
+    total, weight = np.ones(f.shape[:-1]), np.zeros(f.shape[:-1])
+    for i in range(steps - 1, -1, -1):
+        weight = eta[..., i] * f[..., i] * total + momentum * weight
+        before = previous[..., i]
+        a[..., i] = total * (before - f[..., i]) + weight * (1 - before)
+        total = total - weight
+    if not signed and a.min() < -1e-12:
+        _refuse(a, f)
+    return a
+
+
+def _refuse(a: np.ndarray, f: np.ndarray) -> None:
+    *direction, step = np.unravel_index(a.argmin(), a.shape)
+    before = 1.0 if step == 0 else f[(*direction, step - 1)]
+    after = f[(*direction, min(step, f.shape[-1] - 1))]
+    raise ValueError(
+        f"no non-negative average emulates this schedule: going from {before:g} to {after:g} times "
+        f"the run's lr at step {step} needs the weight {a.min():g} (averages emulate schedules that "
+        "do not rise; signed=True gives the signed weights)"
+    )
+
+
+def ema_equivalent(k, eta, decay) -> np.ndarray:
+    """eta'_k equivalent to the EMA, k = 0, 1, ... steps back from the end of a long run.
+
+    eta (1-r) [r^(k+1) - q^(k+1)] / [eta r^(k+1) - (1-r) q^(k+1)]: ends at eta (1-r), tends to
+    min(eta, 1-r) far back; the value at r = q is the limit.
+    """
+    check_decay(decay)
+    eta = check_eta(eta)
+    q, r, k = 1 - eta, np.asarray(decay, dtype=np.float64), np.asarray(k)
+    apart = np.where(r == q, 1.0, r - q)
+    powers = np.where(r == q, (k + 1) * r**k, (r ** (k + 1) - q ** (k + 1)) / apart)
+    return eta * (1 - r) * powers / (r ** (k + 1) + (1 - r) * powers)
+
+
+def two_point_equivalent(k, eta, lag) -> np.ndarray:
+    """eta'_k equivalent to the two-point average: eta q^k / (1 + q^k) for k < lag, else eta."""
+    check_length("lag", lag)
+    eta, k = check_eta(eta), np.asarray(k)
+    power = (1 - eta) ** np.minimum(k, lag)  # no further: q^k may underflow
+    return np.where(k < lag, eta * power / (1 + power), eta)
+
+
+def uniform_equivalent(k, eta, window) -> np.ndarray:
+    """eta'_k equivalent to the mean of n iterates: about 1/(n-k) for 1/eta << k < n, eta before.
+
+    (1 - q^(k+1)) / [n - 1 - k + (1 - q^(k+1)) / eta] for k < n.
+    """
+    check_length("window", window)
+    eta, k = check_eta(eta), np.asarray(k)
+    taken = 1 - (1 - eta) ** (np.minimum(k, window) + 1)
+    return np.where(k < window, taken / (np.maximum(window - 1 - k, 0) + taken / eta), eta)

@@ -1,0 +1,187 @@
+"""Losses of chosen batches at chosen weights, without a trace on the network or the random state.
+
+Batches are stacked: x (K, B, ...) and y (K, B) are K batches of B samples. Weights are rows of a matrix, (n, P), or one
+vector, (P,). Everything comes back as NumPy arrays. All losses are mean cross-entropies in nats, in float32, without
+label smoothing or weight decay.
+
+Statistics are chosen by `buffers`. Without them BatchNorm normalizes each batch by its own statistics, as in training.
+With buffers, (Q,), e.g. those of a snapshot or of `statistics`, it uses these. Everything else is in evaluation mode
+either way (no dropout), so that a loss is a function of weights and batch alone.
+"""
+
+from __future__ import annotations
+
+import collections
+import contextlib
+import copy
+from collections.abc import Callable, Iterable, Iterator
+from concurrent.futures import ThreadPoolExecutor, as_completed
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+from tqdm import tqdm
+
+from paper_lib.data import Dataset
+from paper_lib.training import batchnorm
+from paper_lib.training.models import FlatModel, threads
+from paper_lib.validate import require
+
+SAMPLES_AT_ONCE = {"cpu": 256, "cuda": 4096}  # per forward pass: what fits a core's cache; what fills a GPU
+# Pixels per pass on a GPU, for about 16 GB: up to 1 kB each for losses alone; where activations are kept to be
+# differentiated twice, up to 14 kB (a ResNet-18 without stem; a ResNet-50 takes 5).
+PIXELS_AT_ONCE, PIXELS_KEPT = 2**22, 2**20
+PROBE_STREAM = 1_000_000  # seeds of probing streams start here; runs use small seeds
+
+
+def losses(
+    net: FlatModel,
+    weights: np.ndarray,
+    x: Tensor,
+    y: Tensor,
+    buffers: np.ndarray | None = None,
+    progress: str = "",
+) -> np.ndarray:
+    """Loss of each batch at each of the weights, (n, K), or (K,) for one vector; `buffers` may be (n, Q) too."""
+    rows = np.atleast_2d(weights)
+    check_batches(x, y)
+    found = np.empty((len(rows), len(x)), np.float32)
+    bar = tqdm(total=len(rows), desc=progress, disable=not progress)
+
+    def work(own: FlatModel, turns: Iterator[int]) -> None:
+        with probing(own, buffers), torch.no_grad():
+            for i in turns:
+                load(own, rows[i], buffers if np.ndim(buffers) < 2 else buffers[i])
+                parts = [F.cross_entropy(*piece, reduction="none") for piece in passes(own, x, y)]
+                found[i] = torch.cat(parts).view(y.shape).mean(1).cpu().numpy()
+                bar.update()
+
+    with bar:
+        _in_threads(net, work, range(len(rows)))
+    return found if np.ndim(weights) == 2 else found[0]
+
+
+def _in_threads(net: FlatModel, work: Callable[[FlatModel, Iterator[int]], None], tasks: range) -> None:
+    """Let `work` take tasks with as many copies of the network as torch may use threads, each in a one-thread worker.
+
+    Whole forward passes share the cores of a CPU much better than the parts of a small convolution do.
+    """
+    n_threads = min(torch.get_num_threads(), len(tasks)) if net.device.type == "cpu" else 1
+    turns = iter(tasks)  # taking from one iterator is atomic, so threads share it
+    if n_threads == 1:
+        return work(net, turns)
+    copies = [FlatModel(copy.deepcopy(net.module)) for _ in range(n_threads)]
+    with threads(1), ThreadPoolExecutor(n_threads, initializer=torch.set_num_threads, initargs=(1,)) as pool:
+        try:
+            for future in as_completed([pool.submit(work, one, turns) for one in copies]):
+                future.result()
+        except BaseException:  # an error or an interrupt: the pool waits for threads that would go on to the end
+            collections.deque(turns, maxlen=0)
+            raise
+
+
+def passes(net: FlatModel, x: Tensor, y: Tensor) -> Iterator[tuple[Tensor, Tensor]]:
+    """Yield logits (n, classes) and labels (n,) at the current weights: several batches to a forward pass."""
+    at_once = _batches_at_once(net.device.type, x.shape, torch.is_grad_enabled())
+    for xs, ys in zip(x.split(at_once), y.split(at_once), strict=True):
+        with batchnorm.batchwise_statistics(net.module, len(xs)):
+            logits = net.forward(xs.flatten(0, 1))
+        yield logits.float(), ys.flatten()
+
+
+def _batches_at_once(device: str, shape: torch.Size, kept: bool) -> int:
+    """How many batches of x, `shape` = (K, B, ...), share a pass; one at least: its statistics are its own."""
+    samples = SAMPLES_AT_ONCE[device]
+    if device == "cuda":
+        samples = min(samples, (PIXELS_KEPT if kept else PIXELS_AT_ONCE) // shape[3:].numel())
+    return max(1, samples // shape[1])
+
+
+@contextlib.contextmanager
+def probing(net: FlatModel, buffers: np.ndarray | None) -> Iterator[None]:
+    """Leave no trace; BatchNorm uses batch statistics unless there are buffers, all else is in evaluation mode."""
+    with net.preserved(train=False):
+        for layer in batchnorm.layers(net.module):
+            layer.training = buffers is None
+        try:
+            yield
+        except torch.OutOfMemoryError as error:
+            advice = "lower `batch_size` (a batch is never split: its statistics are its own) or `width`"
+            raise MemoryError(f"{net.device} ran out of memory probing: {advice}") from error
+
+
+def load(net: FlatModel, weights: np.ndarray, buffers: np.ndarray | None) -> None:
+    """Set a network's weights (P,) and, where there are any, buffers (Q,); ConfigError for other shapes."""
+    for name, vector, values in (("weights", net.weights, weights), ("buffers", net.buffers, buffers)):
+        if values is not None:
+            expected = f"this network needs {tuple(vector.shape)}"
+            expected += "; was the run trained with model=...? pass the same here"
+            require(np.shape(values) == vector.shape, f"shape of {name}", np.shape(values), expected)
+            vector.copy_(tensor(values))
+
+
+def line(
+    net: FlatModel,
+    weights: np.ndarray,
+    direction: np.ndarray,
+    positions: np.ndarray,
+    x: Tensor,
+    y: Tensor,
+    buffers: np.ndarray | None = None,
+) -> np.ndarray:
+    """Losses at weights + t * direction for every t in `positions`, (n_positions, K)."""
+    points = weights[None] + np.asarray(positions, np.float32)[:, None] * direction[None]
+    return losses(net, points, x, y, buffers)
+
+
+def statistics(net: FlatModel, weights: np.ndarray, x: Tensor) -> np.ndarray:
+    """Buffers recomputed at the given weights: BatchNorm's means and variances averaged over batches x (K, B, ...).
+
+    An averaged network needs this, and so does every network that it is compared with. (Q,)
+    """
+    layers = batchnorm.layers(net.module)
+    rates = [layer.momentum for layer in layers]
+    with probing(net, None), torch.no_grad():
+        load(net, weights, None)
+        try:
+            for i, batch in enumerate(x):
+                for layer in layers:
+                    layer.momentum = 1 / (i + 1)  # a running mean over the batches
+                net.forward(batch)
+        finally:
+            for layer, rate in zip(layers, rates, strict=True):
+                layer.momentum = rate
+        return net.buffers.cpu().numpy().copy()
+
+
+def evaluate(
+    net: FlatModel, weights: np.ndarray, buffers: np.ndarray, chunks: Iterable[tuple[Tensor, Tensor]]
+) -> tuple[float, float]:
+    """Mean loss and accuracy over chunks (x, y) of samples, in evaluation mode with the given buffers."""
+    loss, correct, n = 0.0, 0, 0
+    with probing(net, buffers), torch.no_grad():
+        load(net, weights, buffers)
+        for x, y in chunks:
+            logits = net.forward(x).float()
+            loss += F.cross_entropy(logits, y, reduction="sum").item()
+            correct += int((logits.argmax(1) == y).sum())
+            n += len(y)
+    require(n > 0, "chunks", "none", "an evaluation needs at least one sample")
+    return loss / n, correct / n
+
+
+def fixed_batches(dataset: Dataset, n: int, size: int, seed: int, split: str = "train") -> tuple[Tensor, Tensor]:
+    """n batches for probing, (n, size, ...) and (n, size), from a stream that no run trains on."""
+    return dataset.batches(n, size, PROBE_STREAM + seed, split)
+
+
+def tensor(row: np.ndarray) -> Tensor:
+    """A vector in float32, copied: rows of a mapped trajectory are read-only."""
+    return torch.from_numpy(np.array(row, np.float32))
+
+
+def check_batches(x: Tensor, y: Tensor) -> None:
+    """ConfigError unless x and y are stacked batches."""
+    require(x.ndim >= 2 and len(x) > 0, "x", tuple(x.shape), "batches are stacked as (K, B, ...), K at least 1")
+    require(tuple(y.shape) == tuple(x.shape[:2]), "y", tuple(y.shape), f"labels must be (K, B) = {tuple(x.shape[:2])}")
