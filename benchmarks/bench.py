@@ -25,8 +25,8 @@ from paper_lib.data import dataset as dataset_module
 from paper_lib.data.augment import FlipCrop
 from paper_lib.presets import study
 from paper_lib.probing import probe
-from paper_lib.training import models, sgd
-from paper_lib.training.models import threads
+from paper_lib.training import loop, networks
+from paper_lib.training.flat import threads
 
 STEPS = 600
 SEEDS = (0, 1, 2)
@@ -42,7 +42,9 @@ def empty_run_cache() -> Iterator[None]:
 def plain_loop(config: RunConfig, dataset: Dataset) -> None:
     """Train as a tutorial would: DataLoader, torch.optim.SGD, one module, default threads, nothing recorded."""
     torch.manual_seed(config.seed)
-    net = models.build(config.model, dataset.shape[0], dataset.n_classes, config.width, config.norm).to(dataset.device)
+    net = networks.build(config.model, dataset.shape[0], dataset.n_classes, config.width, config.norm).to(
+        dataset.device
+    )
     optimizer = torch.optim.SGD(net.parameters(), config.lr, config.momentum, weight_decay=config.weight_decay)
     x, y = dataset.batch(0, dataset.sizes["train"], 0)
     loader = DataLoader(TensorDataset(x.cpu(), y.cpu()), config.batch_size, shuffle=True)
@@ -89,7 +91,7 @@ def matrix_rate(device: torch.device, dtype: torch.dtype) -> float:
 
 def step_flops(config: RunConfig, dataset: Dataset) -> int:
     """FLOPs of the matrix products and convolutions of one training step, forward and backward."""
-    net, (x, y) = sgd.initial_model(config, dataset), dataset.batch(0, config.batch_size, 0)
+    net, (x, y) = loop.initial_model(config, dataset), dataset.batch(0, config.batch_size, 0)
     with FlopCounterMode(display=False) as counter:
         net.backward(F.cross_entropy(net.forward(x), y))
     return counter.get_total_flops()
@@ -115,7 +117,7 @@ def title(config: RunConfig) -> str:
 
 def naive_losses(config: RunConfig, dataset: Dataset, states: list[dict], x: torch.Tensor, y: torch.Tensor) -> None:
     """One load_state_dict per snapshot, one forward pass per batch."""
-    net = models.build(config.model, dataset.shape[0], dataset.n_classes, config.width, config.norm)
+    net = networks.build(config.model, dataset.shape[0], dataset.n_classes, config.width, config.norm)
     net.to(dataset.device).train()
     with torch.no_grad():
         for state in states:
@@ -145,7 +147,7 @@ def probing(n_snapshots: int = 40, n_batches: int = 32) -> Iterator[dict]:
 
 def averages(n_snapshots: int = 1000, width: int = 16) -> Iterator[dict]:
     """averaging.average of a whole window against a copy of it, and against AveragedModel.update_parameters."""
-    net = models.build("resnet8", 1, 10, width)
+    net = networks.build("resnet8", 1, 10, width)
     n_weights = sum(p.numel() for p in net.parameters())
     trajectory = np.random.default_rng(0).normal(size=(n_snapshots, n_weights)).astype(np.float32)
     target, weights = np.empty_like(trajectory), vectors.ema(n_snapshots, 0.99)

@@ -14,8 +14,8 @@ from torch.profiler import ProfilerActivity, profile
 
 from paper_lib.config import RunConfig
 from paper_lib.data import Dataset
-from paper_lib.training import sgd
-from paper_lib.training.models import exact_float32, threads
+from paper_lib.training import loop
+from paper_lib.training.flat import exact_float32, threads
 
 STEPS = 10  # to warm up, to time, and to profile
 
@@ -68,15 +68,15 @@ def profile_step(config: RunConfig, dataset: Dataset, top: int = 8) -> Profile:
 
 def _stepper(config: RunConfig, dataset: Dataset) -> Callable[[], None]:
     """A function that takes the next STEPS steps of a run, as `train` takes them, three times."""
-    net = sgd.initial_model(config, dataset)
+    net = loop.initial_model(config, dataset)
     net.module.train()
     velocity = torch.zeros_like(net.weights)
     batches = dataset.stream(0, 3 * STEPS, config.batch_size, config.stream)
 
     def take() -> None:
         for x, y in itertools.islice(batches, STEPS):
-            net.backward(sgd.batch_loss(net, x, y, config))
-            sgd.sgd_step(net, velocity, config.lr, config)
+            net.backward(loop.batch_loss(net, x, y, config))
+            loop.sgd_step(net, velocity, config.lr, config)
 
     return take
 

@@ -15,7 +15,7 @@ from paper_lib.presets import PRESETS, RUN_SETTINGS, STUDY_SETTINGS, study
 from paper_lib.validate import ConfigError, check_names, parse_value, require
 
 if TYPE_CHECKING:
-    from paper_lib.runs.trajectory import Trajectory
+    from paper_lib.runs import Run
 
 
 def overrides(words: Sequence[str]) -> dict[str, typing.Any]:
@@ -40,7 +40,7 @@ def train_command(preset: str, words: Sequence[str]) -> None:
     from paper_lib import runs
     from paper_lib.data import dataset
     from paper_lib.experiments import scoreboard
-    from paper_lib.runs import costs, trajectory, workers
+    from paper_lib.runs import costs, workers
     from paper_lib.training import parallel
 
     averages = scoreboard.averages(chosen.averaged_steps).values()
@@ -50,7 +50,7 @@ def train_command(preset: str, words: Sequence[str]) -> None:
                 for run in runs.train_seeds(config, chosen.seeds):
                     if parallel.rank() == 0:
                         print(f"{name:8s} seed {run.config.seed}: {_end(run)}, {run.folder}", flush=True)
-    except (dataset.DataError, trajectory.DivergedError, trajectory.SnapshotError, workers.WorkerError) as error:
+    except (dataset.DataError, runs.DivergedError, runs.SnapshotError, workers.WorkerError) as error:
         raise ConfigError(str(error)) from error
 
 
@@ -68,7 +68,7 @@ def plan_command(preset: str, rate: float | None, words: Sequence[str]) -> None:
     print("together: " + ", ".join(sums))
 
 
-def _end(run: Trajectory) -> str:
+def _end(run: Run) -> str:
     end = f"diverged at step {run.status['diverged_at']}" if run.diverged else f"{run.config.steps} steps"
     return f"{end}, batch loss {run.loss[-100:].mean():.3f}"
 

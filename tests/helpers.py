@@ -11,7 +11,7 @@ from torch import nn
 
 from paper_lib import data
 from paper_lib.config import RunConfig
-from paper_lib.training import train
+from paper_lib.training import loop
 
 
 class SmallNet(nn.Module):
@@ -47,9 +47,9 @@ def torchrun(*words: str, n: int = 2) -> subprocess.CompletedProcess:
 
 def interrupt(obtain, monkeypatch, at: int, chunk: int) -> None:
     """Interrupt obtain(report) at step `at`; progress is saved every `chunk` steps, the last time one chunk before."""
-    monkeypatch.setattr(train, "CHUNK", chunk)
-    monkeypatch.setattr(train, "RESUME_EVERY_S", 0.0)
-    monkeypatch.setattr(train, "RESUME_SHARE", float("inf"))
+    monkeypatch.setattr(loop, "CHUNK", chunk)
+    monkeypatch.setattr(loop, "RESUME_EVERY_S", 0.0)
+    monkeypatch.setattr(loop, "RESUME_SHARE", float("inf"))
     done = []
 
     def report(steps, loss, lr):

@@ -11,7 +11,7 @@ from strategies import momenta
 from paper_lib import presets, runs
 from paper_lib.experiments import alignment
 from paper_lib.probing import derivatives
-from paper_lib.runs.trajectory import SnapshotError
+from paper_lib.runs import SnapshotError
 from paper_lib.theory import quadratic
 from paper_lib.validate import ConfigError
 

@@ -6,7 +6,7 @@ import torch
 from paper_lib import runs
 from paper_lib.__main__ import main
 from paper_lib.presets import PRESETS, study
-from paper_lib.runs import trajectory, workers
+from paper_lib.runs import workers
 
 
 def test_presets_are_listed_one_a_line(capsys):
@@ -69,7 +69,7 @@ def test_too_few_images_to_hold_out_end_with_code_2_and_one_line(capsys):
 
 
 @pytest.mark.parametrize(
-    "error", [trajectory.DivergedError("diverged"), trajectory.SnapshotError("no step"), workers.WorkerError("died")]
+    "error", [runs.DivergedError("diverged"), runs.SnapshotError("no step"), workers.WorkerError("died")]
 )
 def test_runs_that_fail_end_with_code_2_and_one_line(error, monkeypatch, capsys):
     def fail(*args):

@@ -16,7 +16,7 @@ from paper_lib.data.augment import FlipCrop
 from paper_lib.data.dataset import TensorDataset
 from paper_lib.presets import study
 from paper_lib.probing import derivatives, probe
-from paper_lib.training import models, sgd, train
+from paper_lib.training import flat, loop
 
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
 DEVICE = torch.device("cuda")
@@ -72,7 +72,7 @@ def test_batches_and_initial_weights_are_those_of_the_cpu_bit_for_bit(images):
     for found, expected in pairs:
         assert found[0].device.type == DEVICE.type
         assert all(torch.equal(a.cpu(), b) for a, b in zip(found, expected, strict=True))
-    nets = [sgd.initial_model(CONFIG, dataset) for dataset in (there, images)]
+    nets = [loop.initial_model(CONFIG, dataset) for dataset in (there, images)]
     assert torch.equal(nets[0].weights.cpu(), nets[1].weights)
 
 
@@ -108,7 +108,7 @@ def every_probe(net, dataset, weights):
 
 def test_probes_find_what_they_find_on_the_cpu(images):
     there = images.to(DEVICE)
-    net, on_cpu = sgd.initial_model(CONFIG, there), sgd.initial_model(CONFIG, images)
+    net, on_cpu = loop.initial_model(CONFIG, there), loop.initial_model(CONFIG, images)
     weights = on_cpu.weights.numpy().copy()
     for found, exact in zip(every_probe(net, there, weights), every_probe(on_cpu, images, weights), strict=True):
         assert np.linalg.norm(found - exact) < 1e-4 * np.linalg.norm(exact)  # TF32 would be off by 1e-3
@@ -116,9 +116,9 @@ def test_probes_find_what_they_find_on_the_cpu(images):
 
 @pytest.mark.parametrize("users", USERS)
 def test_neither_probing_nor_settings_of_the_user_move_a_run_or_a_probe(users, images, monkeypatch, tmp_path):
-    monkeypatch.setattr(train, "CHUNK", 10)
+    monkeypatch.setattr(loop, "CHUNK", 10)
     there = images.to(DEVICE)
-    net, run = sgd.initial_model(CONFIG, there), runs.obtain(CONFIG, there)
+    net, run = loop.initial_model(CONFIG, there), runs.obtain(CONFIG, there)
     expected = every_probe(net, there, run.weights[-1])
     monkeypatch.setenv("PAPER_RUNS", str(tmp_path / "probed"))
     found = []
@@ -131,10 +131,10 @@ def test_neither_probing_nor_settings_of_the_user_move_a_run_or_a_probe(users, i
 @pytest.mark.skipif(torch.cuda.is_available() and torch.cuda.get_device_capability() < (8, 0), reason="needs TF32")
 def test_tf32_would_be_seen(images):
     there = images.to(DEVICE)
-    net, (x, _) = sgd.initial_model(CONFIG, there), there.batch(0, 32, 0)
+    net, (x, _) = loop.initial_model(CONFIG, there), there.batch(0, 32, 0)
     with torch.no_grad(), chosen(USERS["tf32"]):
         rough = net.forward(x)
-        with models.exact_float32(DEVICE):
+        with flat.exact_float32(DEVICE):
             assert not torch.equal(rough, net.forward(x))
 
 

@@ -7,6 +7,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from paper_lib import data
+from paper_lib.data import loading
 from paper_lib.data.augment import FlipCrop
 from paper_lib.data.dataset import TensorDataset
 
@@ -148,7 +149,7 @@ def test_uint8_tensors_are_normalized_by_the_training_images():
 
 
 def test_tensors_go_where_training_is_fastest_unless_told(monkeypatch):
-    monkeypatch.setattr(data, "default_device", lambda: torch.device("meta"))  # stands for a GPU
+    monkeypatch.setattr(loading, "default_device", lambda: torch.device("meta"))  # stands for a GPU
     x, y = torch.zeros(6, 3), torch.arange(6)
     dataset = data.from_tensors(x, y, x, y)
     assert dataset.device.type == dataset._images["train"].device.type == dataset._labels["test"].device.type == "meta"

@@ -10,8 +10,8 @@ from torch import nn
 from paper_lib import runs
 from paper_lib.experiments import convexity, fixed_batch
 from paper_lib.probing import probe
-from paper_lib.runs.trajectory import SnapshotError
-from paper_lib.training.models import FlatModel
+from paper_lib.runs import SnapshotError
+from paper_lib.training.flat import FlatModel
 
 
 class Prior(nn.Module):

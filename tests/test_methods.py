@@ -8,6 +8,7 @@ from helpers import SMALL, SmallNet, small_data
 from paper_lib import runs
 from paper_lib.experiments import methods
 from paper_lib.experiments.methods import ScheduleFree, Watching
+from paper_lib.runs import identity
 
 SETTINGS = SMALL.replace(lr=0.3)
 METHODS = {"lowered": Watching(0.0, 0.4, 0.5), "free": ScheduleFree(0.5, 0.9)}
@@ -105,9 +106,9 @@ def test_everything_that_decides_is_part_of_the_key(monkeypatch):
     upgraded = ScheduleFree(0.5, 0.9)
     object.__setattr__(upgraded, "package", "another")
     assert methods.path(upgraded, SETTINGS, dataset, SmallNet) not in keys
-    for module in (methods, runs):
+    for module, name in ((methods, "CODE"), (identity, "SOURCE")):
         with monkeypatch.context() as patch:
-            patch.setattr(module, "CODE", "another")
+            patch.setattr(module, name, "another")
             assert methods.path(method, SETTINGS, dataset, SmallNet) not in keys
 
 

@@ -108,7 +108,7 @@ def test_sliders_appear_only_where_somebody_can_move_them():
     try:
         for asked, expected in ((True, "True"), (False, "False")):  # as JupyterLab asks, and as papermill does
             said = []
-            code = "from paper_lib import explorer; print(explorer.live())"
+            code = "from paper_lib.experiments import explorer; print(explorer.live())"
             client.execute_interactive(code, allow_stdin=asked, output_hook=said.append, timeout=120)
             printed = [m["content"]["text"] for m in said if m["msg_type"] == "stream"]
             assert printed == [f"{expected}\n"]

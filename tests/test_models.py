@@ -7,8 +7,8 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from paper_lib.training import models
-from paper_lib.training.models import FlatModel
+from paper_lib.training import flat, networks
+from paper_lib.training.flat import FlatModel
 from paper_lib.validate import ConfigError
 
 
@@ -19,21 +19,21 @@ def parameters(module: nn.Module) -> int:
 @pytest.mark.parametrize("norm", ["batch", "group", "none"])
 @pytest.mark.parametrize(("name", "width"), [("resnet8", 8), ("resnet20", 4), ("resnet18_cifar", 4)])
 def test_networks_map_images_to_logits(name, width, norm):
-    net = models.build(name, 3, 7, width, norm)
+    net = networks.build(name, 3, 7, width, norm)
     assert net(torch.randn(2, 3, 16, 16)).shape == (2, 7)
 
 
 def test_sizes_are_the_published_ones():
-    assert parameters(models.build("resnet20", 3, 10, 16)) == pytest.approx(0.27e6, rel=0.02)  # He et al., table 6
-    assert parameters(models.build("resnet56", 3, 10, 16)) == pytest.approx(0.85e6, rel=0.02)
-    assert parameters(models.build("resnet18_cifar", 3, 10, 64)) == pytest.approx(11.17e6, rel=0.01)
-    assert parameters(models.build("resnet50", 3, 1000)) == pytest.approx(25.6e6, rel=0.01)
+    assert parameters(networks.build("resnet20", 3, 10, 16)) == pytest.approx(0.27e6, rel=0.02)  # He et al., table 6
+    assert parameters(networks.build("resnet56", 3, 10, 16)) == pytest.approx(0.85e6, rel=0.02)
+    assert parameters(networks.build("resnet18_cifar", 3, 10, 64)) == pytest.approx(11.17e6, rel=0.01)
+    assert parameters(networks.build("resnet50", 3, 1000)) == pytest.approx(25.6e6, rel=0.01)
 
 
 @pytest.mark.parametrize("name", ["resnet9", "resnet2", "vgg", "resnet"])
 def test_unknown_networks_are_refused(name):
     with pytest.raises(ConfigError, match=f"model = '{name}' .* resnet8"):
-        models.build(name, 3, 10)
+        networks.build(name, 3, 10)
 
 
 def test_running_statistics_without_a_momentum_are_refused():
@@ -44,12 +44,12 @@ def test_running_statistics_without_a_momentum_are_refused():
 
 def test_torchvision_networks_say_what_they_need():
     with pytest.raises(ConfigError, match="in_channels = 1"):
-        models.build("resnet18", 1, 10)
+        networks.build("resnet18", 1, 10)
 
 
 @pytest.mark.parametrize(("name", "kept"), [("resnet18", 8), ("resnet50", 16)])
 def test_torchvision_networks_without_normalization_start_with_blocks_that_do_nothing(name, kept):
-    net = models.build(name, 3, 10, norm="none")
+    net = networks.build(name, 3, 10, norm="none")
     assert not [m for m in net.modules() if isinstance(m, nn.BatchNorm2d | nn.GroupNorm)]
     blocks = [block for stage in (net.layer1, net.layer2, net.layer3, net.layer4) for block in stage]
     same = [block for block in blocks if block.downsample is None]
@@ -63,7 +63,7 @@ def test_torchvision_networks_without_normalization_start_with_blocks_that_do_no
 def pair() -> tuple[nn.Module, FlatModel]:
     """A module and the flat version of its copy."""
     torch.manual_seed(0)
-    module = models.build("resnet8", 3, 5, 4)
+    module = networks.build("resnet8", 3, 5, 4)
     return module, FlatModel(copy.deepcopy(module))
 
 
@@ -73,7 +73,7 @@ def test_a_flat_model_computes_what_its_module_did(pair):
     torch.testing.assert_close(net.forward(x), module(x))
     F.cross_entropy(module(x), y).backward()
     net.backward(F.cross_entropy(net.forward(x), y))
-    expected = models._flatten([p.grad for p in module.parameters()])
+    expected = flat._flatten([p.grad for p in module.parameters()])
     torch.testing.assert_close(net.grad, expected, rtol=1e-4, atol=1e-6)
     before = net.grad.clone()
     net.backward(F.cross_entropy(net.forward(x), y))  # replaced, not accumulated

@@ -9,7 +9,7 @@ from helpers import SMALL, SmallNet, small_data, torchrun
 
 from paper_lib import runs
 from paper_lib.__main__ import main
-from paper_lib.runs.trajectory import Trajectory
+from paper_lib.runs import Run
 from paper_lib.training import batchnorm, parallel
 
 CONFIG = SMALL.replace(lr=0.05, momentum=0.5, averages=("EMA 0.9", "uniform 10"), steps=30, record="0-30")
@@ -20,9 +20,9 @@ JOB = textwrap.dedent(
     import os, signal, sys
     from helpers import SmallNet, small_data
     from paper_lib import files, runs
-    from paper_lib.training import parallel, train
+    from paper_lib.training import loop, parallel
     from test_parallel import CONFIG
-    train.CHUNK, train.RESUME_EVERY_S, train.RESUME_SHARE = 5, 0.0, float("inf")
+    loop.CHUNK, loop.RESUME_EVERY_S, loop.RESUME_SHARE = 5, 0.0, float("inf")
     def report(steps, loss, lr, seen=[0]):
         seen[0] += steps
         if sys.argv[1] == "die" and seen[0] == 15 and parallel.rank() == 1:
@@ -61,14 +61,14 @@ def test_two_processes_take_the_path_of_one_and_resume_when_one_is_killed(own_fo
     resumed = torchrun(str(own_folder / "job.py"), "resume")
     assert resumed.returncode == 0, resumed.stderr
     assert resumed.stdout.split()[:2] in (["report", "10"], ["report", "15"])  # it did not start again
-    together = Trajectory(folder)
+    together = Run(folder, small_data(), SmallNet)
     assert together.status["processes"] == 2
     for name in ("weights", "buffers", "loss"):  # BatchNorm included: its statistics are those of the global batch
         np.testing.assert_allclose(getattr(together, name), getattr(alone, name), rtol=1e-4, atol=2e-6)
     n = CONFIG.steps + 1
     np.testing.assert_allclose(together.average(np.ones(n) / n), alone.average(np.ones(n) / n), rtol=1e-4, atol=2e-6)
     np.testing.assert_allclose(together._averages, alone._averages, rtol=1e-4, atol=2e-6)
-    other = Trajectory(folder.with_name(branch.folder.name))
+    other = Run(folder.with_name(branch.folder.name), small_data(), SmallNet)
     np.testing.assert_allclose(other.at(35), branch.at(35), rtol=1e-4, atol=2e-6)
 
 

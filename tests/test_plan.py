@@ -10,9 +10,8 @@ from helpers import SMALL, SmallNet, interrupted, small_data
 from paper_lib import presets, runs
 from paper_lib.__main__ import main
 from paper_lib.averaging import vectors
-from paper_lib.runs import costs, plan
-from paper_lib.runs.trajectory import SnapshotError
-from paper_lib.training.models import FlatModel
+from paper_lib.runs import SnapshotError, costs, plan
+from paper_lib.training.flat import FlatModel
 
 AVERAGES = ("EMA 0.9", "uniform 10", "two points 30", "uniform 1")
 

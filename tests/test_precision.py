@@ -10,7 +10,7 @@ from helpers import SMALL, SmallNet, small_data
 from paper_lib import runs
 from paper_lib.probing import probe
 from paper_lib.runs import workers
-from paper_lib.training import models
+from paper_lib.training import flat
 
 SEEDS = (0, 1, 2)
 
@@ -43,9 +43,9 @@ def test_probes_do_not_know_how_a_run_was_trained(pair):
     found = [probe.losses(runs.network(r[0], dataset, SmallNet), weights, x, y) for r in pair]
     np.testing.assert_array_equal(*found)
     net = SmallNet().double()
-    flat = models.FlatModel(SmallNet())
-    flat.weights.copy_(torch.from_numpy(np.array(weights)))
-    net.load_state_dict({name: value.double() for name, value in flat.module.state_dict().items()}, strict=False)
+    copy = flat.FlatModel(SmallNet())
+    copy.weights.copy_(torch.from_numpy(np.array(weights)))
+    net.load_state_dict({name: value.double() for name, value in copy.module.state_dict().items()}, strict=False)
     exact = [torch.nn.functional.cross_entropy(net(xs.double()), ys).item() for xs, ys in zip(x, y, strict=True)]
     np.testing.assert_allclose(found[0], exact, rtol=1e-5)  # bfloat16 or TF32 would be off by 1e-3
 
@@ -70,10 +70,10 @@ def test_on_a_gpu_float32_is_exact_and_repeatable_and_settings_come_back(users):
     original = numerics()
     try:
         mine = numerics(users, users, True, False)
-        with models.exact_float32(torch.device("cuda")):
+        with flat.exact_float32(torch.device("cuda")):
             assert numerics() == ["ieee", "ieee", False, True]
         assert numerics() == mine
-        with models.exact_float32(torch.device("cpu")):
+        with flat.exact_float32(torch.device("cpu")):
             assert numerics() == mine
     finally:
         numerics(*original)

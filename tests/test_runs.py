@@ -12,13 +12,12 @@ import pytest
 import torch
 from helpers import SMALL, SmallNet, interrupt, small_data
 
-from paper_lib import data, files, runs
+from paper_lib import config, data, files, runs
 from paper_lib.config import RunConfig
-from paper_lib.experiments import one_step
 from paper_lib.presets import study
-from paper_lib.runs import recorder
-from paper_lib.runs.trajectory import Trajectory
-from paper_lib.training import train
+from paper_lib.probing import derivatives, probe
+from paper_lib.runs import Run, identity, store, workers
+from paper_lib.training import loop
 from paper_lib.validate import ConfigError
 
 
@@ -39,25 +38,25 @@ CHANGES = {
 def test_every_setting_is_part_of_the_key():
     assert set(CHANGES) | {"start"} == {f.name for f in dataclasses.fields(RunConfig)}
     dataset = small_data()
-    keys = {name: runs.run_key(SMALL.replace(**{name: value}), dataset) for name, value in CHANGES.items()}
-    keys["start"] = runs.run_key(SMALL.replace(parent=SMALL, start=2, record="40"), dataset)
-    keys["nothing"] = runs.run_key(SMALL, dataset)
+    keys = {name: runs.run_key(SMALL.replace(**{name: value}), dataset, None) for name, value in CHANGES.items()}
+    keys["start"] = runs.run_key(SMALL.replace(parent=SMALL, start=2, record="40"), dataset, None)
+    keys["nothing"] = runs.run_key(SMALL, dataset, None)
     assert len(set(keys.values())) == len(keys)
-    assert runs.run_key(SMALL, small_data()) == keys["nothing"]
+    assert runs.run_key(SMALL, small_data(), None) == keys["nothing"]
 
 
 def test_data_model_and_code_are_part_of_the_key(monkeypatch):
     dataset, key = small_data(), runs.run_key(SMALL, small_data(), SmallNet)
     assert key != runs.run_key(SMALL, small_data(121), SmallNet)
     assert key != runs.run_key(SMALL, dataset, lambda: SmallNet(dropout=0.1))
-    assert key != runs.run_key(SMALL, dataset)
-    monkeypatch.setattr(runs, "CODE", "another")
+    assert key != runs.run_key(SMALL, dataset, None)
+    monkeypatch.setattr(identity, "SOURCE", "another")
     assert key != runs.run_key(SMALL, dataset, SmallNet)
 
 
 def test_a_finished_run_is_loaded_and_not_trained(monkeypatch):
     first = runs.obtain(SMALL, small_data(), SmallNet)
-    monkeypatch.setattr(train, "train_run", None)  # calling it would fail
+    monkeypatch.setattr(loop, "train_run", None)  # calling it would fail
     again = runs.obtain(SMALL, small_data(), SmallNet)
     np.testing.assert_array_equal(first.weights, again.weights)
     assert again.config == SMALL
@@ -84,7 +83,7 @@ def test_seeds_side_by_side_are_the_same_bits_as_alone(tmp_path, monkeypatch):
 
 
 def test_workers_wait_for_the_next_call_in_the_same_environment(monkeypatch):
-    workers, settings = runs.workers, study("smoke", steps=2, record="").run
+    settings = study("smoke", steps=2, record="").run
     with workers._workers([]):
         pass  # ends those of other tests
     runs.train_seeds(settings, [0, 1], progress=False)
@@ -109,12 +108,12 @@ COUNTED = textwrap.dedent(
     import sys
     from helpers import SMALL, SmallNet, small_data
     from paper_lib import runs
-    from paper_lib.training import train
-    original = train.train_run
+    from paper_lib.training import loop
+    original = loop.train_run
     def counted(*args, **kwargs):
         print("trained", flush=True)
         return original(*args, **kwargs)
-    train.train_run = counted
+    loop.train_run = counted
     print(runs.obtain(SMALL.replace(steps=400, record=""), small_data(), SmallNet).folder)
     """
 )
@@ -168,7 +167,7 @@ def test_a_run_killed_while_it_was_being_finished_is_finished(monkeypatch):
         raise KeyboardInterrupt
 
     with monkeypatch.context() as patch:
-        patch.setattr(recorder.os, "rename", killed)
+        patch.setattr(store.os, "rename", killed)
         with pytest.raises(KeyboardInterrupt):
             runs.obtain(SMALL, small_data(), SmallNet)
     whole = runs.obtain(SMALL, small_data(), SmallNet)
@@ -179,7 +178,7 @@ def test_runs_need_no_pickle(own_folder, monkeypatch):
     run = runs.obtain(SMALL.replace(momentum=0.9), small_data(), SmallNet)
     load = np.load
     monkeypatch.setattr(np, "load", lambda *args, **kwargs: load(*args, **{**kwargs, "allow_pickle": False}))
-    fresh = Trajectory(run.folder)
+    fresh = Run(run.folder, run.dataset)
     assert fresh.state()["momentum"].size == fresh.weights.shape[1] and fresh.buffers.shape[0] == 41
 
 
@@ -194,8 +193,8 @@ def test_a_users_module_instance_and_tensors_are_enough():
 
 def train_elsewhere():
     """Let a worker train a run into a folder that is not its own."""
-    job = (study("smoke", steps=5, record="").run, runs.config_module.folder("runs") / "not-its-folder")
-    runs.workers.train_parallel([job], lambda *message: None)
+    job = (study("smoke", steps=5, record="").run, config.folder("runs") / "not-its-folder")
+    workers.train_parallel([job], lambda *message: None)
 
 
 IMAGES, VECTORS = small_data(), data.from_tensors(torch.randn(60, 5), torch.arange(60) % 2, torch.randn(9, 5), [0] * 9)
@@ -204,8 +203,8 @@ IMAGES, VECTORS = small_data(), data.from_tensors(torch.randn(60, 5), torch.aran
 @pytest.mark.parametrize(
     ("call", "message"),
     [
-        (lambda: runs.train_seeds(SMALL, [0], IMAGES, SmallNet()), "model = 'SmallNet' .* the function that makes"),
-        (lambda: runs.train_seeds(SMALL, [0], VECTORS), r"shape of an image = \(5,\) .* your own as model="),
+        (lambda: runs.train_seeds(SMALL, [0], IMAGES, SmallNet()), "net = 'SmallNet' .* the function that makes"),
+        (lambda: runs.train_seeds(SMALL, [0], VECTORS), r"shape of an image = \(5,\) .* your own as net="),
         (lambda: runs.train_seeds(SMALL, 3, IMAGES, SmallNet), "seeds = 3 .* a sequence of integers"),
     ],
 )
@@ -214,12 +213,26 @@ def test_a_network_or_seeds_of_the_wrong_kind_are_refused(call, message):
         call()
 
 
-def test_probing_without_the_network_that_was_trained_is_refused():
-    trained = runs.train_seeds(SMALL, [0], IMAGES, SmallNet, progress=False)
-    with pytest.raises(ConfigError, match=r"was the run trained with model=\.\.\.\? pass the same here"):
-        one_step.measure(trained, IMAGES, at=[20])
-    with pytest.raises(ConfigError, match="the function that makes the network"):
-        one_step.measure(trained, IMAGES, at=[20], model=SmallNet())
+def test_a_run_knows_its_batches_and_its_network():
+    (run,) = runs.train_seeds(SMALL, [0], IMAGES, SmallNet, progress=False)
+    x, y = run.batches([20, 21])
+    held, _ = run.held(20, 3, size=4)
+    assert torch.equal(x[1], IMAGES.batch(21, SMALL.batch_size, 0)[0])
+    assert torch.equal(held[2], IMAGES.batch(62, 4, 0, "held")[0])
+    net = run.network()
+    assert torch.equal(net.weights, torch.from_numpy(np.array(run.at(0))))
+    loss = probe.losses(net, run.at(20), x[:1], y[:1])[0]
+    assert loss == pytest.approx(run.loss[20], rel=1e-5)
+
+
+@pytest.mark.parametrize("momentum", [0.0, 0.9])
+def test_gradients_are_read_off_the_iterates(momentum):
+    config = SMALL.replace(momentum=momentum, weight_decay=0.1)
+    (run,) = runs.train_seeds(config, [0], IMAGES, SmallNet, progress=False)
+    g, v = run.gradients(5, 7)
+    taken = derivatives.gradients(run.network(), run.at(6), *run.batches([6]))[0]
+    np.testing.assert_allclose(g[1], taken + 0.1 * run.at(6), atol=1e-4)
+    np.testing.assert_allclose(v[1], g[1] + momentum * v[0], atol=1e-5)
 
 
 @pytest.mark.parametrize(("model", "title"), [(SmallNet, "1 run of your network"), (None, "1 run of resnet8")])

@@ -9,7 +9,7 @@ from PIL import Image
 
 from paper_lib import data, runs
 from paper_lib.config import RunConfig
-from paper_lib.runs.trajectory import Trajectory
+from paper_lib.runs import Run
 
 # 30 training images of 36, 6 to a batch: an epoch is 5 steps.
 CONFIG = RunConfig(
@@ -66,7 +66,7 @@ def test_two_processes_stream_the_global_batches_of_one(tree, tmp_path, monkeypa
     monkeypatch.setenv("PAPER_RUNS", str(tmp_path / "two"))
     done = torchrun(str(tmp_path / "job.py"), str(tree))
     assert done.returncode == 0, done.stderr
-    together = Trajectory(tmp_path / "two" / alone.folder.name)
+    together = Run(tmp_path / "two" / alone.folder.name, alone.dataset)
     for name in ("weights", "buffers", "loss"):
         np.testing.assert_allclose(getattr(together, name), getattr(alone, name), rtol=1e-3, atol=1e-4)
     moved = np.linalg.norm(alone.at(13) - alone.at(0))

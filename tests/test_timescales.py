@@ -11,7 +11,7 @@ from paper_lib.experiments import components, timescales
 from paper_lib.probing import derivatives, hessian
 from paper_lib.theory.quadratic import autocorrelation, stationary_variance
 from paper_lib.theory.simulate import sample_minima, sgd
-from paper_lib.training.models import FlatModel
+from paper_lib.training.flat import FlatModel
 from paper_lib.validate import ConfigError
 
 

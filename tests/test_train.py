@@ -13,8 +13,8 @@ from helpers import SMALL, SmallNet, small_data
 
 from paper_lib import runs
 from paper_lib.averaging import schedules
-from paper_lib.runs.trajectory import DivergedError, SnapshotError
-from paper_lib.training.models import FlatModel
+from paper_lib.runs import DivergedError, SnapshotError
+from paper_lib.training.flat import FlatModel
 
 
 @pytest.fixture(autouse=True)
@@ -144,8 +144,8 @@ KILLED = textwrap.dedent(
     import os, signal
     from helpers import SMALL, SmallNet, small_data
     from paper_lib import runs
-    from paper_lib.training import train
-    train.CHUNK, train.RESUME_EVERY_S, train.RESUME_SHARE = 5, 0.0, float("inf")
+    from paper_lib.training import loop
+    loop.CHUNK, loop.RESUME_EVERY_S, loop.RESUME_SHARE = 5, 0.0, float("inf")
     def report(steps, loss, lr, seen=[0]):
         seen[0] += steps
         if seen[0] > 20:

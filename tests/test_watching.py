@@ -8,7 +8,7 @@ import torch
 from paper_lib import config, data, presets, runs
 from paper_lib.averaging.monitor import Averages, Monitor, StationarityTest
 from paper_lib.experiments import gains, methods, stationarity, watching
-from paper_lib.training import sgd
+from paper_lib.training import loop
 from paper_lib.validate import ConfigError
 
 SETTINGS = config.RunConfig(data="mine", lr=0.3, batch_size=16, steps=150, record="0-150", weight_decay=0.01)
@@ -34,7 +34,7 @@ def recorded(dataset, tmp_path_factory):
 
 
 def watch(dataset, settings=SETTINGS, monitor=None, factor=1.0, memories=(0.0, 0.9)):
-    fresh = sgd.initial_model(settings, dataset, net)
+    fresh = loop.initial_model(settings, dataset, net)
     return methods.watch(settings, dataset, fresh, monitor or Monitor(0.5), factor, Averages(memories))
 
 
@@ -58,7 +58,7 @@ def test_only_plain_runs_at_a_constant_learning_rate_are_watched(dataset, change
     with pytest.raises(ConfigError, match=next(iter(change))):
         watch(dataset, settings)
     with pytest.raises(ConfigError, match=next(iter(change))):
-        methods.schedule_free(settings, dataset, sgd.initial_model(settings, dataset, net), 0.5, 0.9)
+        methods.schedule_free(settings, dataset, loop.initial_model(settings, dataset, net), 0.5, 0.9)
 
 
 def test_a_branch_is_not_watched(dataset):
@@ -107,12 +107,12 @@ def test_windows_carry_the_step_at_which_they_ended(dataset):
 def test_schedule_free_is_the_package_on_the_networks_own_parameters(dataset):
     import schedulefree
 
-    fresh, plain = (sgd.initial_model(SETTINGS, dataset, net) for _ in range(2))
+    fresh, plain = (loop.initial_model(SETTINGS, dataset, net) for _ in range(2))
     found = methods.schedule_free(SETTINGS, dataset, fresh, lr=0.5, momentum=0.9)
     optimizer = schedulefree.SGDScheduleFree(plain.parameters, lr=0.5, momentum=0.9, weight_decay=0.01)
     optimizer.train()
     for x, y in dataset.stream(0, SETTINGS.steps, SETTINGS.batch_size, SETTINGS.stream):
-        plain.backward(sgd.batch_loss(plain, x, y, SETTINGS))
+        plain.backward(loop.batch_loss(plain, x, y, SETTINGS))
         optimizer.step()
     optimizer.eval()
     assert found == pytest.approx(plain.weights.numpy(), abs=1e-5)
@@ -128,8 +128,8 @@ def test_fixed_schedules_leave_the_warm_up_late_and_end_with_it(monkeypatch):
     assert list(configs) == ["constant", "step", "linear", "cosine"]
     assert all([c.seed for c in each] == [0, 1] and {c.steps for c in each} == {10} for each in configs.values())
     assert [each[0].start for each in configs.values()] == [0, 7, 6, 0]
-    assert sgd.learning_rates(configs["step"][0]) == pytest.approx([0.1] * 3)
-    assert sgd.learning_rates(configs["linear"][0]) == pytest.approx([1, 0.75, 0.5, 0.25])
+    assert runs.learning_rates(configs["step"][0]) == pytest.approx([0.1] * 3)
+    assert runs.learning_rates(configs["linear"][0]) == pytest.approx([1, 0.75, 0.5, 0.25])
 
 
 def test_fixed_schedules_branch_with_their_momentum(dataset, tmp_path, monkeypatch):
@@ -172,12 +172,12 @@ def test_measured_gains_are_those_of_averages_made_by_hand(dataset, recorded):
     average = x[:10].mean(0)
     for row in x[10:]:
         average = 0.9 * average + 0.1 * row
-    fresh = sgd.initial_model(SETTINGS, dataset, net)
+    fresh = loop.initial_model(SETTINGS, dataset, net)
     losses = []
     for weights in (x[-1], average):
         fresh.weights.copy_(torch.from_numpy(weights))
         batches = dataset.batches(2, 16, 0, "held")
-        loss = np.mean([sgd.batch_loss(fresh, *pair, SETTINGS).item() for pair in zip(*batches, strict=True)])
+        loss = np.mean([loop.batch_loss(fresh, *pair, SETTINGS).item() for pair in zip(*batches, strict=True)])
         losses.append(loss + 0.005 * weights @ weights)
     assert table.measured[0] == pytest.approx(losses[0] - losses[1], abs=1e-5)
 
@@ -187,12 +187,12 @@ def test_velocity_is_the_last_step_and_the_prediction_a_full_gradient(dataset, r
     x = np.array(recorded[0].window(50, 150), np.float64)
     g = (x[:-1] - x[1:]) / 0.3
     assert table.used[0] == pytest.approx(np.mean(np.sum(g[1:] * g[:-1], axis=1)), rel=1e-3)
-    fresh, products = sgd.initial_model(SETTINGS, dataset, net), []
+    fresh, products = loop.initial_model(SETTINGS, dataset, net), []
     for t in (50, 99, 149):
         full = 0.01 * x[t - 50]
         for batch in zip(*dataset.batches(range(4 * t, 4 * t + 4), 16, 0, "held"), strict=True):
             fresh.weights.copy_(torch.from_numpy(x[t - 50]))
-            fresh.backward(sgd.batch_loss(fresh, *batch, SETTINGS))
+            fresh.backward(loop.batch_loss(fresh, *batch, SETTINGS))
             full = full + fresh.grad.numpy() / 4
         products.append(g[t - 50] @ full)
     assert table.predicted[0] == pytest.approx(-np.mean(products), rel=1e-3)

@@ -20,20 +20,20 @@ from paper_lib.data import Dataset
 from paper_lib.probing import derivatives, probe
 from paper_lib.probing.full_gradient import full_gradients, held_batches
 from paper_lib.results import figures
-from paper_lib.runs.trajectory import Trajectory
-from paper_lib.training.models import ModelFactory
+from paper_lib.runs import Run
+from paper_lib.training.flat import NetFactory
 from paper_lib.validate import require
 
 # --- several batches at one point --------------------------------------------------------------------------------
 
 
 def measure_points(
-    trajectories: Sequence[Trajectory],
+    trajectories: Sequence[Run],
     dataset: Dataset,
     at: Sequence[int],
     sizes: Sequence[int] | None = None,
     n_images: int = 2048,
-    model: ModelFactory | None = None,
+    model: NetFactory | None = None,
 ) -> pd.DataFrame:
     """Norms and cosines of the gradients of K fresh batches at each run's snapshots `at`, for batches of each size.
 
@@ -79,7 +79,7 @@ def alignment(gram: np.ndarray) -> dict[str, float]:
 # --- gradients used along the trajectory ---------------------------------------------------------------------------
 
 
-def used_gradients(run: Trajectory, first: int, last: int) -> tuple[np.ndarray, np.ndarray]:
+def used_gradients(run: Run, first: int, last: int) -> tuple[np.ndarray, np.ndarray]:
     """Gradients g and velocities v of the steps first..last, each (last - first + 1, P), read off the trajectory.
 
     v_t = (x_t - x_{t+1}) / lr_t = m v_{t-1} + g_t, where g_t, the gradient of batch t at x_t, includes weight decay.
@@ -93,13 +93,13 @@ def used_gradients(run: Trajectory, first: int, last: int) -> tuple[np.ndarray, 
 
 
 def measure_lags(
-    trajectories: Sequence[Trajectory],
+    trajectories: Sequence[Run],
     dataset: Dataset,
     first: int,
     n_lags: int = 21,
     n_points: int = 100,
     n_batches: int = 4,
-    model: ModelFactory | None = None,
+    model: NetFactory | None = None,
 ) -> pd.DataFrame:
     """Inner products of gradients k = 0..n_lags-1 steps apart, from step `first` to the end of each recorded run.
 
@@ -142,13 +142,13 @@ def ratio(lags: pd.DataFrame, first: int, last: int) -> pd.Series:
 
 
 def measure_displacement(
-    trajectories: Sequence[Trajectory],
+    trajectories: Sequence[Run],
     dataset: Dataset,
     first: int,
     windows: Sequence[int],
     n_points: int = 40,
     n_batches: int = 4,
-    model: ModelFactory | None = None,
+    model: NetFactory | None = None,
 ) -> pd.DataFrame:
     """Full gradient G_t against the displacement of x_t from the mean of the iterates within window / 2 steps of it.
 
@@ -175,12 +175,12 @@ def measure_displacement(
 
 
 def measure_eta(
-    trajectories: Sequence[Trajectory],
+    trajectories: Sequence[Run],
     dataset: Dataset,
     first: int,
     n_points: int = 12,
     n_batches: int = 4,
-    model: ModelFactory | None = None,
+    model: NetFactory | None = None,
 ) -> pd.Series:
     """lr E[g^T H g] / E|g|^2 by seed: the mean eta over the directions of batch gradients g.
 

@@ -16,8 +16,8 @@ from paper_lib.data import Dataset
 from paper_lib.experiments import ellipsoid
 from paper_lib.probing import probe
 from paper_lib.results import figures
-from paper_lib.runs.trajectory import Trajectory
-from paper_lib.training.models import ModelFactory
+from paper_lib.runs import Run
+from paper_lib.training.flat import NetFactory
 from paper_lib.validate import require
 
 OTHER_BATCHES = 1000  # is added to a run's stream for batches that it does not see
@@ -44,7 +44,7 @@ def companions(config: RunConfig, seeds: Sequence[int], perturbations: Sequence[
     return {"other batches, same start": other_batches(config), **displaced, **start}
 
 
-def distances(run: Trajectory, other: Trajectory, kind: str = "") -> pd.DataFrame:
+def distances(run: Run, other: Run, kind: str = "") -> pd.DataFrame:
     """Distance of two runs at the steps that both recorded, a row each.
 
     Columns seed, lr, kind, step (after the start), distance |x - y|, ratio (to the distance at the start; NaN where
@@ -75,11 +75,11 @@ def parting(reference: np.ndarray, steps: Sequence[int]) -> np.ndarray:
 
 
 def between(
-    run: Trajectory,
+    run: Run,
     ends: dict[str, tuple[np.ndarray, np.ndarray]],
     dataset: Dataset,
     n_batches: int = 8,
-    model: ModelFactory | None = None,
+    model: NetFactory | None = None,
 ) -> pd.DataFrame:
     """Training loss on the segment between each named pair of weight vectors: columns seed, kind, position, loss."""
     c, tables = run.config, []
@@ -116,13 +116,13 @@ def plane(corners: Sequence[np.ndarray]) -> tuple[np.ndarray, np.ndarray, np.nda
 
 
 def surface(
-    run: Trajectory,
+    run: Run,
     corners: Sequence[np.ndarray],
     dataset: Dataset,
     n: int = 13,
     n_batches: int = 8,
     margin: float = 0.3,
-    model: ModelFactory | None = None,
+    model: NetFactory | None = None,
 ) -> tuple[pd.DataFrame, np.ndarray]:
     """Training loss on a grid (n x n) of the plane through three weight vectors: columns u, w, loss; and the corners.
 

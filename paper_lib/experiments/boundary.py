@@ -12,8 +12,8 @@ from matplotlib.axes import Axes
 from paper_lib.data import Dataset
 from paper_lib.experiments import one_step
 from paper_lib.results import figures
-from paper_lib.runs.trajectory import Trajectory
-from paper_lib.training.models import ModelFactory
+from paper_lib.runs import Run
+from paper_lib.training.flat import NetFactory
 
 STEPS = np.array([0, *np.geomspace(0.06, 60, 13)])
 """Probe steps in units of the learning rate: from far below half of it to far beyond 1 / curvature."""
@@ -23,13 +23,13 @@ TRAINED_IMAGES = 2048  # images in an estimate of the fully trained network's lo
 
 
 def judge(
-    trajectories: Sequence[Trajectory],
-    decayed: Sequence[Trajectory],
+    trajectories: Sequence[Run],
+    decayed: Sequence[Run],
     dataset: Dataset,
     at: Sequence[int],
     batch_size: int | None = None,
     frozen: bool = False,
-    model: ModelFactory | None = None,
+    model: NetFactory | None = None,
     n_batches: int = 1,
     point: str = "",
 ) -> pd.DataFrame:
@@ -56,12 +56,12 @@ def judge(
 
 
 def by_size(
-    trajectories: Sequence[Trajectory],
-    decayed: Sequence[Trajectory],
+    trajectories: Sequence[Run],
+    decayed: Sequence[Run],
     dataset: Dataset,
     at: Sequence[int],
     sizes: Sequence[int],
-    model: ModelFactory | None = None,
+    model: NetFactory | None = None,
 ) -> pd.DataFrame:
     """`judge` for probe batches of each size, with batch and with running statistics.
 

@@ -14,14 +14,14 @@ from tqdm import tqdm
 from paper_lib import runs
 from paper_lib.data import Dataset
 from paper_lib.probing import derivatives, probe
-from paper_lib.runs.trajectory import Trajectory
-from paper_lib.training.models import FlatModel, ModelFactory
+from paper_lib.runs import Run
+from paper_lib.training.flat import FlatModel, NetFactory
 from paper_lib.validate import require
 
 NOISE = 1e-5  # nats: float32 losses of order 1 are good to about 1e-6; less than this is no violation
 
 
-def along(run: Trajectory, first: int, last: int, n: int = 9) -> np.ndarray:
+def along(run: Run, first: int, last: int, n: int = 9) -> np.ndarray:
     """n iterates from x_first to x_last, (n, P), about equally far apart in time; SnapshotError for those not kept."""
     require(last > first, "window", (first, last), "it is empty: the last step must come after the first")
     return np.array(run.weights[run.rows(np.unique(np.linspace(first, last, n).round().astype(int)))])
@@ -40,12 +40,12 @@ def segment(start: np.ndarray, end: np.ndarray, n: int = 9) -> np.ndarray:
 
 
 def measure(
-    trajectories: Sequence[Trajectory],
+    trajectories: Sequence[Run],
     dataset: Dataset,
     paths: Sequence[np.ndarray],
     batches: Sequence[int],
     split: str = "train",
-    model: ModelFactory | None = None,
+    model: NetFactory | None = None,
     path: str = "",
 ) -> pd.DataFrame:
     """`excesses` of each run's batches on its own path (one array (n, P) per run): adds columns seed and path."""

@@ -18,7 +18,7 @@ from paper_lib.experiments import emulation
 from paper_lib.experiments.timescales import Modes
 from paper_lib.probing.evaluation import Evaluator
 from paper_lib.results import figures
-from paper_lib.runs.trajectory import Trajectory
+from paper_lib.runs import Run
 from paper_lib.validate import require
 
 
@@ -41,7 +41,7 @@ class Cooldown:
         """The step at which the cooldown leaves the run."""
         return self.end - self.length
 
-    def weights(self, run: Trajectory) -> np.ndarray:
+    def weights(self, run: Run) -> np.ndarray:
         """The average over the run's snapshots, (n_snapshots,); SnapshotError unless it kept `end` and one more."""
         a = to_average(schedules.factors(self.schedule, self.length), self.eta, run.config.momentum)
         back = self.end - run.steps
@@ -70,8 +70,8 @@ def early(steps: np.ndarray, begin: int, lengths: Sequence[int], least: int = 9)
 
 def measure(
     cooldowns: Sequence[Cooldown],
-    trajectories: Sequence[Trajectory],
-    trained: Sequence[Sequence[Trajectory]],
+    trajectories: Sequence[Run],
+    trained: Sequence[Sequence[Run]],
     evaluate: Mapping[int, Evaluator],
     modes: Sequence[Modes] | None = None,
 ) -> pd.DataFrame:

@@ -14,15 +14,15 @@ from paper_lib.averaging import vectors
 from paper_lib.data import Dataset
 from paper_lib.probing import probe
 from paper_lib.results import figures
-from paper_lib.runs.trajectory import Trajectory
-from paper_lib.training.models import ModelFactory
+from paper_lib.runs import Run
+from paper_lib.training.flat import NetFactory
 from paper_lib.validate import require
 
 ALONG = np.linspace(0, 1, 9)  # positions on a segment between two iterates
 OUTWARD = np.array([0, 0.25, 0.5, 0.75, 1, 1.25, 1.5])  # distances on a ray from the average, over the iterate's
 
 
-def levels(reference: Trajectory, changed: Sequence[Trajectory], settle: int) -> pd.DataFrame:
+def levels(reference: Run, changed: Sequence[Run], settle: int) -> pd.DataFrame:
     """Loss of successive runs beside that of the reference run on the same batches: one row per step.
 
     `changed` follow each other, and begin where the reference begins. Columns seed, step (from there), lr, loss,
@@ -101,7 +101,7 @@ def average_radii(G: np.ndarray, counts: Sequence[int], spacings: Sequence[int])
 
 
 def inside(
-    run: Trajectory, dataset: Dataset, n_batches: int = 8, n_pairs: int = 4, model: ModelFactory | None = None
+    run: Run, dataset: Dataset, n_batches: int = 8, n_pairs: int = 4, model: NetFactory | None = None
 ) -> pd.DataFrame:
     """Training loss on segments between iterates half a window apart, and on rays from the average through iterates.
 

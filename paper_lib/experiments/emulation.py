@@ -20,8 +20,8 @@ from paper_lib.config import RunConfig, describe
 from paper_lib.data import Dataset
 from paper_lib.probing.evaluation import Evaluator
 from paper_lib.results import figures
-from paper_lib.runs.trajectory import Trajectory
-from paper_lib.training.models import ModelFactory
+from paper_lib.runs import Run
+from paper_lib.training.flat import NetFactory
 from paper_lib.validate import check_names
 
 EMA_BEGINS = 0.01  # weight of the iterate with which an EMA begins: it needs no longer branch
@@ -63,7 +63,7 @@ class Emulation:
         """Factors (span,) of the equivalent schedule."""
         return to_schedule(self.weights, self.eta)
 
-    def average(self, run: Trajectory) -> np.ndarray:
+    def average(self, run: Run) -> np.ndarray:
         """The average of the run's iterates, (P,)."""
         return vectors.average(self.weights, run.window(self.end - self.span, self.end))
 
@@ -88,11 +88,11 @@ def sweep(family: str, settings: Sequence[float], run: RunConfig) -> list[Emulat
 
 def branches(
     emulations: Sequence[Emulation],
-    trajectories: Sequence[Trajectory],
+    trajectories: Sequence[Run],
     dataset: Dataset | None = None,
-    model: ModelFactory | None = None,
+    model: NetFactory | None = None,
     **changes,
-) -> list[list[Trajectory]]:
+) -> list[list[Run]]:
     """Train what `measure` compares: for every trajectory, the branch of each emulation, with settings changed."""
     configs = [e.branch(run.config, **changes) for run in trajectories for e in emulations]
     found = runs.train_all(configs, dataset, model)
@@ -102,8 +102,8 @@ def branches(
 
 def measure(
     emulations: Sequence[Emulation],
-    trajectories: Sequence[Trajectory],
-    branched: Sequence[Sequence[Trajectory]],
+    trajectories: Sequence[Run],
+    branched: Sequence[Sequence[Run]],
     evaluate: Mapping[int, Evaluator],
 ) -> pd.DataFrame:
     """Compare averages with the ends of the branches and with the run's own iterate there: no decay.
@@ -141,7 +141,7 @@ def geometry(start: np.ndarray, average: np.ndarray, end: np.ndarray) -> dict[st
     return {"moved": float(moved), "distance": float(np.linalg.norm(b - a)), "cosine": cosine}
 
 
-def follow(trajectories: Sequence[Trajectory], ends: Sequence[Trajectory]) -> pd.DataFrame:
+def follow(trajectories: Sequence[Run], ends: Sequence[Run]) -> pd.DataFrame:
     """Distance of one branch of each run, at each of its snapshots, from the average that emulates its schedule so far.
 
     For a constant schedule that average is the run's own iterate. Columns: seed, `after` (steps since branching),

@@ -17,20 +17,20 @@ from paper_lib.data import Dataset
 from paper_lib.probing import derivatives, probe
 from paper_lib.probing.full_gradient import held_batches
 from paper_lib.results import figures
-from paper_lib.runs.trajectory import Trajectory
-from paper_lib.training.models import ModelFactory
+from paper_lib.runs import Run
+from paper_lib.training.flat import NetFactory
 from paper_lib.validate import require
 
 # --- the window around a batch's own step -----------------------------------------------------------------------
 
 
 def around(
-    trajectories: Sequence[Trajectory],
+    trajectories: Sequence[Run],
     dataset: Dataset,
     at: Sequence[int],
     before: int,
     after: int,
-    model: ModelFactory | None = None,
+    model: NetFactory | None = None,
     n_held: int = 4,
 ) -> pd.DataFrame:
     """Follow the batch of each step t in `at` from x_{t - before} to x_{t + after}.
@@ -106,12 +106,12 @@ def fit_mixture(dips: np.ndarray, n_rates: int) -> tuple[np.ndarray, np.ndarray]
 
 
 def history(
-    trajectories: Sequence[Trajectory],
+    trajectories: Sequence[Run],
     dataset: Dataset,
     batches: Sequence[int],
     steps: Sequence[int] | None = None,
     split: str = "train",
-    model: ModelFactory | None = None,
+    model: NetFactory | None = None,
 ) -> pd.DataFrame:
     """Loss of fixed batches at the snapshots `steps` (default: all): rows (seed, batch, step, loss)."""
     tables = []

@@ -13,10 +13,10 @@ from paper_lib import runs
 from paper_lib.data import Dataset
 from paper_lib.probing import derivatives, probe
 from paper_lib.results import figures
-from paper_lib.runs.trajectory import Trajectory
+from paper_lib.runs import Run
 from paper_lib.theory import transient
 from paper_lib.theory.transient import Transient
-from paper_lib.training.models import FlatModel, ModelFactory
+from paper_lib.training.flat import FlatModel, NetFactory
 from paper_lib.validate import require
 
 N_CURVATURES = 13  # of the grid on which a response is resolved
@@ -28,7 +28,7 @@ PREDICTORS = {  # column: what the prediction is made from
 }
 
 
-def responses(target: str, constant: Sequence[Trajectory], changed: Sequence[Sequence[Trajectory]]) -> pd.DataFrame:
+def responses(target: str, constant: Sequence[Run], changed: Sequence[Sequence[Run]]) -> pd.DataFrame:
     """Loss under changing learning rates minus that of a twin at a constant one, on the same batches: a row per step.
 
     `changed` holds for each of the constant runs those that follow each other from where it begins. Columns target,
@@ -61,13 +61,13 @@ def response_spectra(source: pd.DataFrame, lr: float) -> dict[int, Transient]:
 
 
 def hessian_states(
-    trajectories: Sequence[Trajectory],
+    trajectories: Sequence[Run],
     step: int,
     dataset: Dataset,
     n_gradients: int = 128,
     n_products: int = 8,
     n_nodes: int = 12,
-    model: ModelFactory | None = None,
+    model: NetFactory | None = None,
 ) -> dict[int, Transient]:
     """Where runs stand at a snapshot, by seed: squared gradient and gradient noise by curvature, nothing fitted.
 
@@ -83,7 +83,7 @@ def hessian_states(
 
 
 def _hessian_state(
-    run: Trajectory, step: int, dataset: Dataset, net: FlatModel, n_products: int, half: int, n_nodes: int
+    run: Run, step: int, dataset: Dataset, net: FlatModel, n_products: int, half: int, n_nodes: int
 ) -> Transient:
     """The state of one run; `half` is the number of batches in each of the two mean gradients."""
     c, weights = run.config, np.array(run.at(step))
@@ -176,7 +176,7 @@ def tabulate(spectra: Mapping[str, Mapping[int, Transient]], lr: float) -> pd.Da
 
 
 def onward(
-    run: Trajectory, step: int, state: Transient, n: int, dataset: Dataset, model: ModelFactory | None = None
+    run: Run, step: int, state: Transient, n: int, dataset: Dataset, model: NetFactory | None = None
 ) -> pd.DataFrame:
     """Losses of the n steps after a snapshot and what its state predicts: seed, origin (step), step, lr, loss, model.
 

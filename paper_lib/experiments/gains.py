@@ -17,17 +17,17 @@ from paper_lib.experiments.stationarity import replay
 from paper_lib.probing import probe
 from paper_lib.probing.full_gradient import full_gradients
 from paper_lib.results import figures
-from paper_lib.runs.trajectory import Trajectory
-from paper_lib.training.models import ModelFactory
+from paper_lib.runs import Run
+from paper_lib.training.flat import NetFactory
 
 
 def measure_velocity(
-    trajectories: Sequence[Trajectory],
+    trajectories: Sequence[Run],
     dataset: Dataset,
     first: int,
     n_points: int = 100,
     n_batches: int = 4,
-    model: ModelFactory | None = None,
+    model: NetFactory | None = None,
 ) -> pd.DataFrame:
     """E g_t . v_(t-1) along recorded runs, and what the model makes of it from full gradients, -|E g|^2 / (1 + m).
 
@@ -47,13 +47,13 @@ def measure_velocity(
 
 
 def measure_gains(
-    trajectories: Sequence[Trajectory],
+    trajectories: Sequence[Run],
     dataset: Dataset,
     first: int,
     memories: Sequence[float],
     n_points: int = 8,
     n_batches: int = 8,
-    model: ModelFactory | None = None,
+    model: NetFactory | None = None,
 ) -> pd.DataFrame:
     """What exponential averages save, predicted from the gradients that a run used and measured on held-out batches.
 
@@ -75,7 +75,7 @@ def measure_gains(
     return pd.concat(tables, ignore_index=True)
 
 
-def _averages(run: Trajectory, first: int, memories: Sequence[float], n_points: int) -> tuple[np.ndarray, np.ndarray]:
+def _averages(run: Run, first: int, memories: Sequence[float], n_points: int) -> tuple[np.ndarray, np.ndarray]:
     """Mean predicted gain of each memory over the second half from `first`, (K,), and x_t and averages at n_points
     steps of it, (n_points * (1 + K), P)."""
     begin = first + (1 if run.config.momentum else 0)
@@ -90,7 +90,7 @@ def _averages(run: Trajectory, first: int, memories: Sequence[float], n_points: 
     return np.mean(products[len(g) // 2 :], axis=0), np.stack(points)
 
 
-def t_of_run(run: Trajectory, first: int, memory: float, alpha: float) -> float:
+def t_of_run(run: Run, first: int, memory: float, alpha: float) -> float:
     """t of the test when the steps of a recorded plain SGD run from `first` to its end are one window."""
     g, _ = alignment.used_gradients(run, first, run.config.steps - 1)
     past, values = g[0].copy(), []

@@ -25,12 +25,12 @@ from paper_lib.averaging.monitor import Averages, Monitor, Window
 from paper_lib.config import RunConfig
 from paper_lib.data import Dataset, cache
 from paper_lib.data.cache import Arrays
-from paper_lib.runs import fingerprint
-from paper_lib.training import parallel, sgd
-from paper_lib.training.models import FlatModel, ModelFactory, exact_float32, forked_rng
+from paper_lib.runs import identity
+from paper_lib.training import loop, parallel
+from paper_lib.training.flat import FlatModel, NetFactory, exact_float32, forked_rng
 from paper_lib.validate import require
 
-CODE = fingerprint.of_modules(["experiments/methods", "averaging/monitor"])
+CODE = identity.of_source(Path(__file__), identity.PACKAGE / "averaging" / "monitor.py")
 
 
 @dataclass(frozen=True, eq=False)
@@ -86,11 +86,8 @@ def _backward(config: RunConfig, dataset: Dataset, net: FlatModel) -> Iterator[f
     require(config.threads == 1, "threads", config.threads, "this method uses one for each run")
     require(not config.compile, "compile", config.compile, "this method does not compile the network")
     net.module.train()
-    for step, (x, y) in enumerate(dataset.stream(0, config.steps, config.batch_size, config.stream)):
-        sgd.seed_step(net.device, step, config)
-        loss = sgd.batch_loss(net, x, y, config)
-        net.backward(loss)
-        yield float(loss.detach())
+    for step, x, y in loop.batches(config, dataset):
+        yield float(loop.backward(net, step, x, y, config))
 
 
 def watch(
@@ -112,7 +109,7 @@ def watch(
             windows[step] = monitor.windows[-1]
         averages.observe(net.weights, gradient)
         log.append((loss, lr, averages.best()[0], max(map(float, averages.gains))))
-        sgd.sgd_step(net, velocity, lr, config)
+        loop.sgd_step(net, velocity, lr, config)
     ends = (vector.cpu().numpy().copy() for vector in (net.weights, averages.best()[1]))
     return Watched(config.seed, *ends, *np.array(log).T.copy(), windows)
 
@@ -189,7 +186,7 @@ def train_all(
     config: RunConfig,
     seeds: Sequence[int],
     dataset: Dataset,
-    model: ModelFactory | None = None,
+    model: NetFactory | None = None,
 ) -> dict[str, list]:
     """What each method ends with, one per seed: loaded if it exists, else trained, all side by side, and kept.
 
@@ -204,7 +201,7 @@ def train_all(
         method, c = job
         return cache.cached_arrays(paths[job], lambda: method.train(c, dataset, net))
 
-    nets = [sgd.initial_model(c, dataset, model) for _, c in missing]  # here: it seeds the global generator
+    nets = [loop.initial_model(c, dataset, model) for _, c in missing]  # here: it seeds the global generator
     # A user's network may draw numbers, from a generator that threads would share.
     n_threads = parallel.cpus() if dataset.device.type == "cpu" and model is None else 1
     with forked_rng(dataset.device), exact_float32(dataset.device):
@@ -213,7 +210,7 @@ def train_all(
     return {name: [next(found) for _ in seeds] for name in methods}
 
 
-def path(method: Method, config: RunConfig, dataset: Dataset, model: ModelFactory | None = None) -> Path:
+def path(method: Method, config: RunConfig, dataset: Dataset, model: NetFactory | None = None) -> Path:
     """The file of what a method ends with, whether it exists or not."""
     name = type(method).__name__.lower()
     identity = {"method": name, "settings": dataclasses.asdict(method), "method code": CODE}

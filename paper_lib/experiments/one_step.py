@@ -16,18 +16,18 @@ from paper_lib.data import Dataset
 from paper_lib.probing import derivatives, probe
 from paper_lib.probing.full_gradient import held_batches
 from paper_lib.results import figures
-from paper_lib.runs.trajectory import Trajectory
-from paper_lib.training.models import FlatModel, ModelFactory
+from paper_lib.runs import Run
+from paper_lib.training.flat import FlatModel, NetFactory
 
 MULTIPLES = np.array([0, 0.001, 0.005, 0.02, 0.1, 0.2, 0.4, 0.6, 0.8, 1.0, 1.2, 1.5, 2.0, 2.5, 3.0, 4.0])
 """Probe steps in units of the run's learning rate: small ones show the slope, a dense middle both optima."""
 
 
 def measure(
-    trajectories: Sequence[Trajectory],
+    trajectories: Sequence[Run],
     dataset: Dataset,
     at: Sequence[int],
-    model: ModelFactory | None = None,
+    model: NetFactory | None = None,
     n_batches: int = 1,
     n_held: int = 4,
     batch_size: int | None = None,
@@ -78,10 +78,10 @@ def _probe_one(
 
 
 def trained_loss(
-    decayed: Sequence[Trajectory],
+    decayed: Sequence[Run],
     dataset: Dataset,
     n_batches: int,
-    model: ModelFactory | None = None,
+    model: NetFactory | None = None,
     batch_size: int | None = None,
     frozen: bool = False,
 ) -> pd.Series:

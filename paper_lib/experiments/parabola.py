@@ -17,8 +17,8 @@ from paper_lib.data import Dataset
 from paper_lib.experiments import one_step
 from paper_lib.probing import derivatives, probe
 from paper_lib.results import figures
-from paper_lib.runs.trajectory import Trajectory
-from paper_lib.training.models import FlatModel, ModelFactory
+from paper_lib.runs import Run
+from paper_lib.training.flat import FlatModel, NetFactory
 from paper_lib.validate import require
 
 EVEN = np.linspace(0, 4, 21)
@@ -34,10 +34,10 @@ DEEPER = {"resnet8": "resnet14", "resnet14": "resnet20", "resnet18": "resnet34",
 
 
 def from_points(
-    trajectories: Sequence[Trajectory],
+    trajectories: Sequence[Run],
     dataset: Dataset,
     at: Sequence[int],
-    model: ModelFactory | None = None,
+    model: NetFactory | None = None,
     n_batches: int = 1,
     batch_size: int | None = None,
     point: str = "",
@@ -89,10 +89,10 @@ def best_step(
 
 
 def on_chords(
-    trajectories: Sequence[tuple[Trajectory, Trajectory]],
+    trajectories: Sequence[tuple[Run, Run]],
     dataset: Dataset,
     chords: Sequence[tuple[int, int]],
-    model: ModelFactory | None = None,
+    model: NetFactory | None = None,
     line: str = "",
     point: str = "",
 ) -> pd.DataFrame:
@@ -113,7 +113,7 @@ def on_chords(
     return pd.concat(tables, ignore_index=True).assign(line=line, point=point)
 
 
-def spread(run: Trajectory, n: int = 6) -> list[int]:
+def spread(run: Run, n: int = 6) -> list[int]:
     """At most n recorded steps, from the first to the last but one, evenly spread in log(1 + time)."""
     kept = run.steps[:-1]
     wanted = kept[0] + np.geomspace(1, kept[-1] - kept[0] + 1, n) - 1

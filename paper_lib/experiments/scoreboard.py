@@ -16,7 +16,7 @@ from paper_lib.config import Study
 from paper_lib.data import Dataset
 from paper_lib.files import replacing
 from paper_lib.probing import evaluation
-from paper_lib.runs.trajectory import Trajectory
+from paper_lib.runs import Run
 
 DECAYS = ("linear", "cosine", "step")
 LOWERED = ("learning rate halved", *(f"{name} decay" for name in DECAYS))
@@ -53,7 +53,7 @@ def measure(study: Study, dataset: Dataset) -> pd.DataFrame:
     return pd.concat(tables, ignore_index=True)
 
 
-def _end(run: Trajectory) -> np.ndarray:
+def _end(run: Run) -> np.ndarray:
     return run.state()["weights"]
 
 

@@ -17,10 +17,10 @@ from paper_lib.data import Dataset
 from paper_lib.experiments import ellipsoid
 from paper_lib.probing import derivatives, hessian, probe
 from paper_lib.results import figures
-from paper_lib.runs.trajectory import Trajectory
+from paper_lib.runs import Run
 from paper_lib.theory import quadratic
 from paper_lib.theory.spectrum import Spectrum
-from paper_lib.training.models import FlatModel, ModelFactory
+from paper_lib.training.flat import FlatModel, NetFactory
 from paper_lib.validate import require
 
 FRESH = 4  # batches per iterate for the gradient noise there
@@ -30,7 +30,7 @@ FRESH = 4  # batches per iterate for the gradient noise there
 class Modes:
     """The steepest directions of one run at the average of its window, with all that the model needs there."""
 
-    run: Trajectory
+    run: Run
     first: int  # step at which the window begins; it ends with the run
     center: np.ndarray  # average of the window's iterates, (P,)
     directions: np.ndarray  # orthonormal, by curvature, (k, P)
@@ -57,12 +57,12 @@ class Modes:
 
 
 def modes(
-    run: Trajectory,
+    run: Run,
     dataset: Dataset,
     n_directions: int = 12,
     n_batches: int = 16,
     settle: int = 0,
-    model: ModelFactory | None = None,
+    model: NetFactory | None = None,
 ) -> Modes:
     """Find the steepest directions of a run that recorded every iterate, `settle` steps after its start.
 
@@ -82,7 +82,7 @@ def modes(
     return Modes(run, first, center, V, h, noise, np.mean(met, 0), X @ V.T - center @ V.T)
 
 
-def _fresh_batches(run: Trajectory, dataset: Dataset, j: int) -> tuple[Tensor, Tensor]:
+def _fresh_batches(run: Run, dataset: Dataset, j: int) -> tuple[Tensor, Tensor]:
     """FRESH batches of a probing stream, others for every j."""
     stream = probe.PROBE_STREAM + run.config.seed
     return dataset.batches(range(1000 + j * FRESH, 1000 + (j + 1) * FRESH), run.config.batch_size, stream)
@@ -161,7 +161,7 @@ def two_point_fall(
     lags: Sequence[int],
     n_batches: int = 8,
     n_pairs: int = 6,
-    model: ModelFactory | None = None,
+    model: NetFactory | None = None,
 ) -> pd.DataFrame:
     """By how much the training loss of an average of two iterates lies below that of the later one, a row per lag.
 

@@ -17,8 +17,8 @@ from paper_lib.data import Dataset
 from paper_lib.probing import derivatives, probe
 from paper_lib.probing.evaluation import Evaluator
 from paper_lib.results import figures
-from paper_lib.runs.trajectory import Trajectory
-from paper_lib.training.models import ModelFactory
+from paper_lib.runs import Run
+from paper_lib.training.flat import NetFactory
 from paper_lib.validate import check_names
 
 STATISTICS = ("recomputed", "averaged", "stale")
@@ -26,14 +26,14 @@ ONE_CURVATURE = math.log(4) / math.log(4 / 3)
 """Where 1 - q^L reaches 3/4, over where it reaches 1/4: several curvatures spread the gain over more lags than that."""
 
 
-def ends(run: Trajectory) -> np.ndarray:
+def ends(run: Run) -> np.ndarray:
     """Three steps at which averages end: the middle, three quarters and the end of a run that began at its start."""
     first, last = run.config.start, run.config.steps
     return first + (last - first) * np.array([2, 3, 4]) // 4
 
 
 def measure(
-    trajectories: Sequence[Trajectory],
+    trajectories: Sequence[Run],
     evaluate: Mapping[int, Evaluator],
     lags: Sequence[int],
     statistics: str = "recomputed",
@@ -56,7 +56,7 @@ def measure(
 
 
 def references(
-    trajectories: Sequence[Trajectory],
+    trajectories: Sequence[Run],
     evaluate: Mapping[int, Evaluator],
     averages: Mapping[str, Callable[[int], np.ndarray]],
     reach: int,
@@ -71,7 +71,7 @@ def references(
     return pd.DataFrame(rows)
 
 
-def chords(trajectories: Sequence[Trajectory], evaluate: Mapping[int, Evaluator], lags: Sequence[int]) -> pd.DataFrame:
+def chords(trajectories: Sequence[Run], evaluate: Mapping[int, Evaluator], lags: Sequence[int]) -> pd.DataFrame:
     """What a quadratic predicts from the ends of each chord d = x_t - x_(t-L) alone, on the evaluators' images.
 
     The mean of the ends' losses exceeds the midpoint's by `gain` = d . (g_t - g_(t-L)) / 8 with g the gradients of
@@ -96,11 +96,11 @@ def chords(trajectories: Sequence[Trajectory], evaluate: Mapping[int, Evaluator]
 
 
 def memory(
-    trajectories: Sequence[Trajectory],
+    trajectories: Sequence[Run],
     dataset: Dataset,
     lags: Sequence[int],
     n_batches: int,
-    model: ModelFactory | None = None,
+    model: NetFactory | None = None,
 ) -> pd.DataFrame:
     """How much lower a batch's loss is, L steps after the step that used it, than before that step: `dip`.
 

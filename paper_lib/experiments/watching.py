@@ -15,14 +15,14 @@ from paper_lib.data import Dataset
 from paper_lib.experiments.methods import Watched
 from paper_lib.probing import evaluation
 from paper_lib.results import figures
-from paper_lib.runs.trajectory import Trajectory
-from paper_lib.training import sgd
-from paper_lib.training.models import ModelFactory
+from paper_lib.runs import Run
+from paper_lib.training import loop
+from paper_lib.training.flat import NetFactory
 
 # --- comparison --------------------------------------------------------------------------------------------------
 
 
-def train_fixed(study: Study, step_at: float = 0.75, linear_at: float = 0.6) -> dict[str, list[Trajectory]]:
+def train_fixed(study: Study, step_at: float = 0.75, linear_at: float = 0.6) -> dict[str, list[Run]]:
     """Runs of as many steps as the study's warm-up under schedules that know the end, one per seed.
 
     "step" divides the learning rate by 10, "linear" begins to lower it to zero, at the last snapshot of the warm-up
@@ -47,7 +47,7 @@ def compare(
     study: Study,
     dataset: Dataset,
     ends: Mapping[str, Sequence[np.ndarray]],
-    model: ModelFactory | None = None,
+    model: NetFactory | None = None,
 ) -> pd.DataFrame:
     """Evaluate the weights that methods end with, one vector per seed of the study; BatchNorm recomputed for all alike.
 
@@ -55,7 +55,7 @@ def compare(
     """
     tables = []
     for i, seed in enumerate(study.seeds):
-        net = sgd.initial_model(study.run, dataset, model)
+        net = loop.initial_model(study.run, dataset, model)
         evaluator = evaluation.Evaluator(net, dataset, study.eval_images, seed=seed)
         labels = pd.DataFrame({"method": list(ends), "seed": seed})
         tables.append(evaluator.table([weights[i] for weights in ends.values()], labels, f"evaluation, seed {seed}"))
@@ -110,7 +110,7 @@ def plot_windows(ax: Axes, table: pd.DataFrame, threshold: float) -> None:
     ax.legend(fontsize="small")
 
 
-def plot_rates(ax: Axes, schedules: Mapping[str, Sequence[Trajectory]], watched: Sequence[Watched]) -> None:
+def plot_rates(ax: Axes, schedules: Mapping[str, Sequence[Run]], watched: Sequence[Watched]) -> None:
     """Learning rate against the step: the fixed schedules, and every watched run."""
     for name, (run, *_) in schedules.items():
         ax.plot(run.config.start + np.arange(len(run.lr)), run.lr, label=name)

@@ -9,7 +9,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from paper_lib.probing import probe
-from paper_lib.training.models import FlatModel
+from paper_lib.training.flat import FlatModel
 
 GRAM_BYTES = 2**30  # memory that gradients may take while their inner products are formed
 

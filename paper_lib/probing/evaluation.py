@@ -11,8 +11,8 @@ from tqdm import tqdm
 from paper_lib import runs
 from paper_lib.data import Dataset
 from paper_lib.probing import probe
-from paper_lib.runs.trajectory import Trajectory
-from paper_lib.training.models import FlatModel, ModelFactory
+from paper_lib.runs import Run
+from paper_lib.training.flat import FlatModel, NetFactory
 
 CHUNK = 500  # images per forward pass, and per BatchNorm estimate
 
@@ -53,7 +53,7 @@ class Evaluator:
 
 
 def evaluators(
-    trajectories: Sequence[Trajectory], dataset: Dataset, n_images: int = 2500, model: ModelFactory | None = None
+    trajectories: Sequence[Run], dataset: Dataset, n_images: int = 2500, model: NetFactory | None = None
 ) -> dict[int, Evaluator]:
     """One evaluator per seed, each on its own images."""
     return {

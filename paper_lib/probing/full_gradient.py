@@ -12,8 +12,8 @@ from paper_lib import runs
 from paper_lib.config import RunConfig
 from paper_lib.data import Dataset
 from paper_lib.probing import derivatives
-from paper_lib.runs.trajectory import Trajectory
-from paper_lib.training.models import ModelFactory
+from paper_lib.runs import Run
+from paper_lib.training.flat import NetFactory
 
 
 def held_batches(dataset: Dataset, config: RunConfig, t: int, n: int, size: int | None = None) -> tuple[Tensor, Tensor]:
@@ -25,7 +25,7 @@ def held_batches(dataset: Dataset, config: RunConfig, t: int, n: int, size: int 
 
 
 def full_gradients(
-    run: Trajectory, dataset: Dataset, steps: Sequence[int], n_batches: int, model: ModelFactory | None = None
+    run: Run, dataset: Dataset, steps: Sequence[int], n_batches: int, model: NetFactory | None = None
 ) -> Iterator[tuple[int, np.ndarray, np.ndarray]]:
     """Yield t, x_t (P,) and G_t (P,) for every t in `steps`; SnapshotError where the run did not keep x_t.
 

@@ -7,7 +7,7 @@ from scipy.sparse.linalg import LinearOperator, eigsh
 from torch import Tensor
 
 from paper_lib.probing.derivatives import mean_hessian_product
-from paper_lib.training.models import FlatModel
+from paper_lib.training.flat import FlatModel
 from paper_lib.validate import require
 
 

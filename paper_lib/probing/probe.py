@@ -25,7 +25,7 @@ from tqdm import tqdm
 
 from paper_lib.data import Dataset
 from paper_lib.training import batchnorm
-from paper_lib.training.models import FlatModel, threads
+from paper_lib.training.flat import FlatModel, threads
 from paper_lib.validate import require
 
 SAMPLES_AT_ONCE = {"cpu": 256, "cuda": 4096}  # per forward pass: what fits a core's cache; what fills a GPU

@@ -1,5 +1,28 @@
 """Runs: found by what they are, trained if they do not exist, and read."""
 
-from paper_lib.runs.obtain import load_dataset, network, obtain, run_folder, run_key, train_all, train_seeds
+from paper_lib.runs.identity import learning_rates, run_key
+from paper_lib.runs.obtain import (
+    load_dataset,
+    network,
+    obtain,
+    run_folder,
+    train,
+    train_all,
+    train_seeds,
+)
+from paper_lib.runs.store import DivergedError, Run, SnapshotError
 
-__all__ = ["load_dataset", "network", "obtain", "run_folder", "run_key", "train_all", "train_seeds"]
+__all__ = [
+    "DivergedError",
+    "Run",
+    "SnapshotError",
+    "learning_rates",
+    "load_dataset",
+    "network",
+    "obtain",
+    "run_folder",
+    "run_key",
+    "train",
+    "train_all",
+    "train_seeds",
+]

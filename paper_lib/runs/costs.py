@@ -9,7 +9,7 @@ import torch
 
 from paper_lib.config import RunConfig, Study
 from paper_lib.runs import plan
-from paper_lib.training import models
+from paper_lib.training import networks
 
 CLASSES = {"digits": 10, "cifar10": 10, "cifar100": 100}
 TREES = {64: 200, 224: 1000}  # classes of Tiny ImageNet and ImageNet, by image size; of any other tree 10
@@ -32,7 +32,7 @@ def table(study: Study, averages: Iterable[str] = (), images_per_second: float |
     classes = CLASSES.get(study.run.data) or TREES.get(study.run.image_size, 10)
     with torch.device("meta"):
         channels = 1 if study.run.data == "digits" else 3
-        net = models.build(study.run.model, channels, classes, study.run.width, study.run.norm)
+        net = networks.build(study.run.model, channels, classes, study.run.width, study.run.norm)
     n_weights = sum(p.numel() for p in net.parameters())
     n_buffers = sum(b.numel() for b in net.buffers() if b.is_floating_point())
     rows, seeds = [], len(study.seeds)

@@ -1,205 +1,203 @@
-"""The run cache: a run is a pure function of its config; asking for one that exists loads it, others are trained.
+"""The run cache: a run is a pure function of its config; one that exists is loaded, others trained.
 
-A run's folder is <data>-<model>-<key>, where key = the first 12 hex digits of the SHA-256 of the canonical JSON of
-every setting (parents nested, so a default added later changes the key), the dataset's fingerprint, the identity of a
-user's own model, and the syntax tree of the modules that decide the numbers (comments and docstrings left out).
+A run's folder is <data>-<model>-<key> among the runs; `identity` says what the key stands for.
 """
 
 from __future__ import annotations
 
 import contextlib
 import functools
-import hashlib
-import json
 import warnings
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
+import torch
 from torch import nn
 from tqdm import tqdm
 
-from paper_lib import config as config_module
+from paper_lib import config as settings
 from paper_lib import data, files
-from paper_lib.config import RunConfig, check_seeds
+from paper_lib.config import RunConfig, Study, check_seeds
 from paper_lib.data import Dataset
-from paper_lib.runs import fingerprint, workers
-from paper_lib.runs.recorder import Follower, Recorder
-from paper_lib.runs.trajectory import State, Trajectory
-from paper_lib.training import parallel, sgd, train
-from paper_lib.training.models import FlatModel, ModelFactory
+from paper_lib.runs import plan, workers
+from paper_lib.runs.identity import average_vectors, learning_rates, run_key
+from paper_lib.runs.store import Follower, Recorder, Run
+from paper_lib.training import loop, parallel
+from paper_lib.training.flat import FlatModel, NetFactory
+from paper_lib.training.loop import Report, State
 from paper_lib.validate import ConfigError, require
 
-DECISIVE = """averaging/vectors averaging/schedules data/augment data/dataset data/decode data/digits data/imagefolder
-data/loading data/streaming data/vision training/batchnorm training/models training/parallel training/sgd
-training/train""".split()
-FORMAT = 1  # of the files in a run's folder
+
+def train(study: Study, config: RunConfig, progress: bool = True) -> list[Run]:
+    """The runs of a config for every seed of a study, on the study's own data and network if any."""
+    return train_seeds(config, study.seeds, study.dataset, study.net, progress)
 
 
 def train_seeds(
     config: RunConfig,
     seeds: Sequence[int],
     dataset: Dataset | None = None,
-    model: ModelFactory | None = None,
+    net: NetFactory | None = None,
     progress: bool = True,
-) -> list[Trajectory]:
-    """Return the runs of a config for several seeds, training those that do not exist yet, side by side.
+) -> list[Run]:
+    """The runs of a config for several seeds: those that do not exist yet are trained side by side.
 
-    `dataset` and `model` (a function or class without arguments that makes an nn.Module) bring a user's own.
+    `dataset` and `net` (a function or class without arguments that makes an nn.Module) bring a
+    user's own.
     """
     check_seeds(seeds)
-    return train_all([config.replace(seed=seed) for seed in seeds], dataset, model, progress)
+    return train_all([config.replace(seed=seed) for seed in seeds], dataset, net, progress)
 
 
 def train_all(
     configs: Sequence[RunConfig],
     dataset: Dataset | None = None,
-    model: ModelFactory | None = None,
+    net: NetFactory | None = None,
     progress: bool = True,
-) -> list[Trajectory]:
-    """Return the runs of several configs, in order; parents are trained first, missing runs side by side.
+) -> list[Run]:
+    """The runs of several configs, in order; parents are trained first, missing runs side by side.
 
-    Side by side means in worker processes, on every GPU there is; processes that torchrun started share each run.
+    Side by side means in worker processes, on every GPU there is; processes that torchrun started
+    share each run.
     """
-    own = dataset is not None or model is not None
+    own = dataset is not None or net is not None
 
     def absent(some: Sequence[RunConfig]) -> list[RunConfig]:
-        return parallel.share([c for c in some if not run_folder(c, dataset, model).exists()])
+        return parallel.share([c for c in some if not run_folder(c, dataset, net).exists()])
 
     for generation in _generations(absent(configs)):
         missing = absent(generation)
         if not missing:
             continue
-        with _progress(missing, model is not None, progress and parallel.rank() == 0) as report:
+        with _progress(missing, net is not None, progress and parallel.rank() == 0) as report:
             if own or len(missing) == 1 or parallel.active():
                 for c in missing:
-                    obtain(c, dataset, model, report)
+                    obtain(c, dataset, net, report)
             else:
                 for c in missing:
-                    _begin(c)  # a parent that diverged or kept too little: say so here, not in a worker
+                    _begin(c, None, None)  # a parent that kept too little: say so here
                 workers.train_parallel([(c, run_folder(c)) for c in missing], report)
-    found = [Trajectory(run_folder(c, dataset, model)) for c in configs]
+    found = [_run(c, dataset, net) for c in configs]
     for run in found:
         if parallel.rank() == 0 and run.diverged:
-            step = run.status["diverged_at"]
-            warnings.warn(f"the run {run.folder.name} (lr = {run.config.lr}) diverged at step {step}", stacklevel=2)
+            at = f"(lr = {run.config.lr}) diverged at step {run.status['diverged_at']}"
+            warnings.warn(f"the run {run.folder.name} {at}", stacklevel=2)
     return found
 
 
 def obtain(
     config: RunConfig,
     dataset: Dataset | None = None,
-    model: ModelFactory | None = None,
-    report: train.Report = lambda steps, loss, lr: None,
-) -> Trajectory:
-    """Load one run, or train it in this process (and its parents first) while other processes wait for it.
+    net: NetFactory | None = None,
+    report: Report = lambda steps, loss, lr: None,
+) -> Run:
+    """Load one run, or train it in this process (its parents first) while others wait for it.
 
-    Processes that torchrun started train it together; the first one looks for the run, waits for others, and writes.
+    Processes that torchrun started train it together; the first one looks for the run, waits for
+    others, and writes. Raises MemoryError with what to lower where memory does not suffice.
     """
-    folder, first = run_folder(config, dataset, model), parallel.rank() == 0
-    if parallel.share(folder.exists()):
-        return Trajectory(folder)
-    with files.lock(folder) if first else contextlib.nullcontext():
-        if parallel.share(folder.exists()):
-            return Trajectory(folder)
-        begin = _begin(config, dataset, model)
-
-        def recorder(net: FlatModel) -> Recorder | Follower:
-            return Recorder(folder, config, net.weights.numel(), net.buffers.numel()) if first else Follower(folder)
-
-        run = train.train_run(config, dataset or load_dataset(config), recorder, begin, model, report)
-        parallel.share(None)  # the others go on when it is there
+    run, first = _run(config, dataset, net), parallel.rank() == 0
+    if parallel.share(run.folder.exists()):
         return run
+    with files.lock(run.folder) if first else contextlib.nullcontext():
+        if parallel.share(run.folder.exists()):
+            return run
+        _train(run, config, _begin(config, dataset, net), report)
+        parallel.share(None)  # the others go on when it is there
+    return run
 
 
-def _begin(config: RunConfig, dataset: Dataset | None = None, model: ModelFactory | None = None) -> State | None:
-    """The state of the parent that a run starts from, if it has one; read by the process that writes."""
+def _train(run: Run, config: RunConfig, begin: State | None, report: Report) -> None:
+    """Train a run and record it, in the process that writes."""
+    model = loop.initial_model(config, run.dataset, run.net)
+    plan.require_memory(config, model.weights.numel(), model.device)
+    sizes = model.weights.numel(), model.buffers.numel()
+    first = parallel.rank() == 0
+    recorder = Recorder(run.folder, config, *sizes) if first else Follower()
+    numbers = learning_rates(config), average_vectors(config)
+    try:
+        end = loop.train_run(config, run.dataset, model, *numbers, recorder, begin, report)
+    except torch.OutOfMemoryError as error:
+        raise MemoryError(_out_of_memory(config, model)) from error
+    recorder.finish(*end)
+
+
+def _out_of_memory(config: RunConfig, net: FlatModel) -> str:
+    vectors = plan.memory_bytes(config, net.weights.numel()) / 1e9
+    return (
+        f"{net.device} ran out of memory training {config.model} of width {config.width} with "
+        f"batches of {config.batch_size // parallel.world()} in {config.precision} (vectors take "
+        f"{vectors:.2f} GB, activations the rest): lower `batch_size` or `width`, use precision = "
+        '"bfloat16", or let torchrun share each batch'
+    )
+
+
+def _begin(config: RunConfig, dataset: Dataset | None, net: NetFactory | None) -> State | None:
+    """The state of the parent that a run starts from, if any; read by the process that writes."""
     if config.parent is None:
         return None
-    parent = obtain(config.parent, dataset, model)
+    parent = obtain(config.parent, dataset, net)
     return parent.state(config.start) if parallel.rank() == 0 else None
 
 
-# --- identity ---------------------------------------------------------------------------------------------------
+# --- where a run is ----------------------------------------------------------------------------
 
 
-@functools.lru_cache(maxsize=4)
-def _load(name: str, held_out: int, image_size: int, root: Path, device: str) -> Dataset:
-    return data.load(name, root, held_out=held_out, image_size=image_size or None, device=device)
+def run_folder(
+    config: RunConfig, dataset: Dataset | None = None, net: NetFactory | None = None, **method: Any
+) -> Path:
+    """The folder of a run, whether it exists or not; for `method` see `run_key`."""
+    dataset = dataset or load_dataset(config)
+    _check_network(dataset, net)
+    name = "own" if net is not None else config.model
+    key = run_key(config, dataset, net, **method)
+    return settings.folder("runs") / f"{dataset.name}-{name}-{key}"
+
+
+def _run(config: RunConfig, dataset: Dataset | None, net: NetFactory | None) -> Run:
+    """A run by its settings, whether it exists or not."""
+    dataset = dataset or load_dataset(config)
+    return Run(run_folder(config, dataset, net), dataset, net)
+
+
+def _check_network(dataset: Dataset, net: NetFactory | None) -> None:
+    """ConfigError for a network in place of the function that makes it, or none where one is needed."""
+    if net is None:
+        allowed = "the networks of paper_lib take (channels, height, width): give your own as net="
+        require(len(dataset.shape) == 3, "shape of an image", dataset.shape, allowed)
+        return
+    is_factory = callable(net) and not isinstance(net, nn.Module)
+    allowed = "pass the function that makes the network, not the network"
+    require(is_factory, "net", type(net).__name__, allowed)
 
 
 def load_dataset(config: RunConfig) -> Dataset:
-    """Return the dataset that a config names, on the device that trains; loaded once per process.
+    """The dataset that a config names, on the device that trains; loaded once per process.
 
     Raises ConfigError where its files are missing or bad, or too few to hold so many out.
     """
-    root = config_module.folder("data")
+    root, device = settings.folder("data"), str(data.default_device())
     try:
-        return _load(config.data, config.held_out, config.image_size, root, str(data.default_device()))
+        return _load(config.data, config.held_out, config.image_size, root, device)
     except data.DataError as error:
-        remedy = "name the folder of the data with DATA=... (make) or PAPER_DATA; see README, 'Presets and settings'"
+        remedy = "name the folder of the data with DATA=... (make) or PAPER_DATA; see the README"
         raise ConfigError(f"{error}; {remedy}") from error
     except ValueError as error:
         raise ConfigError(str(error)) from error
 
 
-def network(run: Trajectory, dataset: Dataset, model: ModelFactory | None = None) -> FlatModel:
-    """Return a network of the run's architecture on the dataset's device, to probe with; its weights are arbitrary."""
-    _check_model(dataset, model)
-    return sgd.initial_model(run.config, dataset, model)
+@functools.lru_cache(maxsize=4)
+def _load(name: str, held_out: int, image_size: int, root: Path, device: str) -> Dataset:
+    options = {"held_out": held_out, "image_size": image_size or None, "device": device}
+    return data.load(name, root, **options)
 
 
-def _check_model(dataset: Dataset, model: ModelFactory | None) -> None:
-    """Raise ConfigError for a network in place of the function that makes it, or none where the data need one."""
-    if model is None:
-        allowed = "the networks of paper_lib take (channels, height, width): give your own as model="
-        require(len(dataset.shape) == 3, "shape of an image", dataset.shape, allowed)
-        return
-    is_factory = callable(model) and not isinstance(model, nn.Module)
-    allowed = "pass the function that makes the network, not the network"
-    require(is_factory, "model", type(model).__name__, allowed)
-
-
-def run_folder(
-    config: RunConfig, dataset: Dataset | None = None, model: ModelFactory | None = None, **method: Any
-) -> Path:
-    """Return the folder of a run, whether it exists or not; for `method` see `run_key`."""
-    dataset = dataset or load_dataset(config)
-    _check_model(dataset, model)
-    name = "own" if model is not None else config.model
-    return config_module.folder("runs") / f"{dataset.name}-{name}-{run_key(config, dataset, model, **method)}"
-
-
-def run_key(config: RunConfig, dataset: Dataset, model: ModelFactory | None = None, **method: Any) -> str:
-    """Return the 12 hex digits that identify a run (see the head of this module).
-
-    `method` is what decides besides, as JSON can hold it, where a config is not trained by SGD alone (`methods`).
-    """
-    identity = {
-        "config": config.to_dict(),
-        "data": dataset.fingerprint,
-        "model": _model_identity(config, dataset, model),
-        "code": CODE,
-        "format": FORMAT,
-        **method,
-    }
-    return hashlib.sha256(json.dumps(identity, sort_keys=True).encode()).hexdigest()[:12]
-
-
-def _model_identity(config: RunConfig, dataset: Dataset, model: ModelFactory | None) -> str:
-    if model is None:
-        return config.model
-    return fingerprint.of_network(sgd.initial_model(config, dataset, model).module)
-
-
-CODE = fingerprint.of_modules(DECISIVE)  # of what was imported, not of what an editor has saved since
-
-
-# --- several runs -----------------------------------------------------------------------------------------------
+# --- several runs -------------------------------------------------------------------------------
 
 
 def _generations(configs: Sequence[RunConfig]) -> list[list[RunConfig]]:
-    """Group configs and all their ancestors by depth, without repeats, parents first."""
+    """Configs and all their ancestors by depth, without repeats, parents first."""
     depths: dict[RunConfig, int] = {}
 
     def depth(c: RunConfig) -> int:
@@ -209,16 +207,17 @@ def _generations(configs: Sequence[RunConfig]) -> list[list[RunConfig]]:
 
     for c in configs:
         depth(c)
-    return [[c for c in depths if depths[c] == d] for d in range(max(depths.values(), default=-1) + 1)]
+    deepest = max(depths.values(), default=-1)
+    return [[c for c in depths if depths[c] == d] for d in range(deepest + 1)]
 
 
 @contextlib.contextmanager
-def _progress(configs: Sequence[RunConfig], own_model: bool, show: bool) -> Iterator[train.Report]:
+def _progress(configs: Sequence[RunConfig], own_net: bool, show: bool) -> Iterator[Report]:
+    """Yield what shows the progress of runs: steps, loss, learning rate, images per second."""
     total = sum(c.steps - c.start for c in configs)
     images = configs[0].batch_size
-    title = (
-        f"training {len(configs)} run{'s' * (len(configs) > 1)} of {'your network' if own_model else configs[0].model}"
-    )
+    network = "your network" if own_net else configs[0].model
+    title = f"training {len(configs)} run{'s' * (len(configs) > 1)} of {network}"
     with tqdm(total=total, desc=title, unit="step", disable=not show, mininterval=0.5) as bar:
 
         def report(steps: int, loss: float, lr: float) -> None:
@@ -228,3 +227,8 @@ def _progress(configs: Sequence[RunConfig], own_model: bool, show: bool) -> Iter
             bar.set_postfix_str(f"loss {loss:.3f}, lr {lr:.3g}{speed}", refresh=False)
 
         yield report
+
+
+def network(run: Run, dataset: Dataset | None = None, model: NetFactory | None = None) -> FlatModel:
+    """A network of the run's architecture (for modules that do not use `Run.network` yet)."""
+    return run.network()

@@ -7,8 +7,7 @@ import psutil
 import torch
 
 from paper_lib.config import RunConfig
-
-CHUNK = 25  # steps between looks at the loss, each of which waits for a GPU; snapshots pend on the device meanwhile
+from paper_lib.training.loop import CHUNK
 
 
 def disk_bytes(config: RunConfig, n_weights: int, n_buffers: int = 0) -> int:

@@ -25,7 +25,7 @@ import torch
 
 from paper_lib.config import ROOT, RunConfig
 from paper_lib.training import parallel
-from paper_lib.training.train import Report
+from paper_lib.training.loop import Report
 
 RUNS_PER_GPU = 3  # of small networks, whose steps are too short to keep a GPU busy
 SMALL = ("resnet8", "resnet14", "resnet20")

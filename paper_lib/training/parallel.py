@@ -17,7 +17,7 @@ from torch import Tensor
 from torch.nn.parallel import DistributedDataParallel
 
 from paper_lib.training import batchnorm
-from paper_lib.training.models import FlatModel
+from paper_lib.training.flat import FlatModel
 
 T = TypeVar("T")
 

@@ -2,21 +2,23 @@
 
 import ast
 import functools
+import linecache
 import os
 import subprocess
 import sys
 import textwrap
+import zlib
 
 import pytest
 import torch
 from torch import nn
 
-from paper_lib.runs import fingerprint
+from paper_lib.runs import identity
 
 
 def of_source(folder, source):
     (folder / "module.py").write_text(source)
-    return fingerprint.of_modules(["module"], folder)
+    return identity.of_source(folder)
 
 
 def test_comments_and_docstrings_change_nothing_but_code_does(tmp_path):
@@ -86,11 +88,12 @@ SOURCE = textwrap.dedent(
 
 
 def of_network(source):
-    """The hash of a network that was defined as in a notebook's cell: it has no source that could be read."""
-    namespace = {"__name__": "__main__"}
-    exec(source, namespace)
+    """The hash of a network that was defined as in a notebook's cell: in no file, but Python knows its lines."""
+    namespace, name = {"__name__": "__main__"}, f"<cell {zlib.crc32(source.encode())}>"
+    linecache.cache[name] = (len(source), None, source.splitlines(keepends=True), name)
+    exec(compile(source, name, "exec"), namespace)
     torch.manual_seed(0)
-    return fingerprint.of_network(namespace["Net"]())
+    return identity.of_network(namespace["Net"]())
 
 
 @pytest.mark.parametrize(
@@ -124,7 +127,7 @@ def test_a_network_that_is_defined_again_keeps_its_hash():
 
 
 def test_another_process_finds_the_same_hash():
-    code = "import test_fingerprint as t; print(t.of_network(t.SOURCE))"
+    code = "import test_identity as t; print(t.of_network(t.SOURCE))"
     environment = {**os.environ, "PYTHONPATH": os.pathsep.join(sys.path), "PYTHONHASHSEED": "1"}
     command = [sys.executable, "-c", code]
     found = subprocess.run(command, env=environment, capture_output=True, text=True, check=True).stdout
@@ -133,7 +136,7 @@ def test_another_process_finds_the_same_hash():
 
 def test_other_initial_weights_are_another_network():
     torch.manual_seed(1)
-    assert fingerprint.of_network(nn.Linear(2, 2)) != fingerprint.of_network(nn.Linear(2, 2))
+    assert identity.of_network(nn.Linear(2, 2)) != identity.of_network(nn.Linear(2, 2))
 
 
 @pytest.mark.parametrize(
@@ -153,5 +156,5 @@ def test_what_a_network_holds_is_part_of_it(one, other):
         net = nn.Linear(2, 2)
         nn.init.zeros_(net.weight), nn.init.zeros_(net.bias)
         net.held = held
-        found.append(fingerprint.of_network(net))
+        found.append(identity.of_network(net))
     assert found[0] != found[1]
