@@ -74,14 +74,14 @@ def recorded(request, tmp_path_factory):
 def test_used_gradients_are_those_of_the_batches(recorded):
     run, dataset = recorded
     net, c = runs.network(run, dataset), run.config
-    found, velocity = alignment.used_gradients(run, 10, 12)
+    found, velocity = run.gradients(10, 12)
     for t, g in zip(range(10, 13), found, strict=True):
         x = np.array(run.at(t))
         exact = derivatives.gradients(net, x, *dataset.batches([t], c.batch_size, c.stream))[0] + c.weight_decay * x
         np.testing.assert_allclose(g, exact, atol=1e-4 * np.linalg.norm(exact))
     np.testing.assert_allclose(velocity[1], c.momentum * velocity[0] + found[1], atol=1e-5)
     with pytest.raises(SnapshotError):
-        alignment.used_gradients(run, 20, 24)
+        run.gradients(20, 24)
 
 
 def test_measurements_along_a_run(recorded):

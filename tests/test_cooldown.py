@@ -128,7 +128,7 @@ def measured(tmp_path_factory):
         plan = [Cooldown("linear", 30, 70), Cooldown("cosine", 20, 70), Cooldown("cosine", 20, 70, stride=5)]
         plan += [Cooldown("step", 20, 70), Cooldown("step", 20, 70, eta=0.3)]
         trained = emulation.branches(plan, stationary, dataset, SmallNet)
-        evaluate = evaluation.evaluators(stationary, dataset, 40, SmallNet)
+        evaluate = evaluation.evaluators(stationary, 40)
         plain = cooldown.measure(plan, stationary, trained, evaluate)
         modes = [timescales.modes(run, dataset, 3, 4, model=SmallNet) for run in stationary]
         return plain, cooldown.measure(plan[:2], stationary, [ends[:2] for ends in trained], evaluate, modes)

@@ -134,7 +134,7 @@ def test_a_small_network_at_a_small_rate_ends_where_its_average_lies(tmp_path, m
     stationary = runs.train_seeds(SMALL.branch(30, record="40-70", lr=0.01), [0, 1], dataset, SmallNet)
     sweep = emulation.sweep("EMA", [0.7, 0.8], stationary[0].config) + [Emulation("uniform", 20, 70)]
     branches = emulation.branches(sweep, stationary, dataset, SmallNet)
-    evaluate = evaluation.evaluators(stationary, dataset, 40, SmallNet)
+    evaluate = evaluation.evaluators(stationary, 40)
     table = emulation.measure(sweep, stationary, branches, evaluate)
     assert len(table) == 6 and set(table.seed) == {0, 1}
     assert (table.distance < 0.02 * table.moved).all() and (table.cosine > 0.999).all()

@@ -24,7 +24,7 @@ def measured(tmp_path_factory):
         patch.setenv("PAPER_RUNS", str(tmp_path_factory.mktemp("runs")))
         dataset = small_data()
         found = runs.train_seeds(SMALL.branch(20, record="40-60"), [0, 1], dataset, SmallNet)
-        return found, dataset, evaluation.evaluators(found, dataset, 40, SmallNet)
+        return found, dataset, evaluation.evaluators(found, 40)
 
 
 def test_averages_end_in_the_later_half():

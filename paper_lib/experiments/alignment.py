@@ -18,7 +18,7 @@ from tqdm import tqdm
 from paper_lib import runs
 from paper_lib.data import Dataset
 from paper_lib.probing import derivatives, probe
-from paper_lib.probing.full_gradient import full_gradients, held_batches
+from paper_lib.probing.derivatives import full_gradients
 from paper_lib.results import figures
 from paper_lib.runs import Run
 from paper_lib.training.flat import NetFactory
@@ -79,19 +79,6 @@ def alignment(gram: np.ndarray) -> dict[str, float]:
 # --- gradients used along the trajectory ---------------------------------------------------------------------------
 
 
-def used_gradients(run: Run, first: int, last: int) -> tuple[np.ndarray, np.ndarray]:
-    """Gradients g and velocities v of the steps first..last, each (last - first + 1, P), read off the trajectory.
-
-    v_t = (x_t - x_{t+1}) / lr_t = m v_{t-1} + g_t, where g_t, the gradient of batch t at x_t, includes weight decay.
-    Raises SnapshotError unless every iterate from first (first - 1 with momentum) to last + 1 was recorded.
-    """
-    before = 1 if run.config.momentum else 0
-    x = run.window(first - before, last + 1)
-    lr = run.lr[first - before - run.config.start : last + 1 - run.config.start]
-    v = (x[:-1] - x[1:]) / lr[:, None].astype(np.float32)
-    return v[before:] - run.config.momentum * v[: len(v) - before], v[before:]
-
-
 def measure_lags(
     trajectories: Sequence[Run],
     dataset: Dataset,
@@ -114,8 +101,8 @@ def measure_lags(
         require(last >= first, "window", (first, c.steps), f"{n_lags} lags need as many steps after the first")
         steps = np.unique(np.linspace(first, last, n_points).astype(int))
         sums = np.zeros((3, n_lags))
-        for t, _, full in full_gradients(run, dataset, steps, n_batches, model):
-            g, v = used_gradients(run, t, t + n_lags - 1)
+        for t, _, full in full_gradients(run, steps, n_batches):
+            g, v = run.gradients(t, t + n_lags - 1)
             sums += [g @ g[0], g @ full, model_product(g @ full, v @ full, c.momentum)]
         columns = dict(zip(("used", "full", "predicted"), sums / sums[0, 0], strict=True))
         tables.append(pd.DataFrame({"seed": c.seed, "lag": np.arange(n_lags), **columns}))
@@ -163,8 +150,8 @@ def measure_displacement(
         steps = np.arange(first + half, c.steps - half)
         require(len(steps) > 0, "windows", tuple(windows), f"the run has {c.steps - first} steps after the first")
         steps = np.unique(np.linspace(steps[0], steps[-1], n_points).astype(int))
-        for t, x, full in full_gradients(run, dataset, steps, n_batches, model):
-            g = used_gradients(run, t, t)[0][0]
+        for t, x, full in full_gradients(run, steps, n_batches):
+            g = run.gradients(t, t)[0][0]
             for w in windows:
                 away = x - run.window(t - w // 2, t + w // 2).mean(0)
                 rows.append((c.seed, w, full @ away, c.lr * (g @ g) / 2, full @ g, away @ away))
@@ -191,8 +178,8 @@ def measure_eta(
         net, c = runs.network(run, dataset, model), run.config
         products = np.zeros(2)
         for t in np.linspace(first, c.steps - 1, n_points).astype(int):
-            g = used_gradients(run, t, t)[0][0]
-            held = held_batches(dataset, c, t, n_batches)
+            g = run.gradients(t, t)[0][0]
+            held = run.held(t, n_batches)
             curvature = derivatives.curvature(net, np.array(run.at(t)), g, *held).mean() + c.weight_decay
             products += [curvature * (g @ g), g @ g]
         found[c.seed] = c.lr * products[0] / products[1]

@@ -15,7 +15,6 @@ from tqdm import tqdm
 from paper_lib import runs
 from paper_lib.data import Dataset
 from paper_lib.probing import derivatives, probe
-from paper_lib.probing.full_gradient import held_batches
 from paper_lib.results import figures
 from paper_lib.runs import Run
 from paper_lib.training.flat import NetFactory
@@ -48,7 +47,7 @@ def around(
     nets = {run: runs.network(run, dataset, model) for run in trajectories}
     for run, t in tqdm([(run, int(t)) for run in trajectories for t in at], desc="around the own step"):
         own = dataset.batches([t], run.config.batch_size, run.config.stream)
-        held = held_batches(dataset, run.config, t, n_held)
+        held = run.held(t, n_held)
         window, start = run.window(t - before, t + after), np.array(run.at(t))
         g_own, g_held = (
             derivatives.gradients(nets[run], start, *own)[0],

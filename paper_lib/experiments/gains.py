@@ -12,10 +12,9 @@ from matplotlib.axes import Axes
 from paper_lib import runs
 from paper_lib.averaging.monitor import BLOCKS, Averages
 from paper_lib.data import Dataset
-from paper_lib.experiments import alignment
 from paper_lib.experiments.stationarity import replay
 from paper_lib.probing import probe
-from paper_lib.probing.full_gradient import full_gradients
+from paper_lib.probing.derivatives import full_gradients
 from paper_lib.results import figures
 from paper_lib.runs import Run
 from paper_lib.training.flat import NetFactory
@@ -38,9 +37,9 @@ def measure_velocity(
     for run in trajectories:
         c = run.config
         begin = first + (1 if c.momentum else 0)
-        g, v = alignment.used_gradients(run, begin, c.steps - 1)
+        g, v = run.gradients(begin, c.steps - 1)
         steps = np.linspace(begin, c.steps - 1, n_points).astype(int)
-        products = [g[t - begin] @ full for t, _, full in full_gradients(run, dataset, steps, n_batches, model)]
+        products = [g[t - begin] @ full for t, _, full in full_gradients(run, steps, n_batches)]
         used = np.einsum("tp,tp->t", g[1:], v[:-1]).mean()
         rows.append({"seed": c.seed, "used": used, "predicted": -np.mean(products) / (1 + c.momentum)})
     return pd.DataFrame(rows)
@@ -79,7 +78,7 @@ def _averages(run: Run, first: int, memories: Sequence[float], n_points: int) ->
     """Mean predicted gain of each memory over the second half from `first`, (K,), and x_t and averages at n_points
     steps of it, (n_points * (1 + K), P)."""
     begin = first + (1 if run.config.momentum else 0)
-    x, (g, _) = run.window(begin, run.config.steps), alignment.used_gradients(run, begin, run.config.steps - 1)
+    x, (g, _) = run.window(begin, run.config.steps), run.gradients(begin, run.config.steps - 1)
     averages, products, points = Averages(memories, smoothing=0), [], []
     at = np.linspace(len(g) // 2, len(g) - 1, n_points).astype(int)
     for i, gradient in enumerate(g):
@@ -92,7 +91,7 @@ def _averages(run: Run, first: int, memories: Sequence[float], n_points: int) ->
 
 def t_of_run(run: Run, first: int, memory: float, alpha: float) -> float:
     """t of the test when the steps of a recorded plain SGD run from `first` to its end are one window."""
-    g, _ = alignment.used_gradients(run, first, run.config.steps - 1)
+    g, _ = run.gradients(first, run.config.steps - 1)
     past, values = g[0].copy(), []
     for gradient in g[1:]:
         values.append(gradient @ past)

@@ -14,7 +14,6 @@ from tqdm import tqdm
 from paper_lib import runs
 from paper_lib.data import Dataset
 from paper_lib.probing import derivatives, probe
-from paper_lib.probing.full_gradient import held_batches
 from paper_lib.results import figures
 from paper_lib.runs import Run
 from paper_lib.training.flat import FlatModel, NetFactory
@@ -48,7 +47,7 @@ def measure(
     nets = {run: runs.network(run, dataset, model) for run in trajectories}
     for run, step, batch in tqdm(jobs, desc=f"one step {point}".strip()):
         own = dataset.batches([batch], batch_size or run.config.batch_size, run.config.stream)
-        held = held_batches(dataset, run.config, batch, n_held, batch_size)
+        held = run.held(batch, n_held, batch_size)
         buffers = np.array(run.buffers[run.rows(step)[0]]) if frozen else None
         table = _probe_one(nets[run], np.array(run.at(step)), own, held, multiples * run.config.lr, buffers)
         tables.append(table.assign(probe=multiples, seed=run.config.seed, step=step, batch=batch))

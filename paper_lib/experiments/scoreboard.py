@@ -45,7 +45,7 @@ def measure(study: Study, dataset: Dataset) -> pd.DataFrame:
     others = dict(zip(LOWERED, [halved, *(study.decayed(schedule=name) for name in DECAYS)], strict=True))
     ends = {name: runs.train_seeds(config, study.seeds) for name, config in others.items()}
     tables = []
-    for i, (seed, evaluator) in enumerate(evaluation.evaluators(constant, dataset, study.eval_images).items()):
+    for i, (seed, evaluator) in enumerate(evaluation.evaluators(constant, study.eval_images).items()):
         rows = [constant[i].average(vectors.named(name, study.averaged_steps + 1)) for name in methods.values()]
         rows += [_end(trained[i]) for trained in ends.values()]
         labels = pd.DataFrame({"method": [*methods, *ends], "seed": seed})

@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 
 import numpy as np
 import torch.nn.functional as F
 from torch import Tensor
+from tqdm import tqdm
 
 from paper_lib.probing import probe
+from paper_lib.runs import Run
 from paper_lib.training.flat import FlatModel
 
 GRAM_BYTES = 2**30  # memory that gradients may take while their inner products are formed
@@ -112,6 +114,20 @@ def mean_hessian_product(
         return (product * (len(labels) / y.numel())).astype(np.float64)
 
     return _sum_over_passes(net, weights, x, y, buffers, derivative)
+
+
+def full_gradients(
+    run: Run, steps: Sequence[int], n_batches: int
+) -> Iterator[tuple[int, np.ndarray, np.ndarray]]:
+    """Yield t, x_t (P,) and G_t (P,) for every t in `steps`; SnapshotError where x_t was not kept.
+
+    G_t is the mean gradient of the step's n_batches held-out batches, with weight decay: an
+    unbiased estimate of the expected gradient of a batch, independent of what the run saw.
+    """
+    net, c = run.network(), run.config
+    for t in tqdm(steps, desc=f"full gradients, lr {c.lr:g}"):
+        x = np.array(run.at(t))
+        yield t, x, mean_gradient(net, x, *run.held(t, n_batches)) + c.weight_decay * x
 
 
 def _sum_over_passes(

@@ -8,11 +8,10 @@ import numpy as np
 import pandas as pd
 from tqdm import tqdm
 
-from paper_lib import runs
 from paper_lib.data import Dataset
 from paper_lib.probing import probe
 from paper_lib.runs import Run
-from paper_lib.training.flat import FlatModel, NetFactory
+from paper_lib.training.flat import FlatModel
 
 CHUNK = 500  # images per forward pass, and per BatchNorm estimate
 
@@ -52,11 +51,9 @@ class Evaluator:
         return pd.concat([labels.reset_index(drop=True), found], axis=1)
 
 
-def evaluators(
-    trajectories: Sequence[Run], dataset: Dataset, n_images: int = 2500, model: NetFactory | None = None
-) -> dict[int, Evaluator]:
+def evaluators(runs: Sequence[Run], n_images: int = 2500) -> dict[int, Evaluator]:
     """One evaluator per seed, each on its own images."""
     return {
-        run.config.seed: Evaluator(runs.network(run, dataset, model), dataset, n_images, seed=run.config.seed)
-        for run in trajectories
+        run.config.seed: Evaluator(run.network(), run.dataset, n_images, seed=run.config.seed)
+        for run in runs
     }

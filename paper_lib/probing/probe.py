@@ -14,16 +14,18 @@ from __future__ import annotations
 import collections
 import contextlib
 import copy
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor, as_completed
 
 import numpy as np
+import pandas as pd
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 from tqdm import tqdm
 
 from paper_lib.data import Dataset
+from paper_lib.runs import Run
 from paper_lib.training import batchnorm
 from paper_lib.training.flat import FlatModel, threads
 from paper_lib.validate import require
@@ -116,7 +118,6 @@ def load(net: FlatModel, weights: np.ndarray, buffers: np.ndarray | None) -> Non
     for name, vector, values in (("weights", net.weights, weights), ("buffers", net.buffers, buffers)):
         if values is not None:
             expected = f"this network needs {tuple(vector.shape)}"
-            expected += "; was the run trained with model=...? pass the same here"
             require(np.shape(values) == vector.shape, f"shape of {name}", np.shape(values), expected)
             vector.copy_(tensor(values))
 
@@ -169,6 +170,25 @@ def evaluate(
             n += len(y)
     require(n > 0, "chunks", "none", "an evaluation needs at least one sample")
     return loss / n, correct / n
+
+
+def per_run(
+    runs: Sequence[Run],
+    at: Sequence[int],
+    measure: Callable[[Run, FlatModel, int], pd.DataFrame | dict],
+    progress: str,
+) -> pd.DataFrame:
+    """measure(run, network, step) for every run and step: its rows, or row, with `seed` and `step`."""
+    tables = []
+    with tqdm(total=len(runs) * len(at), desc=progress) as bar:
+        for run in runs:
+            net = run.network()
+            for step in at:
+                found = measure(run, net, int(step))
+                table = pd.DataFrame([found]) if isinstance(found, dict) else found
+                tables.append(table.assign(seed=run.config.seed, step=int(step)))
+                bar.update()
+    return pd.concat(tables, ignore_index=True)
 
 
 def fixed_batches(dataset: Dataset, n: int, size: int, seed: int, split: str = "train") -> tuple[Tensor, Tensor]:
