@@ -2,6 +2,7 @@
 
 from paper_lib.runs.identity import learning_rates, run_key
 from paper_lib.runs.obtain import (
+    branch_all,
     load_dataset,
     network,
     obtain,
@@ -16,6 +17,7 @@ __all__ = [
     "DivergedError",
     "Run",
     "SnapshotError",
+    "branch_all",
     "learning_rates",
     "load_dataset",
     "network",

@@ -12,7 +12,10 @@ from paper_lib.runs import plan
 from paper_lib.training import networks
 
 CLASSES = {"digits": 10, "cifar10": 10, "cifar100": 100}
-TREES = {64: 200, 224: 1000}  # classes of Tiny ImageNet and ImageNet, by image size; of any other tree 10
+TREES = {
+    64: 200,
+    224: 1000,
+}  # classes of Tiny ImageNet and ImageNet, by image size; of any other tree 10
 
 
 def shared_runs(study: Study, averages: Iterable[str] = ()) -> dict[str, RunConfig]:
@@ -23,7 +26,9 @@ def shared_runs(study: Study, averages: Iterable[str] = ()) -> dict[str, RunConf
     return {name: c for name, c in found.items() if name == "window" or c != study.stationary()}
 
 
-def table(study: Study, averages: Iterable[str] = (), images_per_second: float | None = None) -> pd.DataFrame:
+def table(
+    study: Study, averages: Iterable[str] = (), images_per_second: float | None = None
+) -> pd.DataFrame:
     """What the shared runs take, all seeds together: images, snapshots, GB on disk and on the device, and hours.
 
     The network's size is counted; of a tree of images the classes are assumed, see TREES. GB on the device are of one
@@ -38,7 +43,12 @@ def table(study: Study, averages: Iterable[str] = (), images_per_second: float |
     rows, seeds = [], len(study.seeds)
     for name, c in shared_runs(study, averages).items():
         images = seeds * (c.steps - c.start) * c.batch_size
-        row = {"run": name, "seeds": seeds, "steps": c.steps - c.start, "million images": images / 1e6}
+        row = {
+            "run": name,
+            "seeds": seeds,
+            "steps": c.steps - c.start,
+            "million images": images / 1e6,
+        }
         row |= {"snapshots": len(c.snapshot_steps), "averages": len(c.averages)}
         row |= {"GB on disk": seeds * plan.disk_bytes(c, n_weights, n_buffers) / 1e9}
         row |= {"GB on device": plan.memory_bytes(c, n_weights) / 1e9}

@@ -39,7 +39,9 @@ def run_key(config: RunConfig, dataset: Dataset, net: NetFactory | None, **metho
     """
     identity = {
         "config": config.to_dict(),
-        "numbers": [_hash(numbers) for numbers in (learning_rates(config), average_vectors(config))],
+        "numbers": [
+            _hash(numbers) for numbers in (learning_rates(config), average_vectors(config))
+        ],
         "data": dataset.fingerprint,
         "network": None if net is None else of_network(initial_model(config, dataset, net).module),
         "source": SOURCE,

@@ -61,7 +61,7 @@ def train_all(
     Side by side means in worker processes, on every GPU there is; processes that torchrun started
     share each run.
     """
-    own = dataset is not None or net is not None
+    own = net is not None or (dataset is not None and not _is_registered(dataset, configs))
 
     def absent(some: Sequence[RunConfig]) -> list[RunConfig]:
         return parallel.share([c for c in some if not run_folder(c, dataset, net).exists()])
@@ -84,6 +84,11 @@ def train_all(
             at = f"(lr = {run.config.lr}) diverged at step {run.status['diverged_at']}"
             warnings.warn(f"the run {run.folder.name} {at}", stacklevel=2)
     return found
+
+
+def branch_all(parents: Sequence[Run], configs: Sequence[RunConfig]) -> list[Run]:
+    """The runs of configs on the dataset and network of other runs, as `train_all` has them."""
+    return train_all(configs, parents[0].dataset, parents[0].net)
 
 
 def obtain(
@@ -185,6 +190,12 @@ def load_dataset(config: RunConfig) -> Dataset:
         raise ConfigError(f"{error}; {remedy}") from error
     except ValueError as error:
         raise ConfigError(str(error)) from error
+
+
+def _is_registered(dataset: Dataset, configs: Sequence[RunConfig]) -> bool:
+    """Whether this is the very dataset that all configs name, so that any process can load it."""
+    names = data.LOADERS
+    return all(c.data in names and load_dataset(c) is dataset for c in configs)
 
 
 @functools.lru_cache(maxsize=4)

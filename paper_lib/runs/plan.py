@@ -26,7 +26,9 @@ def memory_bytes(config: RunConfig, n_weights: int) -> int:
     Activations come on top; they depend on the network and the batch size.
     """
     steps = config.snapshot_steps
-    pending = np.searchsorted(steps, steps + CHUNK, side="right") - np.arange(len(steps))  # the last chunk adds the end
+    pending = np.searchsorted(steps, steps + CHUNK, side="right") - np.arange(
+        len(steps)
+    )  # the last chunk adds the end
     return 4 * n_weights * (3 + len(config.averages) + int(pending.max(initial=0)))
 
 

@@ -30,7 +30,9 @@ from paper_lib.training.loop import Report
 RUNS_PER_GPU = 3  # of small networks, whose steps are too short to keep a GPU busy
 SMALL = ("resnet8", "resnet14", "resnet20")
 
-_waiting: dict[subprocess.Popen, dict[str, str]] = {}  # workers between calls: the environment and folder of each
+_waiting: dict[
+    subprocess.Popen, dict[str, str]
+] = {}  # workers between calls: the environment and folder of each
 
 
 class WorkerError(RuntimeError):
@@ -66,7 +68,11 @@ def _workers(chosen: Sequence[dict[str, str]]) -> Iterator[list[subprocess.Popen
     Those of another environment end at once, as do all that have used a GPU: they hold its memory.
     """
     environment = {**os.environ, "": os.getcwd()}
-    usable = [worker for worker, known in _waiting.items() if known == environment and worker.poll() is None]
+    usable = [
+        worker
+        for worker, known in _waiting.items()
+        if known == environment and worker.poll() is None
+    ]
     _end([worker for worker in _waiting if worker not in usable])
     workers: list[subprocess.Popen] = []
     try:
@@ -118,7 +124,9 @@ def _start(variables: dict[str, str]) -> subprocess.Popen:
     )
 
 
-def _serve(worker: subprocess.Popen, waiting: queue.SimpleQueue, messages: queue.SimpleQueue) -> None:
+def _serve(
+    worker: subprocess.Popen, waiting: queue.SimpleQueue, messages: queue.SimpleQueue
+) -> None:
     """Hand jobs to one worker until none is left, passing on what it says."""
     while not waiting.empty():
         try:
@@ -136,7 +144,11 @@ def _serve(worker: subprocess.Popen, waiting: queue.SimpleQueue, messages: queue
             if "done" in message:
                 break
         else:
-            messages.put({"error": f"a training process died (exit code {worker.wait()}); the same call resumes"})
+            messages.put(
+                {
+                    "error": f"a training process died (exit code {worker.wait()}); the same call resumes"
+                }
+            )
             return
 
 
@@ -153,7 +165,9 @@ def work(jobs: IO[str], out: IO[str]) -> None:
         config = RunConfig.from_dict(job["config"])
         try:
             if runs.run_folder(config) != Path(job["folder"]):
-                raise RuntimeError("the code or data changed since this session began: restart it (or its kernel)")
+                raise RuntimeError(
+                    "the code or data changed since this session began: restart it (or its kernel)"
+                )
             runs.obtain(config, report=lambda steps, loss, lr: say(steps=steps, loss=loss, lr=lr))
         except Exception as error:
             say(error=f"{type(error).__name__}: {error}")
@@ -164,6 +178,11 @@ def work(jobs: IO[str], out: IO[str]) -> None:
 
 
 if __name__ == "__main__":
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # an interrupt is the caller's, which then ends its workers
-    protocol, sys.stdout = sys.stdout, sys.stderr  # anything that prints must not disturb the protocol
+    signal.signal(
+        signal.SIGINT, signal.SIG_IGN
+    )  # an interrupt is the caller's, which then ends its workers
+    protocol, sys.stdout = (
+        sys.stdout,
+        sys.stderr,
+    )  # anything that prints must not disturb the protocol
     work(sys.stdin, protocol)

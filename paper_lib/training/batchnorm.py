@@ -41,7 +41,9 @@ class _BatchwiseNorm:
         last = x.movedim(1, -1)  # channels last: a view of memory that is laid out so
         flat = last.reshape(self.n_batches, -1, x.shape[1])
         centered = flat - flat.mean(1, keepdim=True)
-        scale = (centered.square().mean(1, keepdim=True) + self.layer.eps).rsqrt()  # torch.var_mean: 5 times slower
+        scale = (
+            centered.square().mean(1, keepdim=True) + self.layer.eps
+        ).rsqrt()  # torch.var_mean: 5 times slower
         if not self.layer.affine:
             return (centered * scale).view(last.shape).movedim(-1, 1)
         out = torch.addcmul(self.layer.bias, centered, scale * self.layer.weight)

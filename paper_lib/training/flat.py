@@ -24,7 +24,9 @@ def exact_float32(device: torch.device) -> Iterator[None]:
     cudnn, blas = torch.backends.cudnn, torch.backends.cuda.matmul
     wanted = [(cudnn.conv, "fp32_precision", "ieee"), (blas, "fp32_precision", "ieee")]
     wanted += [(cudnn, "benchmark", False), (cudnn, "deterministic", True)]
-    if device.type != "cuda":  # nothing to set, and threads that probe side by side must not touch global flags
+    if (
+        device.type != "cuda"
+    ):  # nothing to set, and threads that probe side by side must not touch global flags
         wanted = []
     before = [getattr(owner, name) for owner, name, _ in wanted]
     try:
@@ -61,16 +63,25 @@ class FlatModel:
         for name, sub in module.named_modules():
             if isinstance(sub, nn.modules.batchnorm._NormBase):
                 what = f"momentum of the layer {name!r}, a {type(sub).__name__},"
-                require(sub.momentum is not None, what, None, "give it one, such as torch's default 0.1")
+                require(
+                    sub.momentum is not None, what, None, "give it one, such as torch's default 0.1"
+                )
                 sub.num_batches_tracked = None  # an integer that only matters without a momentum
         self.module = module.to(device)
         self.device = torch.device(device)
         self.parameters = params = [p for p in module.parameters() if p.requires_grad]
         floats = [b for b in module.buffers() if b.is_floating_point()]
-        require(bool(params), "module", type(module).__name__, "it needs at least one trainable parameter")
+        require(
+            bool(params),
+            "module",
+            type(module).__name__,
+            "it needs at least one trainable parameter",
+        )
         self.weights, self.grad, self.buffers = _flatten(params), _flatten(params), _flatten(floats)
         self.grad.zero_()
-        for p, value, grad in zip(params, _views(self.weights, params), _views(self.grad, params), strict=True):
+        for p, value, grad in zip(
+            params, _views(self.weights, params), _views(self.grad, params), strict=True
+        ):
             p.data, p.grad = value, grad
         for b, value in zip(floats, _views(self.buffers, floats), strict=True):
             b.data = value
@@ -111,7 +122,9 @@ def _flatten(tensors: list[Tensor]) -> Tensor:
     """Concatenate copies of tensors into one float32 vector, images-like 4-D ones in channels_last order."""
     if not tensors:
         return torch.zeros(0)
-    parts = [(t.permute(0, 2, 3, 1) if t.ndim == 4 else t).detach().float().reshape(-1) for t in tensors]
+    parts = [
+        (t.permute(0, 2, 3, 1) if t.ndim == 4 else t).detach().float().reshape(-1) for t in tensors
+    ]
     return torch.cat(parts).clone()
 
 

@@ -23,7 +23,9 @@ RESUME_EVERY_S = 10.0  # about this much work is lost when a run is killed,
 RESUME_SHARE = 0.05  # or more, where saving takes long: at most this share of the time goes into it
 
 State = dict[str, np.ndarray]  # weights (P,), buffers (Q,), momentum (P,) or (0,)
-Report = Callable[[int, float, float], None]  # steps done since the last report, loss, learning rate
+Report = Callable[
+    [int, float, float], None
+]  # steps done since the last report, loss, learning rate
 
 
 class Recorder(Protocol):
@@ -96,7 +98,9 @@ def sgd_step(net: FlatModel, velocity: Tensor, lr: float, config: RunConfig) -> 
 def batch_loss(net: FlatModel, x: Tensor, y: Tensor, config: RunConfig) -> Tensor:
     """Mean cross-entropy of a batch under the run's precision and label smoothing, a scalar."""
     reduced = config.precision == "bfloat16"
-    autocast = torch.autocast(net.device.type, torch.bfloat16) if reduced else contextlib.nullcontext()
+    autocast = (
+        torch.autocast(net.device.type, torch.bfloat16) if reduced else contextlib.nullcontext()
+    )
     with autocast:
         logits = net.forward(x)
     return F.cross_entropy(logits.float(), y, label_smoothing=config.label_smoothing)

@@ -16,7 +16,9 @@ def normalization(norm: str, channels: int) -> nn.Module:
     if norm == "batch":
         return nn.BatchNorm2d(channels)
     if norm == "group":
-        groups = max(g for g in range(1, 9) if channels % g == 0 and channels // g >= min(4, channels))
+        groups = max(
+            g for g in range(1, 9) if channels % g == 0 and channels // g >= min(4, channels)
+        )
         return nn.GroupNorm(groups, channels)
     return nn.Identity()
 
@@ -49,10 +51,14 @@ class ResNet(nn.Module):
     (its second convolution at zero), without which training at useful learning rates diverges.
     """
 
-    def __init__(self, blocks: tuple[int, ...], width: int, norm: str, in_channels: int, n_classes: int):
+    def __init__(
+        self, blocks: tuple[int, ...], width: int, norm: str, in_channels: int, n_classes: int
+    ):
         super().__init__()
         self.stem = nn.Sequential(
-            nn.Conv2d(in_channels, width, 3, 1, 1, bias=norm == "none"), normalization(norm, width), nn.ReLU()
+            nn.Conv2d(in_channels, width, 3, 1, 1, bias=norm == "none"),
+            normalization(norm, width),
+            nn.ReLU(),
         )
         layers, channels = [], width
         for stage, n_blocks in enumerate(blocks):
@@ -96,13 +102,19 @@ def _torchvision(name: str, n_classes: int, norm: str) -> nn.Module:
     layer = {"batch": None, "none": Shift}.get(norm, lambda channels: normalization(norm, channels))
     net = getattr(torchvision.models, name)(num_classes=n_classes, norm_layer=layer)
     if norm == "none":
-        last = "conv2" if name in ("resnet18", "resnet34") else "conv3"  # of a basic block, of a bottleneck
-        for block in (block for stage in (net.layer1, net.layer2, net.layer3, net.layer4) for block in stage):
+        last = (
+            "conv2" if name in ("resnet18", "resnet34") else "conv3"
+        )  # of a basic block, of a bottleneck
+        for block in (
+            block for stage in (net.layer1, net.layer2, net.layer3, net.layer4) for block in stage
+        ):
             nn.init.zeros_(getattr(block, last).weight)
     return net
 
 
-def build(name: str, in_channels: int, n_classes: int, width: int = 16, norm: str = "batch") -> nn.Module:
+def build(
+    name: str, in_channels: int, n_classes: int, width: int = 16, norm: str = "batch"
+) -> nn.Module:
     """Return a network by name, initialized from torch's current random state.
 
     resnet<6n+2> (8, 14, 20, 32, 44, 56, 110): the CIFAR family, three stages of n blocks.
@@ -113,10 +125,14 @@ def build(name: str, in_channels: int, n_classes: int, width: int = 16, norm: st
     if name == "resnet18_cifar":
         return ResNet((2, 2, 2, 2), width, norm, in_channels, n_classes)
     if name in TORCHVISION_MODELS:
-        require(in_channels == 3, "in_channels", in_channels, f"{name} is torchvision's and needs 3")
+        require(
+            in_channels == 3, "in_channels", in_channels, f"{name} is torchvision's and needs 3"
+        )
         return _torchvision(name, n_classes, norm)
     match = re.fullmatch(r"resnet(\d+)", name)
-    allowed = f"resnet8, resnet14, resnet20, ... (6n+2), resnet18_cifar, {', '.join(TORCHVISION_MODELS)}"
+    allowed = (
+        f"resnet8, resnet14, resnet20, ... (6n+2), resnet18_cifar, {', '.join(TORCHVISION_MODELS)}"
+    )
     depth = int(match.group(1)) if match else 0
     require(depth >= 8 and depth % 6 == 2, "model", name, allowed)
     return ResNet(((depth - 2) // 6,) * 3, width, norm, in_channels, n_classes)

@@ -22,9 +22,13 @@ from paper_lib.training.flat import FlatModel
 T = TypeVar("T")
 
 
-PATIENCE = timedelta(days=7)  # of processes that wait while the first one waits for a lock, or writes
+PATIENCE = timedelta(
+    days=7
+)  # of processes that wait while the first one waits for a lock, or writes
 
-_control: dist.ProcessGroup | None = None  # on the CPU, for decisions; tensors go through the default group
+_control: dist.ProcessGroup | None = (
+    None  # on the CPU, for decisions; tensors go through the default group
+)
 
 
 @contextlib.contextmanager
@@ -63,7 +67,9 @@ def world() -> int:
 
 def cpus() -> int:
     """CPUs for this process: those of the machine that it may use, shared among torchrun's local processes."""
-    usable = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    usable = (
+        len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    )
     return max(1, usable // int(os.environ.get("LOCAL_WORLD_SIZE", 1)))
 
 
