@@ -47,7 +47,9 @@ def check_seeds(seeds: Any) -> tuple[int, ...]:
     require(isinstance(found, Iterable), "seeds", seeds, "give integers, such as [0, 1, 2]")
     found = tuple(found)
     require(len(found) > 0, "seeds", seeds, "name at least one")
-    require(len(set(found)) == len(found), "seeds", seeds, "each seed may stand only once")
+    require(
+        len(set(map(str, found))) == len(found), "seeds", seeds, "each seed may stand only once"
+    )
     return found
 
 

@@ -29,14 +29,48 @@ def _changed(base: Study, settings: Mapping[str, Any], **others: Any) -> Study:
     return dataclasses.replace(base, run=base.run.replace(**run), **others)
 
 
-def _like(base: Study, preset: str, label: str, **settings: Any) -> Study:
-    """Another preset, which differs from `base` in these settings."""
-    return _changed(base, settings, preset=preset, label=label)
+PRESETS: dict[str, Study] = {}
+
+
+def _add(base: Study, preset: str, label: str, **settings: Any) -> Study:
+    """Add a preset that differs from `base` in these settings, and return it."""
+    PRESETS[preset] = _changed(base, settings, preset=preset, label=label)
+    return PRESETS[preset]
 
 
 DIGITS_RUN = RunConfig(steps=1500, record="0-50,75-1500/25")
 DIGITS = Study(preset="digits", label="digits, ResNet-8", run=DIGITS_RUN)
-CIFAR10 = _like(
+_add(
+    DIGITS,
+    "smoke",
+    "digits, smoke test",
+    width=4,
+    steps=120,
+    record="0-120",
+    window=60,
+    decay=40,
+    probe_batches=6,
+    eval_batches=8,
+    eval_images=500,
+)
+_add(DIGITS, "digits", "digits, ResNet-8")
+_add(
+    DIGITS,
+    "cifar10_small",
+    "CIFAR-10 (JPEG) at 16 pixels, ResNet-8 of width 16",
+    data="imagefolder",
+    held_out=5000,
+    image_size=16,
+    width=16,
+    steps=4000,
+    record="0-50,75-4000/25",
+    window=400,
+    decay=400,
+    probe_batches=8,
+    eval_batches=64,
+    eval_images=2000,
+)
+CIFAR10 = _add(
     DIGITS,
     "cifar10",
     "CIFAR-10, ResNet-18",
@@ -53,11 +87,24 @@ CIFAR10 = _like(
     horizon=4000,
     decay=4000,
 )
-IMAGENET = _like(  # the usual recipe, its lr 0.1 with momentum 0.9 as plain SGD, and constant
-    CIFAR10,
+_add(CIFAR10, "cifar10_resnet20", "CIFAR-10, ResNet-20", model="resnet20", width=16, window=800)
+JPEG = _add(
+    CIFAR10, "cifar10_jpeg", "CIFAR-10 (JPEG), ResNet-18", data="imagefolder", image_size=32
+)
+_add(CIFAR10, "cifar100", "CIFAR-100, ResNet-18", data="cifar100")
+_add(  # Tiny ImageNet, or any tree of images
+    JPEG,
+    "images64",
+    "images at 64 pixels, ResNet-18",
+    image_size=64,
+    batch_size=256,
+    steps=20_000,
+    record="0-50,500-20000/500",
+)
+IMAGENET = _add(  # the usual recipe, its lr 0.1 with momentum 0.9 as plain SGD, and constant
+    JPEG,
     "imagenet",
     "ImageNet, ResNet-50",
-    data="imagefolder",
     held_out=10_000,
     image_size=224,
     model="resnet50",
@@ -70,55 +117,7 @@ IMAGENET = _like(  # the usual recipe, its lr 0.1 with momentum 0.9 as plain SGD
     horizon=5000,
     decay=50_000,
 )
-CIFAR10_RESNET20 = _like(
-    CIFAR10, "cifar10_resnet20", "CIFAR-10, ResNet-20", model="resnet20", width=16, window=800
-)
-CIFAR10_JPEG = _like(
-    CIFAR10, "cifar10_jpeg", "CIFAR-10 (JPEG), ResNet-18", data="imagefolder", image_size=32
-)
-IMAGES64 = _like(  # Tiny ImageNet, or any tree of images
-    CIFAR10_JPEG,
-    "images64",
-    "images at 64 pixels, ResNet-18",
-    image_size=64,
-    batch_size=256,
-    steps=20_000,
-    record="0-50,500-20000/500",
-)
-SMOKE = _like(
-    DIGITS,
-    "smoke",
-    "digits, smoke test",
-    width=4,
-    steps=120,
-    record="0-120",
-    window=60,
-    decay=40,
-    probe_batches=6,
-    eval_batches=8,
-    eval_images=500,
-)
-CIFAR10_SMALL = _like(
-    DIGITS,
-    "cifar10_small",
-    "CIFAR-10 (JPEG) at 16 pixels, ResNet-8 of width 16",
-    data="imagefolder",
-    held_out=5000,
-    image_size=16,
-    width=16,
-    steps=4000,
-    record="0-50,75-4000/25",
-    window=400,
-    decay=400,
-    probe_batches=8,
-    eval_batches=64,
-    eval_images=2000,
-)
-CIFAR100 = _like(CIFAR10, "cifar100", "CIFAR-100, ResNet-18", data="cifar100")
-IMAGENET_RESNET34 = _like(IMAGENET, "imagenet_resnet34", "ImageNet, ResNet-34", model="resnet34")
-
-_SMALL = (SMOKE, DIGITS, CIFAR10_SMALL, CIFAR10, CIFAR10_RESNET20, CIFAR10_JPEG, CIFAR100)
-PRESETS = {s.preset: s for s in (*_SMALL, IMAGES64, IMAGENET, IMAGENET_RESNET34)}
+_add(IMAGENET, "imagenet_resnet34", "ImageNet, ResNet-34", model="resnet34")
 
 
 def study(preset: str, settings: Mapping[str, Any] | str = "{}", **overrides: Any) -> Study:
