@@ -1,66 +1,141 @@
-"""What a run and a study are: frozen dataclasses, their validation, and where things are kept."""
+"""What a run and a study are: frozen dataclasses validated by pydantic; how snapshots are named."""
 
 from __future__ import annotations
 
 import dataclasses
+import functools
 import json
-import math
-import os
 import re
-from collections.abc import Iterable, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Iterable
+from dataclasses import field
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any, Literal, dataclass_transform, get_type_hints
 
 import numpy as np
+from pydantic import AfterValidator, BeforeValidator, ConfigDict, Field, ValidationError
+from pydantic.dataclasses import dataclass
 
 from paper_lib.averaging import schedules, vectors
-from paper_lib.validate import ConfigError, check_names, check_types, field_names, require
-
-ROOT = Path(__file__).resolve().parent.parent
-
-
-def folder(kind: str) -> Path:
-    """Return where `kind` ("data", "results" or "runs") lives: $PAPER_<KIND>, else a folder of the repository."""
-    return Path(os.environ.get(f"PAPER_{kind.upper()}") or ROOT / kind)
+from paper_lib.errors import ConfigError, brief, check_names, require
+from paper_lib.files import folder
 
 
-@dataclass(frozen=True)
+def as_number(value: Any) -> Any:
+    """Python's own number for NumPy's; text is left to pydantic, a truth value is refused."""
+    value = value.tolist() if isinstance(value, np.generic | np.ndarray) else value
+    if isinstance(value, bool):
+        raise ValueError("it must be a number, not a truth value")
+    return value
+
+
+def as_items(value: Any) -> Any:
+    """A list for an array, a single integer, or text such as "0 1" or "[0, 1]"; else `value`."""
+    value = value.tolist() if isinstance(value, np.generic | np.ndarray) else value
+    if isinstance(value, str):
+        return re.findall(r"[^,\s]+", value.strip("()[] "))
+    return [value] if type(value) is int else value
+
+
+def as_names(value: Any) -> Any:
+    """A list of the names that text separates by commas; else `value`."""
+    return re.split(r"\s*,\s*", value.strip()) if isinstance(value, str) and value else value
+
+
+def check_seeds(seeds: Any) -> tuple[int, ...]:
+    """Return seeds as a tuple; raise ConfigError if there are none, or one stands twice."""
+    found = as_items(seeds)
+    require(isinstance(found, Iterable), "seeds", seeds, "give integers, such as [0, 1, 2]")
+    found = tuple(found)
+    require(len(found) > 0, "seeds", seeds, "name at least one")
+    require(
+        len(set(map(str, found))) == len(found), "seeds", seeds, "each seed may stand only once"
+    )
+    return found
+
+
+Int = Annotated[int, BeforeValidator(as_number), Field(lt=2**63)]
+Natural = Annotated[Int, Field(ge=0)]
+Positive = Annotated[Int, Field(ge=1)]
+Float = Annotated[float, BeforeValidator(as_number)]
+Naturals = Annotated[tuple[Natural, ...], BeforeValidator(as_items)]
+Floats = Annotated[tuple[Float, ...], BeforeValidator(as_items)]
+Names = Annotated[tuple[str, ...], BeforeValidator(as_names)]
+Seeds = Annotated[Naturals, AfterValidator(check_seeds)]
+Norm = Literal["batch", "group", "none"]
+Precision = Literal["float32", "bfloat16"]
+
+
+@dataclass_transform(frozen_default=True, kw_only_default=True, field_specifiers=(field,))
+def settings(cls: Any) -> Any:
+    """Make a frozen dataclass that pydantic validates, and that raises ConfigError, of one line."""
+    strict = ConfigDict(extra="forbid", allow_inf_nan=False)
+    cls = dataclass(frozen=True, kw_only=True, config=strict)(cls)
+    validate, names = cls.__init__, [f.name for f in dataclasses.fields(cls)]
+
+    @functools.wraps(validate)
+    def __init__(self: Any, **values: Any) -> None:
+        check_names(values, names, "setting")
+        try:
+            validate(self, **values)
+        except ValidationError as error:
+            raise _one_line(error) from None
+
+    cls.__init__ = __init__
+    return cls
+
+
+def _one_line(error: ValidationError) -> ConfigError:
+    fault = error.errors(include_url=False)[-1]  # of a union's alternatives the last one says most
+    cause = fault.get("ctx", {}).get("error")
+    if isinstance(cause, ConfigError):
+        return cause
+    path = [part for part in fault["loc"] if str(part).isalnum() or str(part).isidentifier()]
+    name = ".".join(map(str, path))
+    allowed = str(cause or fault["msg"]).replace("Input should be", "it must be")
+    return ConfigError(f"{name} = {brief(fault['input'])} is not allowed: {allowed}")
+
+
+@settings
 class RunConfig:
     """Everything that determines one training run, and nothing else.
 
-    A run takes the weights x_start (its initialization, or a state of `parent`) to x_steps; the step from x_t to
-    x_{t+1} uses batch t of the stream `batch_seed` and the learning rate lr * factor_t of `schedule`, whose horizon
-    is steps - start. Steps are absolute: a branch goes on counting, so by default it sees its parent's batches.
+    A run takes the weights x_start (its initialization, or a state of `parent`) to x_steps; the
+    step from x_t to x_{t+1} uses batch t of the stream `batch_seed` and the learning rate lr *
+    factor_t of `schedule`, whose horizon is steps - start. Steps are absolute: a branch goes on
+    counting, so by default it sees its parent's batches.
+
+    Values may be NumPy's, or text as a command line gives it. Raises ConfigError, of one line,
+    for a setting that is unknown, of another type, or cannot work. The text beside a type is what
+    the setting means.
     """
 
-    data: str = "digits"  # digits, cifar10, cifar100, imagefolder, or the name of a dataset of your own
-    held_out: int = 8000  # training images that are never trained on; they serve as held-out batches
-    image_size: int = 0  # pixels, for imagefolder alone, which needs it; 0: as the data are
-    model: str = "resnet8"
-    width: int = 8  # channels of the first stage
-    norm: str = "batch"  # batch, group or none
-    batch_size: int = 64
-    lr: float = 1.0
-    schedule: str | tuple[float, ...] = "constant"  # a name of schedules.py, or one multiple of lr per step
-    momentum: float = 0.0
-    weight_decay: float = 5e-4
-    label_smoothing: float = 0.0
-    steps: int = 1500  # the step at which the run ends
-    record: str = ""  # snapshots kept: "0-50,100-1500/25" is x_0..x_50 and every 25th from x_100 to x_1500
-    checkpoints: tuple[int, ...] = ()  # steps at which momentum is kept too, to branch from (the end always is)
-    averages: tuple[str, ...] = ()  # of x_start..x_steps, accumulated on the way: "EMA 0.99", "uniform 400", ...
-    seed: int = 0  # initialization
-    batch_seed: int | None = None  # batch stream; None: the same as seed
-    precision: str = "float32"  # float32, or bfloat16 autocast on float32 weights
-    compile: bool = False  # torch.compile the forward pass: other last bits
-    threads: int = 1  # CPU threads of the run: other last bits
-    parent: RunConfig | None = None
-    start: int = 0
-    perturbation: float = 0.0  # random displacement of the start, relative to the norm of its weights
+    data: Annotated[str, "digits, cifar10, cifar100, imagefolder, or your own"] = "digits"
+    held_out: Annotated[Natural, "training images kept apart, for held-out batches"] = 8000
+    image_size: Annotated[Natural, "pixels, for imagefolder alone, which needs it"] = 0
+    model: Annotated[str, "a network of training, such as resnet8 or resnet50"] = "resnet8"
+    width: Annotated[Positive, "channels of the network's first stage"] = 8
+    norm: Annotated[Norm, "batch, group or none"] = "batch"
+    batch_size: Annotated[Positive, "images in a batch"] = 64
+    lr: Annotated[Float, "learning rate"] = 1.0
+    schedule: Annotated[str | Floats, "a name, or one factor of lr per step"] = "constant"
+    momentum: Annotated[Float, Field(ge=0, lt=1), "momentum of SGD"] = 0.0
+    weight_decay: Annotated[Float, Field(ge=0), "weight decay, added to the gradient"] = 5e-4
+    steps: Annotated[Int, "step at which the run ends"] = 1500
+    record: Annotated[str, "snapshots kept: 0-50,75-1500/25 is 0 to 50, then every 25th"] = ""
+    checkpoints: Annotated[Naturals, "steps to branch from; the end always is one"] = ()
+    averages: Annotated[Names, "averages kept of all iterates: EMA 0.99, uniform 400"] = ()
+    seed: Annotated[Natural, "of the initialization"] = 0
+    batch_seed: Annotated[Natural | None, "of the batches; None: the same as seed"] = None
+    precision: Annotated[Precision, "float32, or bfloat16: autocast on float32 weights"] = "float32"
+    compile: Annotated[bool, "torch.compile the forward pass: other last bits"] = False
+    threads: Annotated[Positive, "CPU threads of a run: other last bits"] = 1
+    parent: Annotated[RunConfig | None, "the run that this one leaves"] = None
+    start: Annotated[Natural, "the step of its parent at which this run begins"] = 0
+    perturbation: Annotated[
+        Float, Field(ge=0), "displacement of the start, relative to its norm"
+    ] = 0.0
 
     def __post_init__(self) -> None:
-        check_types(self)
         check_run(self)
 
     @property
@@ -74,21 +149,21 @@ class RunConfig:
         return parse_record(self.record)
 
     def replace(self, **changes: Any) -> RunConfig:
-        """Return a copy with some fields changed (a new seed also reaches the parents)."""
-        check_names(changes, field_names(RunConfig), "run setting")
+        """Return a copy with some settings changed (a new seed also reaches the parents)."""
         if "seed" in changes and self.parent is not None and "parent" not in changes:
             changes["parent"] = self.parent.replace(seed=changes["seed"])
         return dataclasses.replace(self, **changes)
 
     def branch(self, n_steps: int, at: int | None = None, **changes: Any) -> RunConfig:
-        """Return the run that leaves this one at step `at` (default: its end) and takes n_steps more.
+        """Return the run that leaves this one at step `at` (default: its end) for n_steps.
 
-        It inherits every setting but `schedule` ("constant") and `record`, `checkpoints`, `averages` and `perturbation`
-        (none), unless changed.
+        It inherits every setting but `schedule` ("constant") and `record`, `checkpoints`,
+        `averages` and `perturbation` (none), unless changed.
         """
         at = self.steps if at is None else at
-        base = {"schedule": "constant", "record": "", "checkpoints": (), "averages": (), "perturbation": 0.0}
-        return self.replace(**{**base, "parent": self, "start": at, "steps": at + n_steps, **changes})
+        own = {"record": "", "checkpoints": (), "averages": (), "perturbation": 0.0}
+        base = {"schedule": "constant", **own, "parent": self, "start": at, "steps": at + n_steps}
+        return self.replace(**{**base, **changes})
 
     def to_dict(self) -> dict[str, Any]:
         """Return the settings as JSON-ready values, parents nested."""
@@ -97,35 +172,45 @@ class RunConfig:
     @classmethod
     def from_dict(cls, values: dict[str, Any]) -> RunConfig:
         """Inverse of `to_dict`."""
-        values = {k: tuple(v) if isinstance(v, list) else v for k, v in values.items()}
-        if values.get("parent") is not None:
-            values["parent"] = cls.from_dict(values["parent"])
         return cls(**values)
 
 
-@dataclass(frozen=True)
+@settings
 class Study:
-    """What the notebooks of one preset share: a warm-up to stationarity, windows after it, seeds and probe sizes."""
+    """What the notebooks of a preset share: a warm-up, windows after it, seeds, sizes of probes.
+
+    A user's own `dataset`, and `net`, a function without arguments that makes the network, go
+    along; neither is compared or shown.
+    """
 
     preset: str
-    run: RunConfig  # the warm-up: from initialization to the stationary state at a constant learning rate
-    window: int = 800  # steps after the warm-up, every iterate recorded
-    horizon: int = 0  # steps after the warm-up over which the scoreboard averages; 0: the window
-    decay: int = 800  # steps in which a decayed run takes the learning rate to zero
-    seeds: tuple[int, ...] = (0, 1, 2)
-    probe_batches: int = 16  # snapshots, or batches, per seed in a probe
-    eval_batches: int = 128  # batches in an estimate of the training loss
-    eval_images: int = 2500  # training images, and test images, in an evaluation of weights
+    run: Annotated[RunConfig, "the warm-up to the stationary state, at a constant lr"]
+    window: Annotated[Positive, "steps after the warm-up, every iterate recorded"] = 800
+    horizon: Annotated[Natural, "steps that the scoreboard averages; 0: the window"] = 0
+    decay: Annotated[Positive, "steps in which a decayed run takes lr to zero"] = 800
+    seeds: Annotated[Seeds, "seeds, as in --seeds '0 1 2'"] = (0, 1, 2)
+    probe_batches: Annotated[Positive, "snapshots, or batches, per seed in a probe"] = 16
+    eval_batches: Annotated[Positive, "batches in an estimate of the training loss"] = 128
+    eval_images: Annotated[Positive, "images of a split in an evaluation of weights"] = 2500
     label: str = field(default="", repr=False)  # how figures name the setting
-    custom: str = field(default="", repr=False)  # six digits that stand for settings that differ from the preset's
+    custom: str = field(default="", repr=False)  # digits for what differs from the preset
+    dataset: Any = field(default=None, repr=False, compare=False)
+    net: Any = field(default=None, repr=False, compare=False)
 
     def __post_init__(self) -> None:
-        check_types(self)
-        check_study(self)
+        is_class = isinstance(self.net, type)
+        makes = callable(self.net) and (is_class or not hasattr(self.net, "state_dict"))
+        allowed = "pass the function that makes the network, such as its class, not the network"
+        require(self.net is None or makes, "net", type(self.net).__name__, allowed)
+
+    @property
+    def own_net(self) -> bool:
+        """Whether the network is a user's own, which has no settings `norm` and `width`."""
+        return self.net is not None
 
     @property
     def results(self) -> Path:
-        """Folder of the results: that of the preset, unless settings were changed, whose results are others."""
+        """Folder of the results: the preset's, or one of its own if settings were changed."""
         return folder("results") / (f"{self.preset}-{self.custom}" if self.custom else self.preset)
 
     @property
@@ -133,87 +218,79 @@ class Study:
         """Steps over which the scoreboard averages."""
         return self.horizon or self.window
 
+    @property
+    def averages(self) -> dict[str, str]:
+        """The averages that the scoreboard compares, for `vectors.named`, by their label."""
+        half = self.averaged_steps // 2
+        return {
+            "last iterate": "uniform 1",
+            f"two points, {half} steps apart": f"two points {half}",
+            "EMA, decay 0.99": "EMA 0.99",
+            f"uniform average of {half}": f"uniform {half}",
+        }
+
     def stationary(self, n_steps: int | None = None, **changes: Any) -> RunConfig:
-        """The constant-learning-rate run after the warm-up, every iterate recorded (all of `window` by default)."""
+        """The run after the warm-up at constant lr, every iterate recorded; by default `window`."""
         n_steps = self.window if n_steps is None else n_steps
         start = self.run.steps
         return self.run.branch(n_steps, **{"record": f"{start}-{start + n_steps}", **changes})
 
     def averaged(self, names: Iterable[str], **changes: Any) -> RunConfig:
-        """The run whose averages the scoreboard shows: the window itself, or a longer run that keeps these alone."""
+        """The run that the scoreboard averages: the window, or a longer one with these alone."""
         if self.averaged_steps == self.window:
             return self.stationary(**changes)
-        return self.stationary(self.averaged_steps, record="", averages=tuple(names), **changes)
+        kept = {"record": "", "averages": tuple(names), **changes}
+        return self.stationary(self.averaged_steps, **kept)
 
     def decayed(self, **changes: Any) -> RunConfig:
-        """The fully trained network: the warm-up followed by a linear decay of the learning rate to zero."""
+        """The fully trained network: after the warm-up a linear decay of lr to zero."""
         return self.run.branch(self.decay, **{"schedule": "linear", **changes})
 
 
+def meanings(cls: type) -> dict[str, str]:
+    """What the settings of RunConfig or Study mean, by name."""
+    hints = get_type_hints(cls, include_extras=True).items()
+    return {name: hint.__metadata__[-1] for name, hint in hints if hasattr(hint, "__metadata__")}
+
+
 def check_run(c: RunConfig) -> None:
-    """Raise ConfigError where a run's settings cannot work."""
-    for name in ("lr", "momentum", "weight_decay", "label_smoothing", "perturbation"):
-        require(math.isfinite(getattr(c, name)), name, getattr(c, name), "it must be finite")
+    """Raise ConfigError where settings of a run, each good by itself, cannot work together."""
     require(c.lr > 0, "lr", c.lr, "the learning rate must be > 0")
-    require(0 <= c.momentum < 1, "momentum", c.momentum, "it must lie in [0, 1)")
-    for name in ("weight_decay", "perturbation"):
-        require(getattr(c, name) >= 0, name, getattr(c, name), "it must be >= 0")
-    require(0 <= c.label_smoothing < 1, "label_smoothing", c.label_smoothing, "it must lie in [0, 1)")
-    for name in ("width", "batch_size", "threads"):
-        require(getattr(c, name) >= 1, name, getattr(c, name), "it must be at least 1")
-    for name in ("held_out", "image_size", "seed", "start"):
-        require(getattr(c, name) >= 0, name, getattr(c, name), "it must be >= 0")
-    require((c.batch_seed or 0) >= 0, "batch_seed", c.batch_seed, "it must be >= 0")
-    needed = c.data == "imagefolder"
-    require(c.image_size > 0 or not needed, "image_size", c.image_size, "a tree of images needs the size to load at")
-    require(c.norm in ("batch", "group", "none"), "norm", c.norm, "batch, group or none")
-    require(c.precision in ("float32", "bfloat16"), "precision", c.precision, "float32 or bfloat16")
-    require(c.steps > c.start, "steps", c.steps, f"the run starts at step {c.start} and must take at least one")
-    require(c.start == 0 or c.parent is not None, "start", c.start, "only a branch (see `branch`) starts later")
+    sized = c.image_size > 0 or c.data != "imagefolder"
+    require(sized, "image_size", c.image_size, "a tree of images needs the size to load at")
+    allowed = f"the run starts at step {c.start} and must take at least one"
+    require(c.steps > c.start, "steps", c.steps, allowed)
+    first = c.start == 0 or c.parent is not None
+    require(first, "start", c.start, "only a branch (see `branch`) starts later")
     if c.parent is not None:
-        require(c.start <= c.parent.steps, "start", c.start, f"the parent run ends at step {c.parent.steps}")
+        allowed = f"the parent run ends at step {c.parent.steps}"
+        require(c.start <= c.parent.steps, "start", c.start, allowed)
     if isinstance(c.schedule, str):
-        check_names([c.schedule], list(schedules.COOLDOWNS), "schedule")
+        check_names([c.schedule], schedules.COOLDOWNS, "schedule")
     else:
         n, expected = len(c.schedule), c.steps - c.start
-        require(n == expected, "schedule of length", n, f"it needs one factor for each of {expected} steps")
+        allowed = f"it needs one factor for each of {expected} steps"
+        require(n == expected, "schedule of length", n, allowed)
     for name in c.averages:
         try:
             vectors.named(name, c.steps - c.start + 1)
-        except ValueError as error:
-            raise ConfigError(f"averages = {c.averages!r} is not allowed: {error}") from None
+        except (ValueError, MemoryError) as error:
+            raise ConfigError(f"averages = {brief(c.averages)} is not allowed: {error}") from None
     for name, kept in (("record", c.snapshot_steps), ("checkpoints", np.array(c.checkpoints, int))):
         outside = describe(kept[(kept < c.start) | (kept > c.steps)])
         allowed = f"step {outside} lies outside the run, which goes from {c.start} to {c.steps}"
         require(not outside, name, getattr(c, name), allowed)
 
 
-def check_study(s: Study) -> None:
-    """Raise ConfigError where a study's settings cannot work."""
-    for name in ("window", "decay", "probe_batches", "eval_batches", "eval_images"):
-        require(getattr(s, name) >= 1, name, getattr(s, name), "it must be at least 1")
-    require(s.horizon >= 0, "horizon", s.horizon, "it must be >= 0; 0 stands for the window")
-    check_seeds(s.seeds)
-
-
-def check_seeds(seeds: Sequence[int]) -> None:
-    """Raise ConfigError unless these are seeds: one or more integers >= 0 that do not repeat."""
-    is_sequence = isinstance(seeds, Sequence | np.ndarray)
-    integers = is_sequence and all(isinstance(seed, int | np.integer) for seed in seeds)
-    require(integers, "seeds", seeds, "give a sequence of integers, such as [0, 1, 2]")
-    require(len(seeds) > 0, "seeds", seeds, "name at least one")
-    require(len(set(seeds)) == len(seeds), "seeds", seeds, "each seed may stand only once")
-    require(min(seeds) >= 0, "seeds", seeds, "they must be >= 0")
-
-
 def parse_record(record: str) -> np.ndarray:
     """Turn "0-50,100-1500/25" (both ends included) into ascending snapshot steps, shape (n,)."""
     steps: set[int] = set()
     for part in filter(None, record.replace(" ", "").split(",")):
-        match = re.fullmatch(r"(\d+)(?:-(\d+)(?:/(\d+))?)?", part)
-        require(match is not None, "record", record, "write windows as first-last or first-last/stride")
-        first, last, stride = (int(g) if g else None for g in match.groups())
-        last, stride = first if last is None else last, 1 if stride is None else stride
+        match = re.fullmatch(r"(\d{1,9})(?:-(\d{1,9})(?:/(\d{1,9}))?)?", part)
+        if match is None:
+            allowed = "write windows as first-last or first-last/stride"
+            raise ConfigError(f"record = {record!r} is not allowed: {allowed}")
+        first, last, stride = int(match[1]), int(match[2] or match[1]), int(match[3] or 1)
         require(last >= first and stride >= 1, "record", record, f"the window {part!r} is empty")
         steps.update(range(first, last + 1, stride))
     return np.array(sorted(steps), dtype=np.int64)
@@ -226,7 +303,7 @@ def cut_record(record: str, last: int) -> str:
 
 
 def describe(steps: np.ndarray) -> str:
-    """Write ascending steps in the notation of `record` (inverse of `parse_record`): "0-50,75-1500/25"."""
+    """Write ascending steps as `record` does, "0-50,75-1500/25": inverse of `parse_record`."""
     parts, i = [], 0
     while i < len(steps):
         gaps = np.diff(steps[i:])

@@ -1,8 +1,9 @@
-"""Files that are whole or absent: atomic replacement, locks, and room on the disk before it is needed."""
+"""Where files are kept; files that are whole or absent: replacement, locks, room on the disk."""
 
 from __future__ import annotations
 
 import os
+import re
 import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -12,12 +13,32 @@ import filelock
 import numpy as np
 
 
+def folder(kind: str) -> Path:
+    """Return where `kind` ("data", "results" or "runs") lives.
+
+    It is $PAPER_<KIND>, or a folder of that name in the working directory, or at the top of the
+    checkout of this repository that the working directory is in.
+    """
+    named = os.environ.get(f"PAPER_{kind.upper()}")
+    return Path(named) if named else (_checkout() or Path.cwd()) / kind
+
+
+def _checkout() -> Path | None:
+    """The top of the checkout of this repository that the working directory is in."""
+    for top in (Path.cwd(), *Path.cwd().parents):
+        project = top / "pyproject.toml"
+        if (top / "notebooks").is_dir() and project.is_file():
+            if re.search('^name = "paper-lib"$', project.read_text(), flags=re.MULTILINE):
+                return top
+    return None
+
+
 @contextmanager
 def replacing(path: Path | str) -> Iterator[Path]:
-    """Yield a temporary path beside `path`, with its suffix, that takes its place if the block ends without an error.
+    """Yield a temporary path beside `path`, with its suffix, that takes its place at the end.
 
-    Folders are made as needed; the content reaches the disk before the name does. After an error the temporary file
-    is removed and `path` is as it was.
+    Folders are made as needed; the content reaches the disk before the name does. After an error
+    the temporary file is removed and `path` is as it was.
     """
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
@@ -50,11 +71,12 @@ def allocate(path: Path, shape: tuple[int, ...], dtype: str) -> np.memmap:
 
 
 def require_space(folder: Path, needed: int, what: str) -> None:
-    """Raise OSError with the arithmetic if `needed` bytes (and 5 % more) do not fit on the folder's disk."""
+    """Raise OSError with the arithmetic if `needed` bytes, and 5 % more, do not fit on the disk."""
     folder.mkdir(parents=True, exist_ok=True)
     free = shutil.disk_usage(folder).free
     if needed * 1.05 > free:
         raise OSError(
-            f"{what} needs {needed / 1e9:.2f} GB, but {folder} has {free / 1e9:.2f} GB free: free some space, "
-            "set PAPER_RUNS to a folder on a larger disk, or record fewer snapshots"
+            f"{what} needs {needed / 1e9:.2f} GB, but {folder} has {free / 1e9:.2f} GB "
+            "free: free some space, set PAPER_RUNS to a folder on a larger disk, or record fewer "
+            "snapshots"
         )

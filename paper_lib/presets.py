@@ -1,144 +1,208 @@
-"""The presets, each a study by name, and `study`, which applies overrides to one."""
+"""The presets, each a study by name; `study` changes settings, `own` takes your data and net."""
 
 from __future__ import annotations
 
+import dataclasses
 import hashlib
-from dataclasses import replace
+import json
+from collections.abc import Mapping, Sized
+from contextlib import suppress
 from typing import Any
 
-from paper_lib.config import RunConfig, Study, cut_record
-from paper_lib.validate import check_names, field_names
+import numpy as np
 
-RESNET18 = Study(
-    preset="cifar10",
-    label="CIFAR-10, ResNet-18",
-    run=RunConfig(
-        data="cifar10",
-        held_out=5000,
-        model="resnet18_cifar",
-        width=64,
-        batch_size=128,
-        lr=0.5,
-        steps=14_000,
-        record="0-50,250-14000/250",
-        precision="bfloat16",
-    ),
+from paper_lib.config import RunConfig, Study, as_items, cut_record, describe
+from paper_lib.errors import check_names, require
+
+NOT_SET = "parent start perturbation seed batch_seed preset run label custom dataset net".split()
+RUN_SETTINGS = [f.name for f in dataclasses.fields(RunConfig) if f.name not in NOT_SET]
+STUDY_SETTINGS = [f.name for f in dataclasses.fields(Study) if f.name not in NOT_SET]
+
+
+def _changed(base: Study, settings: Mapping[str, Any], **others: Any) -> Study:
+    """`base` with settings of its run and its own by name; empty `seeds` stand for its seeds."""
+    run = {name: value for name, value in settings.items() if name in RUN_SETTINGS}
+    others |= {name: value for name, value in settings.items() if name in STUDY_SETTINGS}
+    seeds = as_items(others.get("seeds"))
+    if seeds is None or (isinstance(seeds, Sized) and len(seeds) == 0):
+        others.pop("seeds", None)
+    return dataclasses.replace(base, run=base.run.replace(**run), **others)
+
+
+PRESETS: dict[str, Study] = {}
+
+
+def _add(base: Study, preset: str, label: str, **settings: Any) -> Study:
+    """Add a preset that differs from `base` in these settings, and return it."""
+    PRESETS[preset] = _changed(base, settings, preset=preset, label=label)
+    return PRESETS[preset]
+
+
+DIGITS_RUN = RunConfig(steps=1500, record="0-50,75-1500/25")
+DIGITS = Study(preset="digits", label="digits, ResNet-8", run=DIGITS_RUN)
+_add(
+    DIGITS,
+    "smoke",
+    "digits, smoke test",
+    width=4,
+    steps=120,
+    record="0-120",
+    window=60,
+    decay=40,
+    probe_batches=6,
+    eval_batches=8,
+    eval_images=500,
+)
+_add(DIGITS, "digits", "digits, ResNet-8")
+_add(
+    DIGITS,
+    "cifar10_small",
+    "CIFAR-10 (JPEG) at 16 pixels, ResNet-8 of width 16",
+    data="imagefolder",
+    held_out=5000,
+    image_size=16,
+    width=16,
+    steps=4000,
+    record="0-50,75-4000/25",
+    window=400,
+    decay=400,
+    probe_batches=8,
+    eval_batches=64,
+    eval_images=2000,
+)
+CIFAR10 = _add(
+    DIGITS,
+    "cifar10",
+    "CIFAR-10, ResNet-18",
+    data="cifar10",
+    held_out=5000,
+    model="resnet18_cifar",
+    width=64,
+    batch_size=128,
+    lr=0.5,
+    steps=14_000,
+    record="0-50,250-14000/250",
+    precision="bfloat16",
     window=200,
     horizon=4000,
     decay=4000,
 )
-RESNET20 = RESNET18.run.replace(model="resnet20", width=16)
-RESNET50 = Study(
-    preset="imagenet",
-    label="ImageNet, ResNet-50",
-    run=RunConfig(  # the usual recipe, its lr 0.1 with momentum 0.9 as plain SGD, and constant
-        data="imagefolder",
-        held_out=10_000,
-        image_size=224,
-        model="resnet50",
-        width=64,
-        batch_size=256,
-        lr=1.0,
-        weight_decay=1e-4,
-        steps=150_000,
-        record="0-50,2500-150000/2500",
-        precision="bfloat16",
-    ),
+_add(CIFAR10, "cifar10_resnet20", "CIFAR-10, ResNet-20", model="resnet20", width=16, window=800)
+JPEG = _add(
+    CIFAR10, "cifar10_jpeg", "CIFAR-10 (JPEG), ResNet-18", data="imagefolder", image_size=32
+)
+_add(CIFAR10, "cifar100", "CIFAR-100, ResNet-18", data="cifar100")
+_add(  # Tiny ImageNet, or any tree of images
+    JPEG,
+    "images64",
+    "images at 64 pixels, ResNet-18",
+    image_size=64,
+    batch_size=256,
+    steps=20_000,
+    record="0-50,500-20000/500",
+)
+IMAGENET = _add(  # the usual recipe, its lr 0.1 with momentum 0.9 as plain SGD, and constant
+    JPEG,
+    "imagenet",
+    "ImageNet, ResNet-50",
+    held_out=10_000,
+    image_size=224,
+    model="resnet50",
+    batch_size=256,
+    lr=1.0,
+    weight_decay=1e-4,
+    steps=150_000,
+    record="0-50,2500-150000/2500",
     window=100,
     horizon=5000,
     decay=50_000,
 )
-
-PRESETS: dict[str, Study] = {
-    "smoke": Study(
-        preset="smoke",
-        label="digits, smoke test",
-        run=RunConfig(width=4, steps=120, record="0-120"),
-        window=60,
-        decay=40,
-        probe_batches=6,
-        eval_batches=8,
-        eval_images=500,
-    ),
-    "digits": Study(
-        preset="digits",
-        label="digits, ResNet-8",
-        run=RunConfig(steps=1500, record="0-50,75-1500/25"),
-    ),
-    "cifar10_small": Study(
-        preset="cifar10_small",
-        label="CIFAR-10 (JPEG) at 16 pixels, ResNet-8 of width 16",
-        run=RunConfig(
-            data="imagefolder",
-            held_out=5000,
-            image_size=16,
-            model="resnet8",
-            width=16,
-            steps=4000,
-            record="0-50,75-4000/25",
-        ),
-        window=400,
-        decay=400,
-        probe_batches=8,
-        eval_batches=64,
-        eval_images=2000,
-    ),
-    "cifar10": RESNET18,
-    "cifar10_resnet20": replace(
-        RESNET18, preset="cifar10_resnet20", label="CIFAR-10, ResNet-20", run=RESNET20, window=800
-    ),
-    "cifar10_jpeg": replace(
-        RESNET18,
-        preset="cifar10_jpeg",
-        label="CIFAR-10 (JPEG), ResNet-18",
-        run=RESNET18.run.replace(data="imagefolder", image_size=32),
-    ),
-    "cifar100": replace(
-        RESNET18, preset="cifar100", label="CIFAR-100, ResNet-18", run=RESNET18.run.replace(data="cifar100")
-    ),
-    "images64": replace(  # Tiny ImageNet, or any tree of images, at 64 pixels
-        RESNET18,
-        preset="images64",
-        label="images at 64 pixels, ResNet-18",
-        run=RESNET18.run.replace(
-            data="imagefolder", image_size=64, batch_size=256, steps=20_000, record="0-50,500-20000/500"
-        ),
-    ),
-    "imagenet": RESNET50,
-    "imagenet_resnet34": replace(
-        RESNET50,
-        preset="imagenet_resnet34",
-        label="ImageNet, ResNet-34",
-        run=RESNET50.run.replace(model="resnet34"),
-    ),
-}
+_add(IMAGENET, "imagenet_resnet34", "ImageNet, ResNet-34", model="resnet34")
 
 
-RUN_SETTINGS = [
-    name for name in field_names(RunConfig) if name not in ("parent", "start", "perturbation", "seed", "batch_seed")
-]
-STUDY_SETTINGS = [name for name in field_names(Study) if name not in ("preset", "run", "label", "custom")]
+def study(preset: str, settings: Mapping[str, Any] | str = "{}", **overrides: Any) -> Study:
+    """Return a preset with settings changed, each by its name in `RunConfig` or `Study`.
 
-
-def study(preset: str, **overrides: Any) -> Study:
-    """Return a preset with overrides, each by its name in `RunConfig` or `Study`.
-
-    Empty `seeds` stand for the preset's own. A changed `steps` cuts the preset's windows to the shorter run, unless
-    `record` is given too. Settings other than seeds that differ from the preset's are added to the label, and their
+    `settings` may also be JSON, as papermill's -p passes it. Empty `seeds` stand for the preset's
+    own. A changed `steps` cuts the preset's windows to the shorter run, unless `record` is given
+    too. Settings other than seeds that differ from the preset's are added to the label, and their
     results go to a folder of their own.
-    Raises ConfigError for an unknown preset or setting (with the nearest match), a wrong type or a bad value.
+    Raises ConfigError for an unknown preset or setting (with the nearest match) or a bad value.
     """
-    check_names([preset], list(PRESETS), "preset")
-    base = PRESETS[preset]
-    if not overrides.get("seeds", True):
-        del overrides["seeds"]
-    check_names(overrides, [*RUN_SETTINGS, *STUDY_SETTINGS], "setting")
-    changes = {name: value for name, value in overrides.items() if name in RUN_SETTINGS}
-    if isinstance(changes.get("steps"), int):
-        changes.setdefault("record", cut_record(base.run.record, changes["steps"]))
-    changed = {name: value for name, value in overrides.items() if name in STUDY_SETTINGS}
-    chosen = replace(base, run=base.run.replace(**changes), **changed)
+    check_names([preset], PRESETS, "preset")
+    base, given = PRESETS[preset], {**_by_name(settings), **overrides}
+    check_names(given, [*RUN_SETTINGS, *STUDY_SETTINGS], "setting")
+    changes = dict(given)
+    if "steps" in given:
+        last = RunConfig(steps=given["steps"]).steps
+        changes.setdefault("record", cut_record(base.run.record, last))
+    chosen = _changed(base, changes)
     before, after = ({**vars(s.run), **vars(s)} for s in (base, chosen))
-    differing = [f"{name} = {after[name]}" for name in overrides if name != "seeds" and after[name] != before[name]]
-    custom = hashlib.sha256(repr(sorted(differing)).encode()).hexdigest()[:6] if differing else ""
-    return replace(chosen, label=", ".join([base.label, *differing]), custom=custom)
+    names = [name for name in given if name != "seeds" and after[name] != before[name]]
+    differing = [f"{name} = {after[name]}" for name in names]
+    custom = _digits(sorted(differing)) if differing else ""
+    return dataclasses.replace(chosen, label=", ".join([base.label, *differing]), custom=custom)
+
+
+def own(
+    dataset: Any,
+    net: Any = None,
+    *,
+    lr: float,
+    steps: int,
+    label: str = "your network",
+    **settings: Any,
+) -> Study:
+    """Return a study of your own dataset (see `paper_lib.data`) and network, for any notebook.
+
+    `net` is a class or function without arguments that makes an nn.Module; without it the settings
+    `model`, `width` and `norm` choose a ResNet. A warm-up of `steps` at the constant learning rate
+    `lr` should reach the stationary state. What is not given follows from `steps` and the dataset:
+    `window` and `decay` are half of `steps`, within 60 to 400.
+    Raises ConfigError for a network instead of the function that makes it, or a bad setting.
+    """
+    usable = all(hasattr(dataset, name) for name in ("batch", "sizes", "name"))
+    require(usable, "dataset", type(dataset).__name__, "make one by data.from_tensors or data.load")
+    fixed = ["data", "held_out"] + (["model", "norm", "width"] if net is not None else [])
+    allowed = [name for name in [*RUN_SETTINGS, *STUDY_SETTINGS] if name not in fixed]
+    check_names(settings, allowed, "setting of a study of your own")
+    steps, images = RunConfig(steps=steps).steps, dataset.sizes["train"]
+    window = min(400, max(60, steps // 2))
+    defaults = {
+        "data": dataset.name,
+        "held_out": dataset.sizes["held"],
+        "image_size": dataset.shape[-1] if dataset.name == "imagefolder" else 0,
+        "model": DIGITS.run.model if net is None else "own",
+        "batch_size": min(64, max(1, images // 8)),
+        "record": _spread(steps),
+        "window": window,
+        "decay": window,
+        "probe_batches": min(16, max(6, window // 25)),
+        "eval_batches": min(128, max(8, images // 64)),
+        "eval_images": min(2500, images),
+    }
+    given = {**defaults, "lr": lr, "steps": steps, **settings}
+    base = Study(preset="own", run=RunConfig(), label=label, dataset=dataset, net=net)
+    found = _changed(base, given)
+    measured = [getattr(found, name) for name in STUDY_SETTINGS if name != "seeds"]
+    return dataclasses.replace(found, custom=_digits([found.run.to_dict(), measured]))
+
+
+def _by_name(settings: Any) -> dict[str, Any]:
+    found = settings
+    if isinstance(settings, str):
+        with suppress(ValueError):
+            found = json.loads(settings)
+    require(isinstance(found, Mapping), "overrides", settings, 'write them as {"lr": 0.5}')
+    return dict(found)
+
+
+def _spread(steps: int) -> str:
+    """As `record`: the first 50 steps, and about 60 more up to the end."""
+    sparse = range(0, steps, max(1, steps // 60))
+    return describe(np.unique([*range(min(51, steps)), *sparse, steps]))
+
+
+def _digits(value: Any) -> str:
+    """Six digits that stand for a value, by what Python writes for it."""
+    return hashlib.sha256(repr(value).encode()).hexdigest()[:6]

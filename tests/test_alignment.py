@@ -9,11 +9,11 @@ from hypothesis import strategies as st
 from strategies import momenta
 
 from paper_lib import presets, runs
+from paper_lib.errors import ConfigError
 from paper_lib.experiments import alignment
 from paper_lib.probing import derivatives
 from paper_lib.runs import SnapshotError
 from paper_lib.theory import quadratic
-from paper_lib.validate import ConfigError
 
 
 def test_norms_and_cosines_of_gradients_with_known_mean_and_noise():

@@ -11,10 +11,10 @@ import pytest
 
 from paper_lib.averaging import vectors
 from paper_lib.config import RunConfig
+from paper_lib.errors import ConfigError
 from paper_lib.experiments import basin
 from paper_lib.theory.quadratic import different_batches_distance, same_batches_distance
 from paper_lib.theory.simulate import sample_minima, sgd
-from paper_lib.validate import ConfigError
 
 
 @pytest.fixture

@@ -11,7 +11,7 @@ from torch import nn
 
 from paper_lib.averaging import checkpoints, schedules, vectors
 from paper_lib.averaging.equivalence import to_average
-from paper_lib.validate import ConfigError
+from paper_lib.errors import ConfigError
 
 STEPS = [100, 250, 300, 1000]
 

@@ -14,11 +14,11 @@ from strategies import seeds
 from paper_lib import runs
 from paper_lib.averaging import schedules
 from paper_lib.config import Study
+from paper_lib.errors import ConfigError
 from paper_lib.experiments import cooldown, emulation, timescales
 from paper_lib.experiments.cooldown import Cooldown
 from paper_lib.probing import evaluation
 from paper_lib.theory import simulate
-from paper_lib.validate import ConfigError
 
 NAMES = ["linear", "cosine", "1-sqrt", "step", "polynomial"]
 

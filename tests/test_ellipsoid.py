@@ -5,10 +5,10 @@ import pandas as pd
 import pytest
 
 from paper_lib.averaging import vectors
+from paper_lib.errors import ConfigError
 from paper_lib.experiments import ellipsoid
 from paper_lib.theory.quadratic import autocorrelation, stationary_variance
 from paper_lib.theory.simulate import sample_minima, sgd
-from paper_lib.validate import ConfigError
 
 
 @pytest.fixture(scope="module")

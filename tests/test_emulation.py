@@ -9,11 +9,11 @@ import pytest
 from helpers import SMALL, SmallNet, small_data
 
 from paper_lib import runs
+from paper_lib.errors import ConfigError
 from paper_lib.experiments import emulation
 from paper_lib.experiments.emulation import Emulation
 from paper_lib.probing import evaluation
 from paper_lib.theory import simulate
-from paper_lib.validate import ConfigError
 
 
 class ModelRun:

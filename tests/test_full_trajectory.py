@@ -11,11 +11,11 @@ from helpers import SMALL, small_data
 
 from paper_lib import presets, runs
 from paper_lib.averaging import schedules
+from paper_lib.errors import ConfigError
 from paper_lib.experiments import full_trajectory
 from paper_lib.probing import derivatives, probe
 from paper_lib.results import figures
 from paper_lib.theory import transient
-from paper_lib.validate import ConfigError
 
 LR, T = 0.5, 200
 TRUTH = transient.of_losses(np.array([0.02, 0.2, 0.8]) / LR, np.array([0.05, 0.1, 0.05]), np.zeros(3), LR)

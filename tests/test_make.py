@@ -7,7 +7,7 @@ import sys
 
 import pytest
 
-from paper_lib.config import ROOT
+from paper_lib.results.environment import ROOT
 
 PRINT_SETTINGS = """#!/bin/sh
 case "$*" in *outdated*) exit 0;; esac

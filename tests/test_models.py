@@ -7,9 +7,9 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
+from paper_lib.errors import ConfigError
 from paper_lib.training import flat, networks
 from paper_lib.training.flat import FlatModel
-from paper_lib.validate import ConfigError
 
 
 def parameters(module: nn.Module) -> int:

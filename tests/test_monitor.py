@@ -11,8 +11,8 @@ from scipy import stats
 
 from paper_lib.averaging import vectors
 from paper_lib.averaging.monitor import BLOCKS, Averages, Monitor, StationarityTest, block_length, gradient_vector
+from paper_lib.errors import ConfigError
 from paper_lib.theory import simulate
-from paper_lib.validate import ConfigError
 
 ETA = np.geomspace(0.02, 1, 6)
 

@@ -10,8 +10,8 @@ import nbformat
 import pytest
 from nbformat.v4 import new_code_cell, new_markdown_cell, new_notebook, new_output
 
+from paper_lib.errors import ConfigError
 from paper_lib.results import environment, execution, notebooks
-from paper_lib.validate import ConfigError
 
 SOURCES = notebooks.sources()
 
@@ -111,11 +111,11 @@ def test_problems_are_found(spoil, message):
 def test_imports_are_found_in_every_form():
     lines = (
         "import paper_lib.claims, numpy",
-        "from paper_lib import figures, validate",
+        "from paper_lib import figures, errors",
         "from paper_lib.files import lock",
     )
     source = "\n".join(lines)
-    assert {path.stem for path in notebooks.imported_modules(source)} == {"claims", "figures", "validate", "files"}
+    assert {path.stem for path in notebooks.imported_modules(source)} == {"claims", "figures", "errors", "files"}
 
 
 def test_magics_are_not_python():
@@ -147,7 +147,7 @@ def touch(path):
 
 def test_prerequisites_follow_imports(project):
     names = {path.name for path in notebooks.prerequisites(task().source)}
-    assert {"01_small.ipynb", "environment.yml", "claims.py", "files.py", "validate.py"} <= names
+    assert {"01_small.ipynb", "environment.yml", "claims.py", "files.py", "errors.py"} <= names
     assert "notebooks.py" not in names
 
 

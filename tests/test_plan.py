@@ -1,4 +1,4 @@
-"""What a run takes is told before it starts: disk as written, memory as allocated, refusals with the arithmetic."""
+"""What runs take is told beforehand: disk as written, memory as allocated, refusals."""
 
 import types
 
@@ -10,7 +10,7 @@ from helpers import SMALL, SmallNet, interrupted, small_data
 from paper_lib import presets, runs
 from paper_lib.__main__ import main
 from paper_lib.averaging import vectors
-from paper_lib.runs import SnapshotError, costs, plan
+from paper_lib.runs import SnapshotError, budget
 from paper_lib.training.flat import FlatModel
 
 AVERAGES = ("EMA 0.9", "uniform 10", "two points 30", "uniform 1")
@@ -30,8 +30,10 @@ def test_disk_is_counted_as_it_is_written():
     run = obtain(config)
     written = sum(path.stat().st_size for path in run.folder.iterdir())
     n_weights, n_buffers = run.weights.shape[1], run.buffers.shape[1]
-    resume = 4 * 2 * (2 * n_weights + n_buffers + len(AVERAGES) * n_weights)  # gone when the run is finished
-    counted = plan.disk_bytes(config, n_weights, n_buffers) - resume
+    resume = (
+        4 * 2 * (2 * n_weights + n_buffers + len(AVERAGES) * n_weights)
+    )  # gone when the run is finished
+    counted = budget.disk_bytes(config, n_weights, n_buffers) - resume
     overhead = 1024 * len(list(run.folder.iterdir()))  # names and shapes
     assert counted <= written <= counted + overhead + 2048
 
@@ -52,14 +54,18 @@ def test_averages_of_a_run_that_keeps_no_snapshots_are_those_of_one_that_does():
 
 def test_sparse_snapshots_serve_the_averages_that_weigh_them_alone():
     run = obtain(SMALL.replace(record="20-40/10"))
-    np.testing.assert_array_equal(run.average(vectors.two_point(41, 20)), (run.at(20) + run.at(40)) / 2)
+    np.testing.assert_array_equal(
+        run.average(vectors.two_point(41, 20)), (run.at(20) + run.at(40)) / 2
+    )
 
 
 def test_an_interrupted_run_accumulates_the_same_averages(tmp_path, monkeypatch):
     config = SMALL.replace(record="", averages=AVERAGES)
     whole = obtain(config)
     monkeypatch.setenv("PAPER_RUNS", str(tmp_path / "interrupted"))
-    resumed = interrupted(lambda report: runs.obtain(config, small_data(), SmallNet, report), monkeypatch, 25, chunk=5)
+    resumed = interrupted(
+        lambda report: runs.obtain(config, small_data(), SmallNet, report), monkeypatch, 25, chunk=5
+    )
     np.testing.assert_array_equal(resumed._averages, whole._averages)
 
 
@@ -70,15 +76,20 @@ def test_averages_that_cannot_be_are_refused(name):
 
 
 def test_memory_counts_what_pends():
-    assert plan.memory_bytes(SMALL.replace(record=""), 100) == 4 * 100 * 3
-    assert plan.memory_bytes(SMALL.replace(record="0-40/10"), 100) == 4 * 100 * (3 + 3)
-    assert plan.memory_bytes(SMALL.replace(averages=AVERAGES), 100) == 4 * 100 * (3 + 4 + plan.CHUNK + 1)
+    assert budget.memory_bytes(SMALL.replace(record=""), 100) == 4 * 100 * 3
+    assert budget.memory_bytes(SMALL.replace(record="0-40/10"), 100) == 4 * 100 * (3 + 3)
+    assert budget.memory_bytes(SMALL.replace(averages=AVERAGES), 100) == 4 * 100 * (
+        3 + 4 + budget.CHUNK + 1
+    )
 
 
 def test_too_little_memory_is_said_before_training(monkeypatch):
-    monkeypatch.setattr(plan.psutil, "virtual_memory", lambda: types.SimpleNamespace(available=1000))
+    monkeypatch.setattr(
+        budget.psutil, "virtual_memory", lambda: types.SimpleNamespace(available=1000)
+    )
     with pytest.raises(
-        MemoryError, match=r"4 averages .* need 0.00 GB, but cpu has 0.00 GB free: name fewer `averages`"
+        MemoryError,
+        match=r"4 averages .* need 0.00 GB, but cpu has 0.00 GB free: name fewer `averages`",
     ):
         obtain(SMALL.replace(averages=AVERAGES))
 
@@ -88,7 +99,10 @@ def test_running_out_of_memory_says_what_to_lower(monkeypatch):
         raise torch.OutOfMemoryError("CUDA out of memory")
 
     monkeypatch.setattr(FlatModel, "forward", full)
-    with pytest.raises(MemoryError, match=r"of width 8 with batches of 8 in float32 .*: lower `batch_size` or `width`"):
+    with pytest.raises(
+        MemoryError,
+        match=r"of width 8 with batches of 8 in float32 .*: lower `batch_size` or `width`",
+    ):
         obtain(SMALL)
 
 
@@ -101,8 +115,16 @@ def test_every_preset_can_be_planned(preset, capsys):
 
 def test_hours_follow_the_rate_and_disk_the_snapshots():
     study = presets.study("cifar10")
-    slow, fast = (costs.table(study, ("EMA 0.99",), rate) for rate in (100, 1000))
+    slow, fast = (budget.table(study, rate) for rate in (100, 1000))
     np.testing.assert_allclose(slow.hours, 10 * fast.hours)
     kept = slow.set_index("run")["GB on disk"]
     assert kept["window"] > 3 * study.window * 4 * slow.weights[0] / 1e9 > kept["averages"]
     assert main(["plan", "--images-per-second", "-1"]) == 2
+
+
+def test_a_network_of_your_own_is_counted():
+    chosen = presets.own(small_data(), SmallNet, lr=0.1, steps=100)
+    built = FlatModel(SmallNet())
+    assert set(budget.table(chosen).weights) == {built.weights.numel()}
+    resnet = budget.table(presets.own(small_data(), lr=0.1, steps=100, width=4))
+    assert set(resnet.weights) != {built.weights.numel()}

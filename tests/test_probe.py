@@ -12,9 +12,9 @@ from torch import nn
 
 from paper_lib import data, runs
 from paper_lib.config import RunConfig
+from paper_lib.errors import ConfigError
 from paper_lib.probing import derivatives, probe
 from paper_lib.training.flat import FlatModel
-from paper_lib.validate import ConfigError
 
 
 class Net(nn.Module):

@@ -5,7 +5,7 @@ import re
 import subprocess
 import sys
 
-from paper_lib.config import ROOT
+from paper_lib.results.environment import ROOT
 
 
 def example(heading: str) -> str:

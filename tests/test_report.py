@@ -7,8 +7,8 @@ import subprocess
 import pandas as pd
 import pytest
 
-from paper_lib.config import ROOT
 from paper_lib.results import report
+from paper_lib.results.environment import ROOT
 
 
 def test_the_readmes_tables_are_current():

@@ -12,13 +12,13 @@ import pytest
 import torch
 from helpers import SMALL, SmallNet, interrupt, small_data
 
-from paper_lib import config, data, files, runs
+from paper_lib import data, files, runs
 from paper_lib.config import RunConfig
+from paper_lib.errors import ConfigError
 from paper_lib.presets import study
 from paper_lib.probing import derivatives, probe
 from paper_lib.runs import Run, identity, store, workers
 from paper_lib.training import loop
-from paper_lib.validate import ConfigError
 
 
 @pytest.fixture(autouse=True)
@@ -29,7 +29,7 @@ def own_folder(tmp_path, monkeypatch):
 
 CHANGES = {
     "data": "other", "held_out": 9, "image_size": 32, "model": "resnet14", "width": 9, "norm": "group", "batch_size": 9,
-    "lr": 0.9, "schedule": "linear", "momentum": 0.5, "weight_decay": 0.1, "label_smoothing": 0.1, "steps": 41,
+    "lr": 0.9, "schedule": "linear", "momentum": 0.5, "weight_decay": 0.1, "steps": 41,
     "record": "3", "checkpoints": (4,), "averages": ("EMA 0.5",), "seed": 4, "batch_seed": 4, "precision": "bfloat16",
     "compile": True, "threads": 2, "parent": SMALL, "perturbation": 0.1,
 }  # fmt: skip
@@ -193,7 +193,7 @@ def test_a_users_module_instance_and_tensors_are_enough():
 
 def train_elsewhere():
     """Let a worker train a run into a folder that is not its own."""
-    job = (study("smoke", steps=5, record="").run, config.folder("runs") / "not-its-folder")
+    job = (study("smoke", steps=5, record="").run, files.folder("runs") / "not-its-folder")
     workers.train_parallel([job], lambda *message: None)
 
 
@@ -205,7 +205,7 @@ IMAGES, VECTORS = small_data(), data.from_tensors(torch.randn(60, 5), torch.aran
     [
         (lambda: runs.train_seeds(SMALL, [0], IMAGES, SmallNet()), "net = 'SmallNet' .* the function that makes"),
         (lambda: runs.train_seeds(SMALL, [0], VECTORS), r"shape of an image = \(5,\) .* your own as net="),
-        (lambda: runs.train_seeds(SMALL, 3, IMAGES, SmallNet), "seeds = 3 .* a sequence of integers"),
+        (lambda: runs.train_seeds(SMALL, None, IMAGES, SmallNet), "seeds = None .* give integers"),
     ],
 )
 def test_a_network_or_seeds_of_the_wrong_kind_are_refused(call, message):

@@ -7,12 +7,14 @@ import pytest
 
 from paper_lib.averaging import vectors
 from paper_lib.experiments import scoreboard
+from paper_lib.presets import study
 
 
 @pytest.fixture
 def table():
     """Seven methods and two seeds; test accuracy 0.70, 0.71, ... by method, plus 0.02 for the second seed."""
-    names = [*scoreboard.averages(20), "learning rate halved", *(f"{name} decay" for name in scoreboard.DECAYS)]
+    averages = study("smoke", window=20).averages
+    names = [*averages, "learning rate halved", *(f"{name} decay" for name in scoreboard.DECAYS)]
     table = pd.DataFrame([(name, seed, i) for seed in (0, 1) for i, name in enumerate(names)])
     table.columns = ["method", "seed", "train_loss"]
     return table.assign(
@@ -22,7 +24,7 @@ def table():
 
 @pytest.mark.parametrize("n_steps", [20, 800])
 def test_every_average_is_one(n_steps):
-    for name in scoreboard.averages(n_steps).values():
+    for name in study("smoke", window=n_steps).averages.values():
         vectors.check_weights(vectors.named(name, n_steps + 1), n_steps + 1)
 
 

@@ -7,12 +7,12 @@ from torch import nn
 
 from paper_lib import data
 from paper_lib.config import RunConfig
+from paper_lib.errors import ConfigError
 from paper_lib.experiments import components, timescales
 from paper_lib.probing import derivatives, hessian
 from paper_lib.theory.quadratic import autocorrelation, stationary_variance
 from paper_lib.theory.simulate import sample_minima, sgd
 from paper_lib.training.flat import FlatModel
-from paper_lib.validate import ConfigError
 
 
 class Bowl(nn.Module):

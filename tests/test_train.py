@@ -36,7 +36,7 @@ def reference(config, model=SmallNet):
     for step, factor in enumerate(schedules.factors(config.schedule, config.steps)):
         optimizer.param_groups[0]["lr"] = config.lr * factor
         x, y = dataset.batch(step, config.batch_size, config.stream)
-        loss = F.cross_entropy(net(x), y, label_smoothing=config.label_smoothing)
+        loss = F.cross_entropy(net(x), y)
         optimizer.zero_grad()
         loss.backward()
         optimizer.step()
@@ -49,7 +49,7 @@ def reference(config, model=SmallNet):
     [
         {},
         {"momentum": 0.9, "weight_decay": 0.01, "lr": 0.02},
-        {"schedule": "cosine", "label_smoothing": 0.1, "seed": 3},
+        {"schedule": "cosine", "seed": 3},
         {"schedule": "linear", "batch_seed": 7, "weight_decay": 0.0},
     ],
 )

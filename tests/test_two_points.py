@@ -10,9 +10,9 @@ from helpers import SMALL, SmallNet, small_data
 
 from paper_lib import runs
 from paper_lib.averaging import vectors
+from paper_lib.errors import ConfigError
 from paper_lib.experiments import two_points
 from paper_lib.probing import evaluation, probe
-from paper_lib.validate import ConfigError
 
 LAGS = [1, 2, 4, 8]
 

@@ -7,9 +7,9 @@ import torch
 
 from paper_lib import config, data, presets, runs
 from paper_lib.averaging.monitor import Averages, Monitor, StationarityTest
+from paper_lib.errors import ConfigError
 from paper_lib.experiments import gains, methods, stationarity, watching
 from paper_lib.training import loop
-from paper_lib.validate import ConfigError
 
 SETTINGS = config.RunConfig(data="mine", lr=0.3, batch_size=16, steps=150, record="0-150", weight_decay=0.01)
 

@@ -19,9 +19,9 @@ from torch import Tensor, nn
 from tqdm import tqdm
 
 from paper_lib.averaging.schedules import COOLDOWNS
+from paper_lib.errors import ConfigError, check_names, require
 from paper_lib.files import replacing
 from paper_lib.training import batchnorm
-from paper_lib.validate import ConfigError, check_names, require
 
 SUFFIXES = (".pt", ".pth", ".safetensors")
 CONTAINERS = ("state_dict", "model", "model_state_dict", "module")  # keys under which training loops keep the weights

@@ -31,7 +31,7 @@ import torch
 from scipy import stats
 from torch import Tensor
 
-from paper_lib.validate import require
+from paper_lib.errors import require
 
 DECOUPLED = (torch.optim.AdamW, torch.optim.Adafactor, torch.optim.Muon)  # they decay beside the gradient's step
 BLOCKS = 8  # block means in a window

@@ -8,7 +8,7 @@ from pathlib import Path
 from torchvision import datasets
 from tqdm import tqdm
 
-from paper_lib.validate import require
+from paper_lib.errors import require
 
 KINDS = {"cifar10": datasets.CIFAR10, "cifar100": datasets.CIFAR100}
 

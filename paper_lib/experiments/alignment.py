@@ -17,12 +17,12 @@ from tqdm import tqdm
 
 from paper_lib import runs
 from paper_lib.data import Dataset
+from paper_lib.errors import require
 from paper_lib.probing import derivatives, probe
 from paper_lib.probing.derivatives import full_gradients
 from paper_lib.results import figures
 from paper_lib.runs import Run
 from paper_lib.training.flat import NetFactory
-from paper_lib.validate import require
 
 # --- several batches at one point --------------------------------------------------------------------------------
 

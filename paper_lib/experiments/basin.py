@@ -13,12 +13,12 @@ from scipy.interpolate import RectBivariateSpline
 from paper_lib import runs
 from paper_lib.config import RunConfig
 from paper_lib.data import Dataset
+from paper_lib.errors import require
 from paper_lib.experiments import ellipsoid
 from paper_lib.probing import probe
 from paper_lib.results import figures
 from paper_lib.runs import Run
 from paper_lib.training.flat import NetFactory
-from paper_lib.validate import require
 
 OTHER_BATCHES = 1000  # is added to a run's stream for batches that it does not see
 POSITIONS = np.linspace(0, 1, 11)  # on a segment

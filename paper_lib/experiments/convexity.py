@@ -13,10 +13,10 @@ from tqdm import tqdm
 
 from paper_lib import runs
 from paper_lib.data import Dataset
+from paper_lib.errors import require
 from paper_lib.probing import derivatives, probe
 from paper_lib.runs import Run
 from paper_lib.training.flat import FlatModel, NetFactory
-from paper_lib.validate import require
 
 NOISE = 1e-5  # nats: float32 losses of order 1 are good to about 1e-6; less than this is no violation
 

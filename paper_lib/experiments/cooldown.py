@@ -14,12 +14,12 @@ from tqdm import tqdm
 from paper_lib.averaging import schedules, vectors
 from paper_lib.averaging.equivalence import to_average
 from paper_lib.config import RunConfig
+from paper_lib.errors import require
 from paper_lib.experiments import emulation
 from paper_lib.experiments.timescales import Modes
 from paper_lib.probing.evaluation import Evaluator
 from paper_lib.results import figures
 from paper_lib.runs import Run
-from paper_lib.validate import require
 
 
 @dataclass(frozen=True)

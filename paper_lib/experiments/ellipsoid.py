@@ -12,11 +12,11 @@ from matplotlib.axes import Axes
 from paper_lib import runs
 from paper_lib.averaging import vectors
 from paper_lib.data import Dataset
+from paper_lib.errors import require
 from paper_lib.probing import probe
 from paper_lib.results import figures
 from paper_lib.runs import Run
 from paper_lib.training.flat import NetFactory
-from paper_lib.validate import require
 
 ALONG = np.linspace(0, 1, 9)  # positions on a segment between two iterates
 OUTWARD = np.array([0, 0.25, 0.5, 0.75, 1, 1.25, 1.5])  # distances on a ray from the average, over the iterate's

@@ -18,11 +18,11 @@ from paper_lib.averaging import vectors
 from paper_lib.averaging.equivalence import to_average, to_schedule
 from paper_lib.config import RunConfig, describe
 from paper_lib.data import Dataset
+from paper_lib.errors import check_names
 from paper_lib.probing.evaluation import Evaluator
 from paper_lib.results import figures
 from paper_lib.runs import Run
 from paper_lib.training.flat import NetFactory
-from paper_lib.validate import check_names
 
 EMA_BEGINS = 0.01  # weight of the iterate with which an EMA begins: it needs no longer branch
 RECORDED = 24  # snapshots of a branch, evenly spaced in the logarithm of the steps since it began

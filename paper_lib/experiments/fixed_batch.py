@@ -14,11 +14,11 @@ from tqdm import tqdm
 
 from paper_lib import runs
 from paper_lib.data import Dataset
+from paper_lib.errors import require
 from paper_lib.probing import derivatives, probe
 from paper_lib.results import figures
 from paper_lib.runs import Run
 from paper_lib.training.flat import NetFactory
-from paper_lib.validate import require
 
 # --- the window around a batch's own step -----------------------------------------------------------------------
 

@@ -11,13 +11,13 @@ from tqdm import tqdm
 
 from paper_lib import runs
 from paper_lib.data import Dataset
+from paper_lib.errors import require
 from paper_lib.probing import derivatives, probe
 from paper_lib.results import figures
 from paper_lib.runs import Run
 from paper_lib.theory import transient
 from paper_lib.theory.transient import Transient
 from paper_lib.training.flat import FlatModel, NetFactory
-from paper_lib.validate import require
 
 N_CURVATURES = 13  # of the grid on which a response is resolved
 PREDICTORS = {  # column: what the prediction is made from

@@ -25,10 +25,10 @@ from paper_lib.averaging.monitor import Averages, Monitor, Window
 from paper_lib.config import RunConfig
 from paper_lib.data import Dataset, cache
 from paper_lib.data.cache import Arrays
+from paper_lib.errors import require
 from paper_lib.runs import identity
 from paper_lib.training import loop, parallel
 from paper_lib.training.flat import FlatModel, NetFactory, exact_float32, forked_rng
-from paper_lib.validate import require
 
 CODE = identity.of_source(Path(__file__), identity.PACKAGE / "averaging" / "monitor.py")
 

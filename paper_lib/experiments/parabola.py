@@ -14,12 +14,12 @@ from tqdm import tqdm
 from paper_lib import runs
 from paper_lib.config import RunConfig
 from paper_lib.data import Dataset
+from paper_lib.errors import require
 from paper_lib.experiments import one_step
 from paper_lib.probing import derivatives, probe
 from paper_lib.results import figures
 from paper_lib.runs import Run
 from paper_lib.training.flat import FlatModel, NetFactory
-from paper_lib.validate import require
 
 EVEN = np.linspace(0, 4, 21)
 """Positions on a line from a snapshot, in units of the batch's best step; fits use a beginning of them."""

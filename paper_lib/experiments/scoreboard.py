@@ -22,24 +22,13 @@ DECAYS = ("linear", "cosine", "step")
 LOWERED = ("learning rate halved", *(f"{name} decay" for name in DECAYS))
 
 
-def averages(n_steps: int) -> dict[str, str]:
-    """The averages over a run of n_steps that the table compares, as `vectors.named` writes them, by their label."""
-    half = n_steps // 2
-    return {
-        "last iterate": "uniform 1",
-        f"two points, {half} steps apart": f"two points {half}",
-        "EMA, decay 0.99": "EMA 0.99",
-        f"uniform average of {half}": f"uniform {half}",
-    }
-
-
 def measure(study: Study, dataset: Dataset) -> pd.DataFrame:
     """Evaluate averages of the stationary window, the end of a run at lr / 2, and the ends of decayed runs.
 
     Returns one row per method and seed: method, seed, train_loss, train_accuracy, test_loss, test_accuracy. BatchNorm
     statistics are recomputed for every network alike.
     """
-    methods = averages(study.averaged_steps)
+    methods = study.averages
     constant = runs.train_seeds(study.averaged(methods.values()), study.seeds)
     halved = study.averaged((), lr=study.run.lr / 2)
     others = dict(zip(LOWERED, [halved, *(study.decayed(schedule=name) for name in DECAYS)], strict=True))

@@ -14,6 +14,7 @@ from torch import Tensor
 from paper_lib import runs
 from paper_lib.averaging import vectors
 from paper_lib.data import Dataset
+from paper_lib.errors import require
 from paper_lib.experiments import ellipsoid
 from paper_lib.probing import derivatives, hessian, probe
 from paper_lib.results import figures
@@ -21,7 +22,6 @@ from paper_lib.runs import Run
 from paper_lib.theory import quadratic
 from paper_lib.theory.spectrum import Spectrum
 from paper_lib.training.flat import FlatModel, NetFactory
-from paper_lib.validate import require
 
 FRESH = 4  # batches per iterate for the gradient noise there
 

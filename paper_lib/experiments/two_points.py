@@ -14,12 +14,12 @@ from tqdm import tqdm
 from paper_lib import runs
 from paper_lib.averaging import vectors
 from paper_lib.data import Dataset
+from paper_lib.errors import check_names
 from paper_lib.probing import derivatives, probe
 from paper_lib.probing.evaluation import Evaluator
 from paper_lib.results import figures
 from paper_lib.runs import Run
 from paper_lib.training.flat import NetFactory
-from paper_lib.validate import check_names
 
 STATISTICS = ("recomputed", "averaged", "stale")
 ONE_CURVATURE = math.log(4) / math.log(4 / 3)

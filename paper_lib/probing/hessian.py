@@ -6,9 +6,9 @@ import numpy as np
 from scipy.sparse.linalg import LinearOperator, eigsh
 from torch import Tensor
 
+from paper_lib.errors import require
 from paper_lib.probing.derivatives import mean_hessian_product
 from paper_lib.training.flat import FlatModel
-from paper_lib.validate import require
 
 
 def top_directions(

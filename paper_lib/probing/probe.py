@@ -25,10 +25,10 @@ from torch import Tensor
 from tqdm import tqdm
 
 from paper_lib.data import Dataset
+from paper_lib.errors import require
 from paper_lib.runs import Run
 from paper_lib.training import batchnorm
 from paper_lib.training.flat import FlatModel, threads
-from paper_lib.validate import require
 
 SAMPLES_AT_ONCE = {"cpu": 256, "cuda": 4096}  # per forward pass: what fits a core's cache; what fills a GPU
 # Pixels per pass on a GPU, for about 16 GB: up to 1 kB each for losses alone; where activations are kept to be

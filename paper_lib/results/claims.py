@@ -12,7 +12,7 @@ import numpy as np
 import pandas as pd
 
 from paper_lib.files import lock, replacing
-from paper_lib.validate import check_names
+from paper_lib.errors import check_names
 
 COLUMNS = "claim quantity predicted measured spread seeds criterion holds notebook reason".split()
 

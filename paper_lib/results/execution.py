@@ -11,7 +11,7 @@ import papermill
 from nbformat import NotebookNode
 from papermill import PapermillExecutionError as ExecutionError
 
-from paper_lib.config import ROOT
+from paper_lib.results.environment import ROOT
 from paper_lib.files import replacing
 
 __all__ = ["ExecutionError", "execute", "publish", "publishable", "refresh", "with_checked_outputs", "write_smoke"]

@@ -18,10 +18,11 @@ from pathlib import Path
 from typing import Any
 
 from paper_lib.results import environment
-from paper_lib.config import ROOT, folder
+from paper_lib.files import folder
+from paper_lib.results.environment import ROOT
 from paper_lib.files import lock, replacing
 from paper_lib.presets import study
-from paper_lib.validate import ConfigError
+from paper_lib.errors import ConfigError
 
 SOURCES = ROOT / "notebooks"
 BUILD = ROOT / ".build"

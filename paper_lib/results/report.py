@@ -12,13 +12,13 @@ import sys
 from collections import Counter
 from pathlib import Path
 
-from paper_lib.experiments import scoreboard
 from paper_lib.results import claims, notebooks
-from paper_lib.runs import costs
-from paper_lib.config import ROOT, folder
+from paper_lib.runs import budget
+from paper_lib.files import folder
+from paper_lib.results.environment import ROOT
 from paper_lib.files import replacing
 from paper_lib.presets import PRESETS, study
-from paper_lib.validate import ConfigError
+from paper_lib.errors import ConfigError
 
 README = ROOT / "README.md"
 BLOCK = re.compile(r"(<!-- begin (\w+) (\w+) -->\n).*?(<!-- end \2 \3 -->)", flags=re.S)
@@ -96,7 +96,7 @@ def costs_table(results: Path) -> str:
     del results  # counted, not measured
     lines = ["| preset | weights | million images | GB on disk | GB on the device |", "|---|---|---|---|---|"]
     for preset, chosen in PRESETS.items():
-        table = costs.table(chosen, scoreboard.averages(chosen.averaged_steps).values())
+        table = budget.table(chosen)
         cells = [f"{table[name].sum():,.2f}" for name in ("million images", "GB on disk")]
         cells.append(f"{table['GB on device'].max():,.2f}")
         lines.append(f"| {preset} | {table.weights[0]:,} | {' | '.join(cells)} |")

@@ -24,9 +24,9 @@ from torch import Tensor, nn
 from paper_lib.averaging import schedules, vectors
 from paper_lib.config import RunConfig
 from paper_lib.data import Dataset
+from paper_lib.errors import ConfigError
 from paper_lib.training.flat import NetFactory
 from paper_lib.training.loop import initial_model
-from paper_lib.validate import ConfigError
 
 PACKAGE = Path(__file__).parents[1]
 FORMAT = 2  # of the files in a run's folder

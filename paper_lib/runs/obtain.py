@@ -16,17 +16,16 @@ import torch
 from torch import nn
 from tqdm import tqdm
 
-from paper_lib import config as settings
 from paper_lib import data, files
 from paper_lib.config import RunConfig, Study, check_seeds
 from paper_lib.data import Dataset
-from paper_lib.runs import plan, workers
+from paper_lib.errors import ConfigError, require
+from paper_lib.runs import budget, workers
 from paper_lib.runs.identity import average_vectors, learning_rates, run_key
 from paper_lib.runs.store import Follower, Recorder, Run
 from paper_lib.training import loop, parallel
 from paper_lib.training.flat import FlatModel, NetFactory
 from paper_lib.training.loop import Report, State
-from paper_lib.validate import ConfigError, require
 
 
 def train(study: Study, config: RunConfig, progress: bool = True) -> list[Run]:
@@ -46,8 +45,7 @@ def train_seeds(
     `dataset` and `net` (a function or class without arguments that makes an nn.Module) bring a
     user's own.
     """
-    check_seeds(seeds)
-    return train_all([config.replace(seed=seed) for seed in seeds], dataset, net, progress)
+    return train_all([config.replace(seed=seed) for seed in check_seeds(seeds)], dataset, net, progress)
 
 
 def train_all(
@@ -116,7 +114,7 @@ def obtain(
 def _train(run: Run, config: RunConfig, begin: State | None, report: Report) -> None:
     """Train a run and record it, in the process that writes."""
     model = loop.initial_model(config, run.dataset, run.net)
-    plan.require_memory(config, model.weights.numel(), model.device)
+    budget.require_memory(config, model.weights.numel(), model.device)
     sizes = model.weights.numel(), model.buffers.numel()
     first = parallel.rank() == 0
     recorder = Recorder(run.folder, config, *sizes) if first else Follower()
@@ -129,7 +127,7 @@ def _train(run: Run, config: RunConfig, begin: State | None, report: Report) -> 
 
 
 def _out_of_memory(config: RunConfig, net: FlatModel) -> str:
-    vectors = plan.memory_bytes(config, net.weights.numel()) / 1e9
+    vectors = budget.memory_bytes(config, net.weights.numel()) / 1e9
     return (
         f"{net.device} ran out of memory training {config.model} of width {config.width} with "
         f"batches of {config.batch_size // parallel.world()} in {config.precision} (vectors take "
@@ -157,7 +155,7 @@ def run_folder(
     _check_network(dataset, net)
     name = "own" if net is not None else config.model
     key = run_key(config, dataset, net, **method)
-    return settings.folder("runs") / f"{dataset.name}-{name}-{key}"
+    return files.folder("runs") / f"{dataset.name}-{name}-{key}"
 
 
 def _run(config: RunConfig, dataset: Dataset | None, net: NetFactory | None) -> Run:
@@ -182,7 +180,7 @@ def load_dataset(config: RunConfig) -> Dataset:
 
     Raises ConfigError where its files are missing or bad, or too few to hold so many out.
     """
-    root, device = settings.folder("data"), str(data.default_device())
+    root, device = files.folder("data"), str(data.default_device())
     try:
         return _load(config.data, config.held_out, config.image_size, root, device)
     except data.DataError as error:

@@ -26,11 +26,11 @@ from paper_lib import files
 from paper_lib.averaging import vectors
 from paper_lib.config import RunConfig, describe
 from paper_lib.data import Dataset
-from paper_lib.runs import plan
+from paper_lib.errors import require
+from paper_lib.runs import budget
 from paper_lib.training import loop
 from paper_lib.training.flat import FlatModel, NetFactory
 from paper_lib.training.loop import State
-from paper_lib.validate import require
 
 
 class SnapshotError(KeyError):
@@ -261,7 +261,7 @@ class Recorder:
         shutil.rmtree(self.part, ignore_errors=True)
         n_weights, n_buffers = shapes["weights"][1], shapes["buffers"][1]
         what = f"recording {len(self.steps)} snapshots of {n_weights:,} weights (4 bytes each)"
-        needed = plan.disk_bytes(self.config, n_weights, n_buffers)
+        needed = budget.disk_bytes(self.config, n_weights, n_buffers)
         files.require_space(self.part.parent, needed, what)
         self.part.mkdir(parents=True)
         for name, shape in shapes.items():

@@ -23,7 +23,7 @@ from typing import IO, Any
 
 import torch
 
-from paper_lib.config import ROOT, RunConfig
+from paper_lib.config import RunConfig
 from paper_lib.training import parallel
 from paper_lib.training.loop import Report
 
@@ -114,7 +114,7 @@ def slots(configs: Sequence[RunConfig]) -> list[dict[str, str]]:
 
 
 def _start(variables: dict[str, str]) -> subprocess.Popen:
-    path = os.pathsep.join(filter(None, [str(ROOT), os.environ.get("PYTHONPATH")]))
+    path = os.pathsep.join(filter(None, [str(Path(__file__).parents[2]), os.environ.get("PYTHONPATH")]))
     return subprocess.Popen(
         [sys.executable, "-m", "paper_lib.runs.workers"],
         stdin=subprocess.PIPE,

@@ -8,7 +8,7 @@ from collections.abc import Callable, Iterator
 import torch
 from torch import Tensor, nn
 
-from paper_lib.validate import require
+from paper_lib.errors import require
 
 NetFactory = Callable[[], nn.Module]  # a user's function or class that makes a network
 

@@ -14,9 +14,9 @@ from torch import Tensor
 
 from paper_lib.config import RunConfig
 from paper_lib.data import Dataset
+from paper_lib.errors import require
 from paper_lib.training import networks, parallel
 from paper_lib.training.flat import FlatModel, NetFactory, exact_float32, forked_rng, threads
-from paper_lib.validate import require
 
 CHUNK = 25  # steps between looks at the loss, each of which waits for a GPU
 RESUME_EVERY_S = 10.0  # about this much work is lost when a run is killed,
@@ -96,14 +96,14 @@ def sgd_step(net: FlatModel, velocity: Tensor, lr: float, config: RunConfig) -> 
 
 
 def batch_loss(net: FlatModel, x: Tensor, y: Tensor, config: RunConfig) -> Tensor:
-    """Mean cross-entropy of a batch under the run's precision and label smoothing, a scalar."""
+    """Mean cross-entropy of a batch under the run's precision, a scalar."""
     reduced = config.precision == "bfloat16"
     autocast = (
         torch.autocast(net.device.type, torch.bfloat16) if reduced else contextlib.nullcontext()
     )
     with autocast:
         logits = net.forward(x)
-    return F.cross_entropy(logits.float(), y, label_smoothing=config.label_smoothing)
+    return F.cross_entropy(logits.float(), y)
 
 
 def _seed_step(device: torch.device, step: int, config: RunConfig) -> None:

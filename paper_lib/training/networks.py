@@ -8,7 +8,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from paper_lib.validate import require
+from paper_lib.errors import require
 
 
 def normalization(norm: str, channels: int) -> nn.Module:

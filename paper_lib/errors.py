@@ -1,0 +1,33 @@
+"""The error of settings that cannot work, and the checks that raise it."""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Iterable
+from typing import Any
+
+
+class ConfigError(ValueError):
+    """A setting that cannot work; one line names the value, what is allowed, and what to do."""
+
+
+def require(ok: bool, name: str, value: Any, allowed: str) -> None:
+    """Raise ConfigError saying what is allowed, unless `ok`."""
+    if not ok:
+        raise ConfigError(f"{name} = {brief(value)} is not allowed: {allowed}")
+
+
+def check_names(given: Iterable[str], allowed: Iterable[str], what: str) -> None:
+    """Raise ConfigError for a name that is not allowed, with the nearest one that is."""
+    allowed = list(allowed)
+    for name in given:
+        if name not in allowed:
+            near = difflib.get_close_matches(str(name), allowed, n=1)
+            hint = f"; did you mean {near[0]!r}?" if near else ""
+            raise ConfigError(f"unknown {what} {name!r}{hint} (allowed: {', '.join(allowed)})")
+
+
+def brief(value: Any) -> str:
+    """A value as Python writes it, on one line of at most 200 characters."""
+    text = " ".join(repr(value).split())
+    return text if len(text) <= 200 else f"{text[:197]}..."
