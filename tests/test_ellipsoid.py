@@ -51,6 +51,19 @@ def test_geometry_of_the_model_and_of_a_line(stationary):
     assert line["pair_ratio"] < 0.2
 
 
+def test_an_iterate_exactly_at_the_average_has_no_direction():
+    G = vectors.gram(np.array([[-1.0], [0.0], [1.0]]))  # whole numbers: the same bits on every machine
+    found = ellipsoid.geometry(G)
+    assert found["far_cosine"] == -1
+    assert found["pair_ratio"] == pytest.approx((0.25 + 0 + 0.25) / 3 / (2 / 3))
+    assert np.isnan(ellipsoid.cosines(G)).tolist() == [[i == 1 or j == 1 for j in range(3)] for i in range(3)]
+
+
+def test_iterates_that_are_all_equal_are_refused():
+    with pytest.raises(ConfigError, match="all equal"):
+        ellipsoid.geometry(np.zeros((4, 4)))
+
+
 def test_radii_of_averages(stationary):
     table = ellipsoid.average_radii(vectors.gram(stationary), (1, 4, 16), (1, 20, 100))
     far = table.query("spacing >= 20 and count > 1")

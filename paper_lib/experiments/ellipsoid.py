@@ -63,24 +63,30 @@ def geometry(G: np.ndarray) -> dict[str, float]:
     """Radius and angles around the average, from the Gram matrix (n, n) around it.
 
     radius (root mean square), radius_spread (standard deviation / mean), far_cosine (mean over pairs of iterates at
-    least half a window apart), pair_ratio (squared radius of the average of such a pair over that of one iterate).
+    least half a window apart, without those of which one lies at the average), pair_ratio (squared radius of the
+    average of such a pair over that of one iterate). ConfigError if the iterates are all equal.
     """
     n, radius = len(G), np.sqrt(np.diag(G))
+    require(radius.any(), "radius", 0.0, "the iterates are all equal: there is nothing around their average")
     far = np.triu_indices(n, n // 2)
     square = np.diag(G)
     pairs = (square[far[0]] + square[far[1]] + 2 * G[far]) / 4
     return {
         "radius": np.sqrt(np.mean(square)),
         "radius_spread": radius.std() / radius.mean(),
-        "far_cosine": np.mean(cosines(G)[far]),
+        "far_cosine": np.nanmean(cosines(G)[far]),
         "pair_ratio": pairs.mean() / square.mean(),
     }
 
 
 def cosines(G: np.ndarray) -> np.ndarray:
-    """Cosines of the angles between iterates as seen from the Gram matrix's centre, (n, n)."""
+    """Cosines of the angles between iterates as seen from the Gram matrix's centre, (n, n).
+
+    NaN for an iterate that lies at the centre: it is in no direction from there.
+    """
     radius = np.sqrt(np.diag(G))
-    return G / np.outer(radius, radius)
+    lengths = np.outer(radius, radius)
+    return np.divide(G, lengths, out=np.full_like(G, np.nan, dtype=float), where=lengths > 0)
 
 
 def average_radii(G: np.ndarray, counts: Sequence[int], spacings: Sequence[int]) -> pd.DataFrame:
