@@ -38,27 +38,6 @@ def levels(reference: Run, changed: Sequence[Run], settle: int) -> pd.DataFrame:
     return pd.concat(rows, ignore_index=True)
 
 
-def spaced_lags(n: int, count: int = 16) -> np.ndarray:
-    """About `count` lags from 1 to half of n, evenly spaced on a logarithmic axis."""
-    return np.unique(np.geomspace(1, n // 2, count).astype(int))
-
-
-def squared_displacement(G: np.ndarray, lags: Sequence[int]) -> np.ndarray:
-    """Mean over t of |x_(t+k) - x_t|^2 at each lag k, from a Gram matrix (n, n) with any centre."""
-    square, n = np.diag(G), len(G)
-    require(min(lags) >= 0 and max(lags) < n, "lags", list(lags), f"they must lie in 0..{n - 1}")
-    return np.array([np.mean(square[k:] + square[: n - k] - 2 * np.diag(G, k)) for k in lags])
-
-
-def exponent(lags: np.ndarray, displacement: np.ndarray) -> float:
-    """Slope of log displacement against log lag over the longer half of the lags' logarithmic range.
-
-    0 where the run is stationary, 1 for a random walk, between them for a wandering that slows down.
-    """
-    far = lags >= np.sqrt(lags[0] * lags[-1])
-    return float(np.polyfit(np.log(lags[far]), np.log(displacement[far]), 1)[0])
-
-
 def geometry(G: np.ndarray) -> dict[str, float]:
     """Radius and angles around the average, from the Gram matrix (n, n) around it.
 
