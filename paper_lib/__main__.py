@@ -107,9 +107,9 @@ def _carry_out(args: argparse.Namespace, words: Sequence[str]) -> None:
 
         jpegs.write(args.dataset, folder("data"), args.folder)
     elif args.command == "cooldown":
-        from paper_lib.averaging import checkpoints
+        from paper_lib.averaging import cooldown
 
-        checkpoints.cooldown_files(args.checkpoints, args.schedule, args.output)
+        cooldown.emulate_files(args.checkpoints, args.schedule, args.output)
     elif args.command == "plan":
         plan_command(args.preset, args.images_per_second, words)
     else:
