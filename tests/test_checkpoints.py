@@ -1,4 +1,4 @@
-"""Averages of checkpoint files: the right weights, streamed, of every type, and refusals that name the file."""
+"""Averages of checkpoint files: weights, types, streaming, and refusals that name the file."""
 
 import weakref
 from collections import OrderedDict
@@ -38,7 +38,7 @@ def write(folder, found, steps=STEPS, suffix=".pt", wrap=lambda state: state):
     return paths
 
 
-# --- weights -----------------------------------------------------------------------------------------------------
+# --- weights -------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("schedule", schedules.COOLDOWNS)
@@ -59,7 +59,7 @@ def test_weights_by_hand():
     np.testing.assert_allclose(cooldown.step_weights([3, 5, 9], "constant"), [0, 0, 1])
 
 
-# --- averages ----------------------------------------------------------------------------------------------------
+# --- averages ------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("suffix", [".pt", ".safetensors"])
@@ -150,7 +150,7 @@ def test_what_torch_itself_puts_into_state_dicts(tmp_path):
     assert not (tmp_path / "whole.safetensors").exists()
 
 
-# --- files -------------------------------------------------------------------------------------------------------
+# --- files ---------------------------------------------------------------------------------------
 
 
 def test_files_are_ordered_by_their_number(tmp_path):
@@ -214,7 +214,7 @@ def test_the_older_format_of_torch_is_read(tmp_path):
     assert cooldown.load(tmp_path / "old.pt")[0].keys() == states(1)[0].keys()
 
 
-# --- refusals ----------------------------------------------------------------------------------------------------
+# --- refusals ------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(

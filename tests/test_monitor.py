@@ -1,4 +1,4 @@
-"""The monitor: its decisions against plain ones, its laws against simulation, NumPy against PyTorch."""
+"""The monitor: decisions against plain ones, laws against simulation, NumPy against PyTorch."""
 
 import functools
 
@@ -30,14 +30,14 @@ def windows_of(values, **settings):
 
 
 def stationary_run(momentum, steps, seed=0):
-    """Iterates (d, steps + 1) and gradients (d, steps) of SGD on quadratics of curvatures ETA, lr 1."""
+    """Iterates (d, steps + 1) and gradients (d, steps) of SGD, lr 1, on curvatures ETA."""
     h = ETA[:, None]
     minima = simulate.sample_minima(np.random.default_rng(seed), np.ones(len(ETA)), steps)[0]
     x = simulate.sgd(minima, 1.0, h, momentum=momentum)
     return x, h * (x[:, :-1] - minima)
 
 
-# --- the test ----------------------------------------------------------------------------------------------------
+# --- the test ------------------------------------------------------------------------------------
 
 
 def test_a_window_is_scipys_t_test_of_its_block_means():
@@ -82,7 +82,7 @@ def test_values_without_information_raise_no_alarm(value):
     assert not any(window.stationary for window in windows_of([value] * 1000, block=5))
 
 
-# --- the monitor -------------------------------------------------------------------------------------------------
+# --- the monitor ---------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("momentum", [0.0, 0.5, 0.9])
@@ -154,7 +154,7 @@ def test_bad_settings_are_refused(bad):
         Monitor(**bad)
 
 
-# --- averages ----------------------------------------------------------------------------------------------------
+# --- averages ------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("momentum", [0.0, 0.9])
@@ -235,7 +235,7 @@ def test_averages_need_a_memory_and_an_observation():
         Averages().best()
 
 
-# --- an optimizer's gradient -------------------------------------------------------------------------------------
+# --- an optimizer's gradient ---------------------------------------------------------------------
 
 
 def test_the_gradient_vector_is_what_sgd_descends():

@@ -38,10 +38,6 @@ def test_linear_is_the_tail_sum_of_a_uniform_average(window, before):
     np.testing.assert_allclose(tail_sums, expected, atol=1e-12)
 
 
-def test_a_cooldown_follows_a_constant_phase():
-    assert schedules.cooldown("linear", 5, 2) == pytest.approx([1, 1, 1, 1, 0.5])
-
-
 @pytest.mark.parametrize(
     ("call", "message"),
     [

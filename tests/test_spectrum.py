@@ -1,4 +1,4 @@
-"""Directions of the spectrum: against simulated runs, at and away from stationarity; and Lanczos."""
+"""Directions of the spectrum against simulated runs, stationary and on the way; and Lanczos."""
 
 import numpy as np
 import pytest

@@ -55,11 +55,11 @@ def test_a_last_batch_of_one_value_is_not_counted_where_it_has_no_variance():
     pooled = nn.Sequential(images, nn.AdaptiveAvgPool1d(1), nn.Flatten(), flat)
     recompute_statistics(pooled, x.split(32))  # images has 4 values of the last sample, flat one
     torch.testing.assert_close(images.running_mean, x.mean((0, 2)))
-    expected, seen = nn.BatchNorm1d(6), images.running_mean.clone()
+    expected = nn.BatchNorm1d(6)
     recompute_statistics(nn.Sequential(nn.BatchNorm1d(6), *pooled[1:3], expected), x[:96].split(32))
     torch.testing.assert_close(flat.running_mean, expected.running_mean)
     torch.testing.assert_close(flat.running_var, expected.running_var)
-    assert torch.equal(seen, images.running_mean) and flat.training
+    assert flat.training and images.training
 
 
 @pytest.mark.parametrize(

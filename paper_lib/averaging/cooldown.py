@@ -41,8 +41,8 @@ def find(paths: Sequence[Path | str]) -> list[Path]:
             found += [p for p in inside if re.search(r"\d", p.stem)]
         else:
             found.append(path)
-    given, allowed = " ".join(map(str, paths)), f"no {', '.join(SUFFIXES)} there is named by step"
-    require(bool(found), "checkpoints", given, allowed)
+    allowed = f"no {', '.join(SUFFIXES)} there is named by step"
+    require(bool(found), "checkpoints", " ".join(map(str, paths)), allowed)
     return sorted(found, key=step_of)
 
 
@@ -204,14 +204,10 @@ def load(path: Path) -> tuple[State, str | None]:
 
 def _is_state(found: Any) -> bool:
     """Whether these are tensors by name, and nothing else but what modules add as extra state."""
-    return (
-        isinstance(found, dict)
-        and any(isinstance(value, Tensor) for value in found.values())
-        and all(
-            isinstance(value, Tensor) or str(name).endswith("_extra_state")
-            for name, value in found.items()
-        )
-    )
+    if not isinstance(found, dict):
+        return False
+    values = [value for name, value in found.items() if not str(name).endswith("_extra_state")]
+    return bool(values) and all(isinstance(value, Tensor) for value in values)
 
 
 def _require_suffix(path: Path) -> None:

@@ -120,13 +120,14 @@ def ema_equivalent(k: Values, eta: Values, decay: Values) -> np.ndarray:
     """eta'_k equivalent to the EMA, k = 0, 1, ... steps back from the end of a long run.
 
     eta (1-r) [r^(k+1) - q^(k+1)] / [eta r^(k+1) - (1-r) q^(k+1)]: ends at eta (1-r), tends to
-    min(eta, 1-r) far back; the value at r = q is the limit.
+    min(eta, 1-r) far back. Where r and q agree but for rounding, the quotient's limit is taken.
     """
     check_decay(decay)
     eta = check_eta(eta)
     q, r, k = 1 - eta, np.asarray(decay, dtype=np.float64), np.asarray(k)
-    apart = np.where(r == q, 1.0, r - q)
-    powers = np.where(r == q, (k + 1) * r**k, (r ** (k + 1) - q ** (k + 1)) / apart)
+    near, middle = np.abs(r - q) < 1e-8, (r + q) / 2
+    apart = np.where(near, 1.0, r - q)
+    powers = np.where(near, (k + 1) * middle**k, (r ** (k + 1) - q ** (k + 1)) / apart)
     total = r ** (k + 1) + (1 - r) * powers
     far = np.broadcast_to(np.minimum(eta, 1 - r), np.shape(total)).copy()  # where powers underflow
     return np.divide(eta * (1 - r) * powers, total, out=far, where=total != 0)

@@ -134,6 +134,7 @@ class Monitor:
         After that the test begins from nothing, as it should when the learning rate has been
         lowered. ConfigError at the end of a window in which a gradient was not finite.
         """
+        gradient = _widened(gradient)
         if self._past is None:
             self._past = gradient + 0
             return False
@@ -164,9 +165,9 @@ class Averages:
     `Monitor`): a test that finds s_t negative has found that the average with its memory is better
     than the iterate.
 
-    `vectors` are the averages, in float32 or better: in bfloat16 they would stand still. `gains` are
-    running means of the right-hand side over 1 / (1 - smoothing) steps. A memory costs a vector and
-    an inner product a step. Until an average has lasted its memory, it is the uniform one.
+    `vectors` are the averages, in float32 or better: in bfloat16 they would stand still. `gains`
+    are running means of the right-hand side over 1 / (1 - smoothing) steps. A memory costs a vector
+    and an inner product a step. Until an average has lasted its memory, it is the uniform one.
     """
 
     def __init__(
@@ -213,7 +214,7 @@ def block_length(memory: float) -> int:
 
 
 def gradient_vector(optimizer: torch.optim.Optimizer) -> Tensor:
-    """The gradient (P,) of what the optimizer descends: the loss, and weight decay if it is coupled.
+    """The gradient (P,) of what the optimizer descends: the loss, and its decay if it is coupled.
 
     Decay that is decoupled, as in AdamW, is no part of it: a gain then refers to the loss without
     decay. Call it between backward() and step(). Parameters are in the optimizer's order, group by
