@@ -50,9 +50,8 @@ def test_a_window_is_scipys_t_test_of_its_block_means():
 
 
 def test_only_an_undecided_window_is_followed_by_a_longer_one():
-    undecided = np.where(
-        np.arange(16) % 4 < 2, 1.0, -1.01
-    )  # blocks of both signs, a mean just below zero
+    # Blocks of both signs, and a mean just below zero.
+    undecided = np.where(np.arange(16) % 4 < 2, 1.0, -1.01)
     negative, positive = -1 - 0.01 * np.arange(8.0), 1 + 0.01 * np.arange(8.0)
     found = windows_of(
         [*undecided, *np.repeat(negative, 4), *np.repeat(positive, 2), *undecided], block=2
@@ -110,7 +109,8 @@ def test_after_an_alarm_everything_begins_again():
     fresh = Monitor(0.5)
     later = [monitor.observe(gradient) for gradient in g.T[at + 1 :]]
     assert later == [fresh.observe(gradient) for gradient in g.T[at + 1 :]]
-    assert [w.t for w in monitor.windows[-len(fresh.windows) :]] == [w.t for w in fresh.windows]
+    since = [w.t for w in monitor.windows[-len(fresh.windows) :]]
+    assert since == pytest.approx([w.t for w in fresh.windows])
 
 
 def test_tensors_and_arrays_are_watched_alike_and_left_alone():

@@ -147,7 +147,8 @@ def _move(mean: Tensor, tensor: Tensor, share: float, where: str) -> None:
     if tensor.dtype.itemsize == 1:
         raise ConfigError(f"{where} is {tensor.dtype}, too narrow to be averaged: convert it first")
     _require_numbers(where, wide.isfinite())
-    _require_numbers(f"{where} is finite, but one before it", mean.isfinite())
+    if not mean.isfinite().all():
+        raise ConfigError(f"{where} is finite, but not in checkpoints before it: leave those out")
     mean.lerp_(wide, share)
 
 
