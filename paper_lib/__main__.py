@@ -68,9 +68,9 @@ def jpegs(dataset: str, target: Path) -> None:
 
 def cooldown(checkpoints: list[str], schedule: str, output: str) -> None:
     """Average your own checkpoints as a learning-rate cooldown would."""
-    from paper_lib.averaging import checkpoints as files
+    from paper_lib.averaging.cooldown import emulate_files
 
-    files.cooldown_files(checkpoints, schedule, output)
+    emulate_files(checkpoints, schedule, output)
 
 
 class Parser(argparse.ArgumentParser):

@@ -221,4 +221,4 @@ def test_the_command_says_that_statistics_must_be_recomputed(tmp_path, capsys):
     for step in (1, 2):
         torch.save(torch.nn.BatchNorm1d(2).state_dict(), tmp_path / f"step{step}.pt")
     assert main(["cooldown", str(tmp_path), "--output", str(tmp_path / "averaged.pt")]) == 0
-    assert "checkpoints.recompute_statistics" in capsys.readouterr().out
+    assert "batchnorm.recompute_statistics" in capsys.readouterr().out

@@ -19,25 +19,11 @@ def stationary():
 
 
 def test_displacement_of_the_model(stationary):
-    lags = ellipsoid.spaced_lags(600)
-    assert (lags[0], lags[-1]) == (1, 300)
-    found = ellipsoid.squared_displacement(vectors.gram(stationary), lags)
+    lags = vectors.spaced_lags(600)
+    found = vectors.squared_displacement(vectors.gram(stationary), lags)
     expected = 2 * 400 * stationary_variance(0.5) * (1 - autocorrelation(0.5, 301)[lags])
     np.testing.assert_allclose(found, expected, rtol=0.03)
-    assert abs(ellipsoid.exponent(lags, found)) < 0.02
-
-
-def test_displacement_does_not_depend_on_the_centre(stationary):
-    x = stationary[:50]
-    shifted = ellipsoid.squared_displacement((x + 3) @ (x + 3).T, [0, 1, 10])
-    np.testing.assert_allclose(shifted, ellipsoid.squared_displacement(vectors.gram(x), [0, 1, 10]), atol=1e-8)
-    with pytest.raises(ConfigError, match="lags"):
-        ellipsoid.squared_displacement(np.eye(5), [5])
-
-
-def test_exponent_of_a_power():
-    lags = ellipsoid.spaced_lags(500)
-    assert ellipsoid.exponent(lags, 3.0 * lags**0.7) == pytest.approx(0.7)
+    assert abs(vectors.exponent(lags, found)) < 0.02
 
 
 def test_geometry_of_the_model_and_of_a_line(stationary):
@@ -49,6 +35,19 @@ def test_geometry_of_the_model_and_of_a_line(stationary):
     line = ellipsoid.geometry(vectors.gram(np.arange(101.0)[:, None]))  # drift: the ends lie opposite each other
     assert line["far_cosine"] < -0.9
     assert line["pair_ratio"] < 0.2
+
+
+def test_an_iterate_exactly_at_the_average_has_no_direction():
+    G = vectors.gram(np.array([[-1.0], [0.0], [1.0]]))  # whole numbers: the same bits on every machine
+    found = ellipsoid.geometry(G)
+    assert found["far_cosine"] == -1
+    assert found["pair_ratio"] == pytest.approx((0.25 + 0 + 0.25) / 3 / (2 / 3))
+    assert np.isnan(ellipsoid.cosines(G)).tolist() == [[i == 1 or j == 1 for j in range(3)] for i in range(3)]
+
+
+def test_iterates_that_are_all_equal_are_refused():
+    with pytest.raises(ConfigError, match="all equal"):
+        ellipsoid.geometry(np.zeros((4, 4)))
 
 
 def test_radii_of_averages(stationary):

@@ -15,10 +15,10 @@ from paper_lib.errors import ConfigError
 from paper_lib.experiments import full_trajectory
 from paper_lib.probing import derivatives, probe
 from paper_lib.results import figures
-from paper_lib.theory import transient
+from paper_lib.theory import spectrum
 
 LR, T = 0.5, 200
-TRUTH = transient.of_losses(np.array([0.02, 0.2, 0.8]) / LR, np.array([0.05, 0.1, 0.05]), np.zeros(3), LR)
+TRUTH = spectrum.of_losses(np.array([0.02, 0.2, 0.8]) / LR, np.array([0.05, 0.1, 0.05]), np.zeros(3), LR)
 
 
 def run(loss, lr, start=7, momentum=0.0, seed=0):
@@ -109,10 +109,10 @@ def test_state_holds_unbiased_squares_and_their_curvatures(recorded):
     net, weights = runs.network(found, dataset), np.array(found.at(4))
     x, y = probe.fixed_batches(dataset, 8, 64, 0)
     a, b = (derivatives.gradients(net, weights, x[s], y[s]).mean(0) + 30 * weights for s in (slice(2, 5), slice(5, 8)))
-    assert state.gradient2.sum() == pytest.approx(a @ b, rel=1e-4)
-    assert state.noise2.sum() == pytest.approx(6 * np.sum((a - b) ** 2) / 4, rel=1e-4)
+    assert state.gradient.sum() == pytest.approx(a @ b, rel=1e-4)
+    assert state.noise.sum() == pytest.approx(6 * np.sum((a - b) ** 2) / 4, rel=1e-4)
     products = [derivatives.mean_hessian_product(net, weights, d, x[:2], y[:2]) + 30 * d for d in (a, b)]
-    assert state.h @ state.gradient2 == pytest.approx((a @ products[1] + b @ products[0]) / 2, rel=1e-3)
+    assert state.h @ state.gradient == pytest.approx((a @ products[1] + b @ products[0]) / 2, rel=1e-3)
 
 
 def test_onward_begins_at_the_snapshot(recorded):

@@ -1,88 +1,171 @@
-"""Predictions from a spectrum, against simulated runs in many directions at once."""
+"""Directions of the spectrum against simulated runs, stationary and on the way; and Lanczos."""
 
 import numpy as np
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+from strategies import etas, seeds
 
-from paper_lib.averaging import vectors
-from paper_lib.theory import quadratic, simulate
-from paper_lib.theory.spectrum import Spectrum
+from paper_lib.averaging import schedules, vectors
+from paper_lib.errors import ConfigError
+from paper_lib.probing.hessian import spectral_measure
+from paper_lib.theory import quadratic, simulate, spectrum
+from paper_lib.theory.spectrum import Directions
 
-LR, BURN, N, SEEDS = 0.5, 600, 101, 1500
-
-
-@pytest.fixture(scope="module")
-def spectrum():
-    return Spectrum(h=np.geomspace(0.02, 2, 5), s2=np.linspace(3, 1, 5))
-
-
-@pytest.fixture(scope="module", params=[0.0, 0.5])
-def run(request, spectrum):
-    """Momentum and N stationary iterates: (SEEDS, 5, N)."""
-    c = simulate.sample_minima(np.random.default_rng(0), spectrum.s2, BURN + N - 1, SEEDS)
-    x = simulate.sgd(c, LR, spectrum.h[:, None], momentum=request.param)
-    return request.param, x[..., BURN:]
+LR, T = 0.5, 300
+H, S2, START = np.array([0.02, 0.3, 2.2]), np.array([3.0, 1.0, 0.5]), np.array([2.0, -1.0, 0.5])
+BURN, N, SEEDS = 600, 101, 1500
 
 
-def assert_mean(samples, expected):
-    assert abs(samples.mean() - expected) < 5 * samples.std() / np.sqrt(len(samples))
+# --- stationary ----------------------------------------------------------------------------------
 
 
-def test_loss_radius_and_displacement(spectrum, run):
-    momentum, x = run
-    loss = (spectrum.h[:, None] * x**2 / 2).sum(1)
-    assert_mean(loss[:, -1], spectrum.excess_loss(LR, momentum))
-    radius = spectrum.shell_radius(LR, momentum)
-    assert_mean((x[..., -1] ** 2).sum(1), radius**2)
-    rho = spectrum.autocorrelation(LR, N, momentum)
-    for lag in (1, 10, 100):
-        moved = ((x[..., -1] - x[..., -1 - lag]) ** 2).sum(1)
-        assert_mean(moved, 2 * radius**2 * (1 - rho[lag]))
+@pytest.mark.parametrize("momentum", [0.0, 0.5])
+def test_levels_of_iterates_and_of_averages_are_those_of_simulated_runs(momentum):
+    h, s2 = np.geomspace(0.02, 2, 5), np.linspace(3, 1, 5)
+    directions = Directions(h, h**2 * s2)
+    c = simulate.sample_minima(np.random.default_rng(0), s2, BURN + N - 1, SEEDS)
+    x = simulate.sgd(c, LR, h[:, None], momentum=momentum)[..., BURN:]
+    expected = {"variance": directions.variances(LR, momentum).sum()}
+    samples = {"variance": (x[..., -1] ** 2).sum(1)}
+    for name, a in {
+        "iterate": vectors.last(N),
+        "EMA": vectors.ema(N, 0.9),
+        "uniform": vectors.uniform(N, 30),
+        "two points": vectors.two_point(N, 50),
+    }.items():
+        expected[name] = directions.averaged_loss(a, LR, momentum)
+        samples[name] = (h * (x @ a) ** 2 / 2).sum(1)
+    for name, found in samples.items():
+        assert abs(found.mean() - expected[name]) < 5 * found.std() / np.sqrt(SEEDS), name
+    assert expected["iterate"] == pytest.approx(directions.excess(LR, momentum).sum())
 
 
-def test_loss_of_averages(spectrum, run):
-    momentum, x = run
-    for a in (vectors.ema(N, 0.9), vectors.uniform(N, 30), vectors.two_point(N, 50)):
-        loss = (spectrum.h * (x @ a) ** 2 / 2).sum(1)
-        assert_mean(loss, spectrum.averaged_loss(a, LR, momentum))
+def test_two_far_points_recover_half_the_loss_as_about_half_the_lr_does():
+    far = vectors.two_point(10_001, 10_000)
+    directions = Directions(H, H**2 * S2)
+    half = directions.excess(LR).sum() / 2
+    assert directions.averaged_loss(far, LR) == pytest.approx(half)
+    slow = Directions([0.01, 0.02], [1e-4, 4e-4])
+    assert slow.averaged_loss(far, LR) == pytest.approx(slow.excess(LR / 2).sum(), rel=0.01)
 
 
-def test_curves_are_the_losses_of_their_averages(spectrum):
-    n, lags, decays, windows = 1000, [1, 10, 100], [0.0, 0.5, 0.95], [1, 5, 50]
-    for curve, settings, average in (
-        (spectrum.two_point_losses, lags, vectors.two_point),
-        (spectrum.ema_losses, decays, vectors.ema),
-        (spectrum.uniform_losses, windows, vectors.uniform),
-    ):
-        expected = [spectrum.averaged_loss(average(n, s), LR) for s in settings]
-        np.testing.assert_allclose(curve(LR, settings), expected, rtol=1e-9)
+# --- on the way ----------------------------------------------------------------------------------
 
 
-def test_two_far_points_recover_half_the_loss_as_about_half_the_lr_does(spectrum):
-    (loss,) = spectrum.two_point_losses(LR, [10_000])
-    assert loss == pytest.approx(spectrum.excess_loss(LR) / 2)
-    slow = Spectrum(h=[0.01, 0.02], s2=[1.0, 1.0])
-    (loss,) = slow.two_point_losses(LR, [10_000])
-    assert slow.effective_lr(loss) == pytest.approx(LR / 2, rel=0.01)
+@pytest.mark.parametrize("name", ["constant", "cosine", "step"])
+def test_losses_are_those_of_simulated_runs(name):
+    lrs = LR * schedules.factors(name, T)
+    c = simulate.sample_minima(np.random.default_rng(0), S2, T - 1, seeds=4000)
+    x = simulate.sgd(c, lrs[:-1], H[:, None], start=START)
+    loss = (H[:, None] * x**2 / 2).sum(1)
+    found = Directions(H, H**2 * S2, H**2 * START**2).losses(lrs)
+    z = (loss.mean(0) - loss[0, 0] - found)[1:] / (loss[:, 1:].std(0) / np.sqrt(len(x)))
+    assert np.abs(z).max() < 5
+    assert np.abs(z).mean() < 1.5
 
 
-@pytest.mark.parametrize("momentum", [0.0, 0.9])
-def test_effective_lr_inverts_the_loss(spectrum, momentum):
-    for lr in (1e-6, 0.1, 0.95 * (1 + momentum)):  # stable below 1 + m, as the largest h is 2
-        assert spectrum.effective_lr(spectrum.excess_loss(lr, momentum), momentum) == pytest.approx(lr)
-    single = Spectrum(h=0.3, s2=2.0)
-    variance = 2 * single.excess_loss(0.4) / 0.3 * 0.6
-    expected = quadratic.effective_eta(variance, 2.0) / 0.3
-    assert single.effective_lr(0.3 * variance / 2) == pytest.approx(float(expected))
+@given(etas((6,), low=0.02, high=1.9), seeds)
+def test_a_stationary_state_stays_and_a_lower_rate_leads_to_its_own(eta, seed):
+    e = np.random.default_rng(seed).exponential(size=6)
+    state = spectrum.of_losses(eta / LR, e, 0 * e, LR)
+    np.testing.assert_allclose(state.losses(np.full(50, LR)), 0, atol=1e-10)
+    s2 = state.noise / (eta / LR) ** 2
+    np.testing.assert_allclose(e, eta / LR * quadratic.stationary_variance(eta, s2) / 2)
+    level = (eta / LR * quadratic.stationary_variance(eta / 2, s2) / 2 - e).sum()
+    assert state.losses(np.full(500, LR / 2))[-1] == pytest.approx(level, rel=1e-3)
+
+
+def test_settled_is_the_stationary_state_of_the_same_noise():
+    start = Directions(np.append(H, 0), np.ones(4), np.ones(4))
+    settled = start.settled(LR)
+    v = quadratic.stationary_variance(LR * H, 1 / H**2)
+    np.testing.assert_allclose(start.excess(LR)[:3], H * v / 2)
+    np.testing.assert_allclose(settled.losses(np.full(100, LR))[1:], 0, atol=1e-12)
+    np.testing.assert_allclose(settled.gradient[:3], H**2 * v)
+    assert settled.gradient[3] == 0
+    assert start.gradient_share(below=0.1) == pytest.approx(0.5)
+    assert Directions([2 / LR], [1.0]).excess(LR)[0] == np.inf
+
+
+def test_without_noise_the_mean_is_all():
+    lrs = LR * schedules.factors("linear", 40)
+    state = spectrum.of_losses(H, np.zeros(3), np.ones(3), LR)
+    kept = np.cumprod(1 - lrs[:-1, None] * H, axis=0) ** 2
+    np.testing.assert_allclose(state.losses(lrs)[1:], (kept - 1).sum(1), rtol=1e-12)
+
+
+def test_a_flat_direction_falls_with_the_lr_and_is_the_limit_of_small_curvatures():
+    lrs = LR * schedules.factors("linear", 40)
+    flat = Directions([0.0], [1.0], [1.0]).losses(lrs)
+    np.testing.assert_allclose(flat, -np.append(0, np.cumsum(lrs[:-1])), rtol=1e-12)
+    nearly = Directions([1e-9], [1.0], [1.0]).losses(lrs)
+    np.testing.assert_allclose(nearly, flat, rtol=1e-6)
+
+
+# --- spectra found from curves -------------------------------------------------------------------
+
+
+def test_a_curve_shows_its_spectrum_and_predicts_other_schedules():
+    h = np.geomspace(0.001, 1, 5) / LR
+    excess, drift = np.array([0, 0, 0.1, 0, 0.05]), np.array([0.1, 0, 0, 0, 0])
+    truth = spectrum.of_losses(h, excess, drift, LR)
+    lrs = LR * schedules.factors("step", 2 * T)
+    found = spectrum.fit_response(truth.response(lrs, LR), lrs, LR, h)
+    np.testing.assert_allclose(found, (excess, drift), atol=0.01)
+    other = LR * schedules.factors("cosine", T)
+    predicted = spectrum.of_losses(h, *found, LR).response(other, LR)
+    np.testing.assert_allclose(predicted, truth.response(other, LR), atol=5e-4)
+
+
+def test_directions_between_the_grids_are_predicted_too():
+    truth = spectrum.of_losses([0.037 / LR, 0.21 / LR], np.array([0.1, 0.1]), np.zeros(2), LR)
+    h, lrs = np.geomspace(0.01, 1, 9) / LR, LR * schedules.factors("step", 2 * T)
+    noise = 0.02 * np.random.default_rng(0).standard_normal(len(lrs))
+    fitted = spectrum.fit_response(truth.response(lrs, LR) + noise, lrs, LR, h)
+    other = LR * schedules.factors("linear", T)
+    expected = truth.response(other, LR)
+    error = spectrum.of_losses(h, *fitted, LR).response(other, LR) - expected
+    assert np.sqrt(np.mean(error**2)) < 0.03 * np.ptp(expected)
+
+
+# --- Lanczos -------------------------------------------------------------------------------------
+
+
+@given(seeds, st.integers(2, 8))
+def test_spectral_measure_is_exact_for_polynomials(seed, n):
+    rng = np.random.default_rng(seed)
+    A = rng.standard_normal((12, 12))
+    A, vector = (A + A.T) / 5, rng.standard_normal(12)
+    nodes, weights = spectral_measure(lambda v: A @ v, vector, n)
+    assert weights.min() >= 0
+    for degree in range(2 * n):
+        expected = vector @ np.linalg.matrix_power(A, degree) @ vector
+        scale = vector @ vector * np.linalg.norm(A, 2) ** degree
+        assert weights @ nodes**degree == pytest.approx(expected, abs=1e-9 * scale)
+
+
+def test_spectral_measure_stops_where_the_vector_has_no_more_directions():
+    diagonal = np.arange(1.0, 6)
+    nodes, weights = spectral_measure(lambda v: diagonal * v, np.array([3.0, 0, 4, 0, 0]), 5)
+    np.testing.assert_allclose(nodes, [1, 3], rtol=1e-12)
+    np.testing.assert_allclose(weights, [9, 16], rtol=1e-12)
+    with pytest.raises(ConfigError, match="zero vector"):
+        spectral_measure(lambda v: diagonal * v, np.zeros(5), 5)
 
 
 @pytest.mark.parametrize(
     ("call", "message"),
     [
-        (lambda: Spectrum([1.0, 0.0], [1.0, 1.0]), "leave out directions"),
-        (lambda: Spectrum([1.0], [-1.0]), "got minima 1 and -1"),
-        (lambda: Spectrum([1.0], [1.0, 2.0]), "one length"),
-        (lambda: Spectrum([4.0], [1.0]).excess_loss(0.5), r"got values from 2 to 2"),
-        (lambda: Spectrum([1.0], [1.0]).effective_lr(0.0), "must be positive, got 0.0"),
+        (lambda: Directions(np.ones(2), np.ones(3)), "vectors of one length"),
+        (lambda: Directions(np.ones(2), np.ones(2), np.ones(3)), "vectors of one length"),
+        (lambda: Directions(1.0, 1.0), "vectors of one length"),
+        (lambda: Directions([-0.1], [1.0]), "got -0.1 and 1"),
+        (lambda: Directions([1.0], [-1.0]), "got 1 and -1"),
+        (lambda: Directions([4.0], [1.0]).variances(0.5), "got values from 2 to 2"),
+        (lambda: Directions([0.0], [1.0]).variances(0.5), "got values from 0 to 0"),
+        (lambda: spectrum.of_losses([5.0], np.ones(1), np.ones(1), LR), "eta = lr"),
+        (lambda: spectrum.fit_response(np.zeros(3), np.ones(3), 1.0, H), "response is zero"),
     ],
 )
 def test_errors_name_the_value(call, message):

@@ -1,25 +1,24 @@
-"""Averages and learning-rate schedules as one thing (claim C5): exact conversions in both directions.
+"""Converts averages to learning-rate schedules and back, exactly: they are one thing (claim C5).
 
-On quadratics with minima c_i every SGD iterate, hence every average a @ x, is a weighted sum of x_0 and
-c_1, c_2, ... with weights w_0, w_1, ... On the same batches, SGD under eta'_i = w_i / (w_0 + ... + w_i)
-ends at that very sum. For small eta this is lr'_i / lr_i = sum_(t>=i) a_t, the tail sum of the weights,
-whatever the curvature.
+On quadratics with minima c_i every SGD iterate, hence every average a @ x, is a weighted sum of x_0
+and c_1, c_2, ... with weights w_0, w_1, ... On the same batches, SGD under
+eta'_i = w_i / (w_0 + ... + w_i) ends at that very sum. For small eta this is
+lr'_i / lr_i = sum_(t>=i) a_t, the tail sum of the weights, whatever the curvature.
 
 A schedule is a float64 array (..., T) of factors: step i (0-based, from x_i to x_(i+1)) uses
 eta'_i = eta_i * factors[i], eta_i = lr_i * curvature being the averaged run's own. Time is the last
-axis; leading ones are directions. eta is a scalar, (T,), (d, 1) or (d, T), and eta = 0, the default,
-is the limit of slow directions, in which no curvature need be known.
+axis; leading ones are directions. eta is a scalar, (T,), (d, 1) or (d, T). eta = 0, the default, is
+the limit of slow directions, in which no curvature need be known.
 """
 
 from __future__ import annotations
 
 import numpy as np
 
-from paper_lib.averaging.vectors import check_decay, check_length, check_weights
-from paper_lib.theory.quadratic import check_eta
+from paper_lib.theory.checks import Values, check_decay, check_eta, check_length, check_weights
 
 
-def batch_weights(a: np.ndarray, eta, momentum: float = 0.0) -> np.ndarray:
+def batch_weights(a: np.ndarray, eta: Values, momentum: float = 0.0) -> np.ndarray:
     """Weights (..., T+1) of x_0 and of the batch minima c_1..c_T in the average a @ (x_0..x_T).
 
     w_i = sum_(t>=i) a_t eta_i prod_(i<j<=t) (1 - eta_j) without momentum; they sum to 1.
@@ -27,15 +26,15 @@ def batch_weights(a: np.ndarray, eta, momentum: float = 0.0) -> np.ndarray:
     return _adjoint(a, eta, momentum)[1]
 
 
-def to_schedule(a: np.ndarray, eta=0.0, momentum: float = 0.0) -> np.ndarray:
+def to_schedule(a: np.ndarray, eta: Values = 0.0, momentum: float = 0.0) -> np.ndarray:
     """Factors (..., T) of the schedule that ends, on the same batches, where the average a lies.
 
     With momentum, both runs use it (and start at rest). At eta = 0: the tail sums of a. ValueError
     where no learning rate does it (signed weights, or eta above 1, may need an infinite one).
     """
     g, _ = _adjoint(a, eta, momentum)
-    # eta'_i = w_i / (w_0 + ... + w_i), with w_i = eta_i g_i, and w_0 + ... + w_i = g_i + the weights
-    # of the average up to x_(i-1): sums of like signs, where 1 - (later w) would cancel.
+    # eta'_i = w_i / (w_0 + ... + w_i), with w_i = eta_i g_i, and w_0 + ... + w_i = g_i + weights of
+    # the average up to x_(i-1): sums of like signs, where 1 - (later w) would cancel.
     total = np.cumsum(a)[:-1] + g
     idle = (g == 0) & (total == 0)  # steps that a later one forgets: any factor does
     schedule = np.divide(g, total, out=np.ones_like(g), where=~idle & (total != 0))
@@ -45,7 +44,7 @@ def to_schedule(a: np.ndarray, eta=0.0, momentum: float = 0.0) -> np.ndarray:
     return schedule
 
 
-def _adjoint(a: np.ndarray, eta, momentum: float) -> tuple[np.ndarray, np.ndarray]:
+def _adjoint(a: np.ndarray, eta: Values, momentum: float) -> tuple[np.ndarray, np.ndarray]:
     """Derivatives of a @ x along the run: g (..., T) by x_1..x_T, w (..., T+1) by x_0, c_1..c_T.
 
     Backwards through v_t = m v_(t-1) + x_(t-1) - c_t, x_t = x_(t-1) - eta_t v_t:
@@ -64,7 +63,7 @@ def _adjoint(a: np.ndarray, eta, momentum: float) -> tuple[np.ndarray, np.ndarra
     return g, w
 
 
-def _per_step(eta, steps: int, momentum: float) -> np.ndarray:
+def _per_step(eta: Values, steps: int, momentum: float) -> np.ndarray:
     """Broadcast eta to (..., steps), having checked that it is zero or stable."""
     eta = np.asarray(eta, dtype=np.float64)
     check_eta(np.where(eta == 0, 1.0, eta), momentum)
@@ -77,11 +76,13 @@ def _per_step(eta, steps: int, momentum: float) -> np.ndarray:
         ) from None
 
 
-def to_average(schedule: np.ndarray, eta=0.0, momentum: float = 0.0, signed: bool = False) -> np.ndarray:
+def to_average(
+    schedule: np.ndarray, eta: Values = 0.0, momentum: float = 0.0, signed: bool = False
+) -> np.ndarray:
     """Weights (..., T+1) over a run at eta whose average ends where SGD under `schedule` does.
 
-    The inverse of to_schedule: a_t = W (f_t - f_(t+1)) + w_(t+1) (1 - f_t) with f_0 = 1, where w are
-    the scheduled run's batch weights and W their sum up to t+1. At eta = 0, a_t = f_t - f_(t+1).
+    The inverse of to_schedule: a_t = W (f_t - f_(t+1)) + w_(t+1) (1 - f_t) with f_0 = 1, where w
+    are the scheduled run's batch weights and W their sum up to t+1; at eta = 0, f_t - f_(t+1).
     ValueError where a weight would be negative (the schedule rises), unless `signed`.
     """
     f = np.asarray(schedule, dtype=np.float64)
@@ -104,31 +105,35 @@ def to_average(schedule: np.ndarray, eta=0.0, momentum: float = 0.0, signed: boo
 
 
 def _refuse(a: np.ndarray, f: np.ndarray) -> None:
+    """ValueError that names the step of the most negative weight."""
     *direction, step = np.unravel_index(a.argmin(), a.shape)
     before = 1.0 if step == 0 else f[(*direction, step - 1)]
     after = f[(*direction, min(step, f.shape[-1] - 1))]
     raise ValueError(
         f"no non-negative average emulates this schedule: going from {before:g} to {after:g} times "
-        f"the run's lr at step {step} needs the weight {a.min():g} (averages emulate schedules that "
-        "do not rise; signed=True gives the signed weights)"
+        f"the run's lr at step {step} needs the weight {a.min():g} (averages emulate schedules "
+        "that do not rise; signed=True gives the signed weights)"
     )
 
 
-def ema_equivalent(k, eta, decay) -> np.ndarray:
+def ema_equivalent(k: Values, eta: Values, decay: Values) -> np.ndarray:
     """eta'_k equivalent to the EMA, k = 0, 1, ... steps back from the end of a long run.
 
     eta (1-r) [r^(k+1) - q^(k+1)] / [eta r^(k+1) - (1-r) q^(k+1)]: ends at eta (1-r), tends to
-    min(eta, 1-r) far back; the value at r = q is the limit.
+    min(eta, 1-r) far back. Where r and q agree but for rounding, the quotient's limit is taken.
     """
     check_decay(decay)
     eta = check_eta(eta)
     q, r, k = 1 - eta, np.asarray(decay, dtype=np.float64), np.asarray(k)
-    apart = np.where(r == q, 1.0, r - q)
-    powers = np.where(r == q, (k + 1) * r**k, (r ** (k + 1) - q ** (k + 1)) / apart)
-    return eta * (1 - r) * powers / (r ** (k + 1) + (1 - r) * powers)
+    near, middle = np.abs(r - q) < 1e-8, (r + q) / 2
+    apart = np.where(near, 1.0, r - q)
+    powers = np.where(near, (k + 1) * middle**k, (r ** (k + 1) - q ** (k + 1)) / apart)
+    total = r ** (k + 1) + (1 - r) * powers
+    far = np.broadcast_to(np.minimum(eta, 1 - r), np.shape(total)).copy()  # where powers underflow
+    return np.divide(eta * (1 - r) * powers, total, out=far, where=total != 0)
 
 
-def two_point_equivalent(k, eta, lag) -> np.ndarray:
+def two_point_equivalent(k: Values, eta: Values, lag: Values) -> np.ndarray:
     """eta'_k equivalent to the two-point average: eta q^k / (1 + q^k) for k < lag, else eta."""
     check_length("lag", lag)
     eta, k = check_eta(eta), np.asarray(k)
@@ -136,7 +141,7 @@ def two_point_equivalent(k, eta, lag) -> np.ndarray:
     return np.where(k < lag, eta * power / (1 + power), eta)
 
 
-def uniform_equivalent(k, eta, window) -> np.ndarray:
+def uniform_equivalent(k: Values, eta: Values, window: Values) -> np.ndarray:
     """eta'_k equivalent to the mean of n iterates: about 1/(n-k) for 1/eta << k < n, eta before.
 
     (1 - q^(k+1)) / [n - 1 - k + (1 - q^(k+1)) / eta] for k < n.

@@ -1,23 +1,25 @@
-"""Tells, while SGD runs, whether it has become stationary at its learning rate: one inner product a step.
+"""Tells, while SGD runs, whether it is stationary at its learning rate, and what averages save.
 
-Every step gives s_t = g_t . u_(t-1): the gradient that the step uses, against a decaying sum of the earlier ones,
-u_t = b u_(t-1) + g_t. While the run descends, gradients agree and E s_t > 0. In the stationary model of claim C4,
-for plain SGD and in a direction of eta = lr x curvature, q = 1 - eta,
+Every step gives s_t = g_t . u_(t-1): the gradient that the step uses, against a decaying sum of the
+earlier ones, u_t = b u_(t-1) + g_t. While the run descends, gradients agree and E s_t > 0. In the
+stationary model of claim C4, for plain SGD and in a direction of eta = lr x curvature, q = 1 - eta,
 
-    E s_t = -E|g_t|^2 (eta/2) / (1 - b q) < 0,   for b = 0 minus the squared norm of the full gradient,
+    E s_t = -E|g_t|^2 (eta/2) / (1 - b q) < 0,   for b = 0 minus the full gradient's squared norm,
 
-and with momentum m and b = m, where u is the optimizer's own velocity, E s_t = -|full gradient|^2 / (1 + m) whatever
-the curvatures are. (For b < m it can have either sign: keep b >= m.)
+and with momentum m and b = m, where u is the optimizer's own velocity, E s_t = -|full gradient|^2 /
+(1 + m) whatever the curvatures are. (For b < m it can have either sign: keep b >= m.)
 
-b = 0 is the statistic of Pflug (1990). Its mean is smaller than its noise by the factor eta/2, so that the sign of its
-sum stops too early, or long too late (Pesme, Dieuleveut and Flammarion 2020). Two things help. A longer memory raises
-the signal per step from eta/2 to sqrt(eta)/2 at b = q, times the root of the number of noisy directions, and no memory
-gets beyond sqrt(eta/2): stationarity shows within a number of relaxation times 1/eta, not of their squares. And a known
-noise: the means of blocks longer than the memory are nearly independent, so that a t-test can be made of them.
+b = 0 is the statistic of Pflug (1990). Its mean is smaller than its noise by the factor eta/2, so
+that the sign of its sum stops too early, or long too late (Pesme, Dieuleveut and Flammarion 2020).
+Two things help. A longer memory raises the signal per step from eta/2 to sqrt(eta)/2 at b = q,
+times the root of the number of noisy directions, and no memory gets beyond sqrt(eta/2):
+stationarity shows within a number of relaxation times 1/eta, not of their squares. And a known
+noise: the means of blocks longer than the memory are nearly independent, so that a t-test can be
+made of them.
 
-Not used is the relation for E g_t . x_t of Yaida (2018) and Lang et al. (2019). Where the loss does not depend on the
-scale of the weights, as under BatchNorm, the gradient is orthogonal to the weights, and that relation only tests
-whether their norm is in balance with weight decay.
+Not used is the relation for E g_t . x_t of Yaida (2018) and Lang et al. (2019). Where the loss does
+not depend on the scale of the weights, as under BatchNorm, the gradient is orthogonal to the
+weights, and that relation only tests whether their norm is in balance with weight decay.
 """
 
 from __future__ import annotations
@@ -25,6 +27,7 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 import torch
@@ -33,17 +36,20 @@ from torch import Tensor
 
 from paper_lib.errors import require
 
-DECOUPLED = (torch.optim.AdamW, torch.optim.Adafactor, torch.optim.Muon)  # they decay beside the gradient's step
+# Optimizers whose weight decay goes beside the gradient's step.
+DECOUPLED = (torch.optim.AdamW, torch.optim.Adafactor, torch.optim.Muon)
 BLOCKS = 8  # block means in a window
 MEMORIES = 4  # steps of the shortest block, in memories 1 / (1 - b)
+
+Vector = np.ndarray | Tensor  # (P,), of NumPy or of PyTorch on any device
 
 
 @dataclass(frozen=True)
 class Window:
     """One test, over the last `steps` of the `end` values that were seen so far.
 
-    `mean` is that of the values, `t` the mean over its standard error (BLOCKS - 1 degrees of freedom), `stationary`
-    whether it is significantly negative.
+    `mean` of the values, `t` the mean over its standard error (BLOCKS - 1 degrees of freedom),
+    `stationary` whether it is significantly negative.
     """
 
     end: int
@@ -59,13 +65,13 @@ class Window:
 
 
 class StationarityTest:
-    """A one-sided t-test for E s_t < 0 on consecutive windows of values s_t; no value belongs to two windows.
+    """A one-sided t-test for E s_t < 0 on consecutive windows of values s_t, none in two windows.
 
-    `alpha` is the nominal rate of false alarms of a window at the edge, E s_t = 0; it falls quickly where the run
-    descends. The true rate is higher, most so with few noisy directions, as sums of products are skewed: notebook 13
-    measures it.
-    `block` is the length of the first blocks. A window that is negative but not significantly is followed by one of
-    twice the length, any other by one of the first length. Values that are not finite never raise an alarm.
+    `alpha` is the nominal rate of false alarms of a window at the edge, E s_t = 0; it falls quickly
+    where the run descends. The true rate is higher, most so with few noisy directions, as sums of
+    products are skewed: notebook 13 measures it. `block` is the length of the first blocks, in
+    steps. A window that is negative but not significantly is followed by one of twice the length,
+    any other by one of the first length. Values that are not finite never raise an alarm.
     """
 
     def __init__(self, alpha: float = 0.05, block: int = 40):
@@ -81,19 +87,21 @@ class StationarityTest:
         return BLOCKS * self._block
 
     def _begin(self, block: int) -> None:
-        self._block, self._count, self._sums = block, 0, [0.0] * BLOCKS
+        self._block, self._count = block, 0
+        self._sums: list[Any] = [0.0] * BLOCKS
 
     def add(self, value: float | Tensor) -> Window | None:
-        """Take the next value; return the test at the end of a window. Until then a tensor is not read."""
+        """Take a value; return the test at the end of a window, before which no tensor is read."""
         index = self._count // self._block
         self._sums[index] = self._sums[index] + value
         self._count += 1
         if self._count < self.window:
             return None
-        return self.decide(torch.stack(self._sums).tolist() if isinstance(value, Tensor) else self._sums)
+        on_device = isinstance(value, Tensor)
+        return self.decide(torch.stack(self._sums).tolist() if on_device else self._sums)
 
     def decide(self, sums: Sequence[float]) -> Window:
-        """Test a whole window, given the sum of the values in each of its blocks, and begin the next one."""
+        """Test a whole window, given the sum of the values in each block, and begin the next."""
         means = np.array(sums) / self._block
         with np.errstate(invalid="ignore"):  # a diverged run has no deviation
             mean, error = means.mean(), means.std(ddof=1) / math.sqrt(BLOCKS)
@@ -106,33 +114,37 @@ class StationarityTest:
 
 
 class Monitor:
-    """Watches the gradients of a training loop, flat vectors (P,) of NumPy or of PyTorch on any device.
+    """Watches the gradients of a training loop.
 
-    `memory` is b: the run is tested for being stationary over about 1 / (1 - b) steps; it must not be less than the
-    optimizer's momentum. `alpha` is the rate of false alarms of a window (see `StationarityTest`). It costs a vector,
-    an inner product a step, and one read from the device a window. `windows` lists the tests so far.
+    `memory` is b: the run is tested for being stationary over about 1 / (1 - b) steps; it must not
+    be less than the optimizer's momentum. `alpha` is the rate of false alarms of a window (see
+    `StationarityTest`). It costs a vector, an inner product a step, and one read from the device a
+    window. `windows` lists the tests so far.
     """
 
     def __init__(self, memory: float = 0.9, alpha: float = 0.05):
-        self.memory, self.windows = memory, []
+        self.memory = memory
+        self.windows: list[Window] = []
         self._test = StationarityTest(alpha, block_length(memory))
-        self._past = None
+        self._past: Vector | None = None
 
-    def observe(self, gradient: np.ndarray | Tensor) -> bool:
-        """Take the gradient of the step that is about to be made; True if the run has been found stationary.
+    def observe(self, gradient: Vector) -> bool:
+        """Take the gradient (P,) of the step about to be made; True if the run is found stationary.
 
-        After that the test begins from nothing, as it should when the learning rate has been lowered. Raises
-        ConfigError at the end of a window in which a gradient was not finite.
+        After that the test begins from nothing, as it should when the learning rate has been
+        lowered. ConfigError at the end of a window in which a gradient was not finite.
         """
+        gradient = _widened(gradient)
         if self._past is None:
             self._past = gradient + 0
             return False
-        window = self._test.add(gradient @ self._past)
+        product: Any = gradient @ self._past
+        window = self._test.add(product)
         self._past *= self.memory
         self._past += gradient
         if window is None:
             return False
-        advice = "some were not finite: skip such steps (as a gradient scaler does), or lower the learning rate"
+        advice = "some were not finite: skip such steps, as a gradient scaler does, or lower the lr"
         require(math.isfinite(window.mean), "mean product of gradients", window.mean, advice)
         self.windows.append(window)
         if window.stationary:
@@ -141,64 +153,84 @@ class Monitor:
 
 
 class Averages:
-    """Exponential averages of the weights with several memories, each with the loss that it saves at this moment.
+    """Exponential averages of the weights with several memories, and the loss that each saves now.
 
-    With decay b, the average a_t = (1 - b) sum_j b^j x_(t-j) has a lower loss than the iterate x_t, on a quadratic and
-    for any stationary sequence of iterates (any curvatures, noise, momentum or optimizer), by exactly
+    With decay b, the average a_t = (1 - b) sum_j b^j x_(t-j) has a lower loss than the iterate x_t,
+    on a quadratic and for any stationary sequence of iterates (any curvatures, noise, momentum or
+    optimizer), by exactly
 
         E [loss(x_t) - loss(a_t)] = E g_t . (x_t - a_t) / (1 + b),
 
-    where g_t is the gradient of the next batch at x_t. For plain SGD x_t - a_t = -lr b u_(t-1) (see `Monitor`): a test
-    that finds s_t negative has found that the average with its memory is better than the iterate.
+    where g_t is the gradient of the next batch at x_t. For plain SGD x_t - a_t = -lr b u_(t-1) (see
+    `Monitor`): a test that finds s_t negative has found that the average with its memory is better
+    than the iterate.
 
-    `vectors` are the averages, `gains` running means of the right-hand side over 1 / (1 - smoothing) steps. A memory
-    costs a vector and an inner product a step. Until an average has lasted its memory, it is the uniform one.
+    `vectors` are the averages, in float32 or better: in bfloat16 they would stand still. `gains`
+    are running means of the right-hand side over 1 / (1 - smoothing) steps. A memory costs a vector
+    and an inner product a step. Until an average has lasted its memory, it is the uniform one.
     """
 
-    def __init__(self, memories: Sequence[float] = (0.9, 0.97, 0.99, 0.997), smoothing: float = 0.99):
+    def __init__(
+        self, memories: Sequence[float] = (0.9, 0.97, 0.99, 0.997), smoothing: float = 0.99
+    ):
         require(len(memories) > 0, "memories", memories, "give at least one")
         for memory in (*memories, smoothing):
             require(0 <= memory < 1, "memory", memory, "it must lie in [0, 1)")
         self.memories, self.smoothing = tuple(memories), smoothing
-        self.gains, self.vectors, self._steps = [0.0] * len(memories), [], 0
+        self.gains: list[Any] = [0.0] * len(memories)
+        self._steps = 0
+        self.vectors: list[Vector] = []
 
-    def observe(self, weights: np.ndarray | Tensor, gradient: np.ndarray | Tensor) -> None:
-        """Take the weights (P,) before a step and the gradient (P,) of its batch there."""
+    def observe(self, weights: Vector, gradient: Vector) -> None:
+        """Take the weights (P,) before a step, and the gradient (P,) of its batch, in one order."""
+        weights, gradient = _widened(weights), _widened(gradient)
         if not self.vectors:
             self.vectors = [weights + 0 for _ in self.memories]
         self._steps += 1
         for i, (memory, average) in enumerate(zip(self.memories, self.vectors, strict=True)):
             average += max(1 - memory, 1 / self._steps) * (weights - average)
             gain = gradient @ (weights - average) / (1 + memory)
-            self.gains[i] = self.gains[i] + max(1 - self.smoothing, 1 / self._steps) * (gain - self.gains[i])
+            share = max(1 - self.smoothing, 1 / self._steps)
+            self.gains[i] = self.gains[i] + share * (gain - self.gains[i])
 
-    def best(self) -> tuple[float, np.ndarray | Tensor]:
+    def best(self) -> tuple[float, Vector]:
         """The memory that saves most at this moment, and its average (P,)."""
         require(self._steps > 0, "steps", 0, "observe some first")
         i = max(range(len(self.memories)), key=lambda i: float(self.gains[i]))
         return self.memories[i], self.vectors[i]
 
 
+def _widened(vector: Vector) -> Vector:
+    """In float32 or better."""
+    if isinstance(vector, Tensor):
+        return vector.to(torch.promote_types(vector.dtype, torch.float32))
+    return vector.astype(np.promote_types(vector.dtype, np.float32), copy=False)
+
+
 def block_length(memory: float) -> int:
-    """Steps of the shortest block for a memory b in [0, 1): what two blocks share of the past is then small."""
+    """Steps of the shortest block for a memory b in [0, 1): two then share little of the past."""
     require(0 <= memory < 1, "memory", memory, "it must lie in [0, 1)")
     return max(2, round(MEMORIES / (1 - memory)))
 
 
 def gradient_vector(optimizer: torch.optim.Optimizer) -> Tensor:
-    """The gradient (P,) of what the optimizer descends: the loss, and weight decay where the optimizer couples them.
+    """The gradient (P,) of what the optimizer descends: the loss, and its decay if it is coupled.
 
-    Decay that is decoupled, as in AdamW, is no part of it: a gain then refers to the loss without decay. Call it
-    between backward() and step(). Parameters without a gradient are left out, and must be so every time. Raises
-    ConfigError where no parameter has one, the optimizer maximizes, or this is no optimizer.
+    Decay that is decoupled, as in AdamW, is no part of it: a gain then refers to the loss without
+    decay. Call it between backward() and step(). Parameters are in the optimizer's order, group by
+    group, without those that have no gradient, which must be the same every time. ConfigError where
+    none has one, the optimizer maximizes, or this is no optimizer.
     """
     is_optimizer = hasattr(optimizer, "param_groups")
-    require(is_optimizer, "optimizer", type(optimizer).__name__, "pass the optimizer, which knows the weight decay")
+    advice = "pass the optimizer, which knows the weight decay"
+    require(is_optimizer, "optimizer", type(optimizer).__name__, advice)
     parts = []
     for group in optimizer.param_groups:
         require(not group.get("maximize"), "maximize", True, "minimize the negative instead")
         decoupled = isinstance(optimizer, DECOUPLED) or group.get("decoupled_weight_decay")
         decay = 0.0 if decoupled else group.get("weight_decay", 0.0)
-        parts += [(p.grad + decay * p.detach()).flatten() for p in group["params"] if p.grad is not None]
+        parts += [
+            (p.grad + decay * p.detach()).flatten() for p in group["params"] if p.grad is not None
+        ]
     require(bool(parts), "gradients", "none", "call this after backward() and before zero_grad()")
     return torch.cat(parts)

@@ -1,10 +1,13 @@
-"""Learning-rate schedules by name, as multiples of a run's learning rate."""
+"""Gives cooldowns by name, as multiples of a run's learning rate."""
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import numpy as np
 
-COOLDOWNS = {  # factor against the fraction u of the cooldown that is already done, 0 <= u < 1
+# Factor against the fraction u of the cooldown that is already done, 0 <= u < 1.
+COOLDOWNS: dict[str, Callable[[np.ndarray], np.ndarray]] = {
     "constant": np.ones_like,
     "linear": lambda u: 1 - u,
     "cosine": lambda u: (1 + np.cos(np.pi * u)) / 2,

@@ -1,8 +1,9 @@
-"""Averages of iterates as weight vectors: building, composing and applying them to a trajectory.
+"""Builds averages of iterates as weight vectors, and applies them to a trajectory.
 
 An average over the iterates x_0..x_T is a float64 vector `a` of length n = T + 1 with sum 1;
 a trajectory is a matrix X of shape (n, P), one row per iterate, and the average is a @ X. Distances
-and angles of averages follow from the Gram matrix of the iterates alone: |a @ X|^2 = a @ (X X^T) @ a.
+and angles of averages follow from the Gram matrix of the iterates alone:
+|a @ X|^2 = a @ (X X^T) @ a. Whatever cannot be an average raises ValueError.
 """
 
 from __future__ import annotations
@@ -10,47 +11,22 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Sequence
 
 import numpy as np
+from numpy.typing import ArrayLike
+
+from paper_lib.theory.checks import check_decay, check_weights
 
 BLOCK_ROWS = 64  # summed in the precision of the trajectory; float64 beyond
 BLOCK_BYTES = 2**25  # of a trajectory held centred at a time
 
 
-def check_weights(a: np.ndarray, n: int | None = None) -> np.ndarray:
-    """Return `a` as float64; ValueError unless it is finite, sums to 1 and has n entries."""
-    a = np.asarray(a, dtype=np.float64)
-    if a.ndim == 0 or not np.isfinite(a).all():
-        raise ValueError(f"an average is a vector of finite weights, got {a!r}")
-    worst = np.atleast_1d(a.sum(-1)).ravel()
-    worst = worst[np.abs(worst - 1).argmax()]
-    if abs(worst - 1) > 1e-8:
-        raise ValueError(f"the weights of an average must sum to 1, got a sum of {worst}: rescale")
-    if n is not None and a.shape[-1] != n:
-        raise ValueError(f"the average weighs {a.shape[-1]} iterates, the trajectory has {n}")
-    return a
-
-
-def check_decay(decay: float) -> None:
-    """ValueError unless every decay lies in [0, 1)."""
-    if not np.all((np.asarray(decay) >= 0) & (np.asarray(decay) < 1)):
-        raise ValueError(f"decay must lie in [0, 1), got {decay}")
-
-
-def check_length(name: str, length: int) -> None:
-    """ValueError unless every length, in steps, is at least 1; `name` says of what."""
-    if np.any(np.asarray(length) < 1):
-        raise ValueError(f"{name} must be at least 1 step, got {length}")
-
-
-def checkpoints(n: int, indices: Sequence[int], weights: Sequence[float] | None = None) -> np.ndarray:
-    """Weights (n,) on chosen iterates, equal unless `weights` are given; they must sum to 1."""
-    indices = np.asarray(indices)
-    if indices.size == 0 or indices.min() < 0 or indices.max() >= n:
-        raise ValueError(f"checkpoints must lie in 0..{n - 1}, got {indices.tolist()}")
-    if weights is None:
-        weights = np.full(indices.size, 1 / indices.size)
+def checkpoints(n: int, indices: ArrayLike) -> np.ndarray:
+    """Weights (n,) of the mean of chosen iterates; one that is named twice counts twice."""
+    chosen = np.asarray(indices)
+    if chosen.size == 0 or chosen.min() < 0 or chosen.max() >= n:
+        raise ValueError(f"checkpoints must lie in 0..{n - 1}, got {chosen.tolist()}")
     a = np.zeros(n)
-    np.add.at(a, indices, np.asarray(weights, dtype=np.float64))
-    return check_weights(a)
+    np.add.at(a, chosen, 1 / chosen.size)
+    return a
 
 
 def last(n: int) -> np.ndarray:
@@ -58,16 +34,11 @@ def last(n: int) -> np.ndarray:
     return checkpoints(n, [n - 1])
 
 
-def uniform(n: int, window: int, period: int = 1) -> np.ndarray:
-    """Mean of `window` iterates, `period` steps apart, the last included (SWA)."""
-    if window < 1 or period < 1:
-        raise ValueError(f"window and period must be at least 1, got {window} and {period}")
-    if (window - 1) * period >= n:
-        raise ValueError(
-            f"a window of {window} iterates every {period} steps reaches back "
-            f"{(window - 1) * period} steps, but the run has {n - 1}"
-        )
-    return checkpoints(n, n - 1 - period * np.arange(window))
+def uniform(n: int, window: int) -> np.ndarray:
+    """Mean of the last `window` iterates (SWA)."""
+    if not 1 <= window <= n:
+        raise ValueError(f"a window must lie in 1..{n} for a run of {n - 1} steps, got {window}")
+    return checkpoints(n, n - 1 - np.arange(window))
 
 
 def two_point(n: int, lag: int) -> np.ndarray:
@@ -77,33 +48,34 @@ def two_point(n: int, lag: int) -> np.ndarray:
     return checkpoints(n, [n - 1 - lag, n - 1])
 
 
-def ema(n: int, decay: float, start: int = 0, debias: bool = False) -> np.ndarray:
-    """Exponential moving average m_t = decay m_(t-1) + (1 - decay) x_t begun at iterate `start`.
+def ema(n: int, decay: float) -> np.ndarray:
+    """Exponential moving average m_t = decay m_(t-1) + (1 - decay) x_t, which begins at m_0 = x_0.
 
-    It begins at m_start = x_start, so that iterate keeps the weight decay^(n-1-start). With
-    `debias` it begins at zero and the result is divided by 1 - decay^(n-start), as Adam does.
+    So the first iterate keeps the weight decay^(n-1).
     """
     check_decay(decay)
-    if not 0 <= start < n:
-        raise ValueError(f"start must lie in 0..{n - 1}, got {start}")
-    a = np.zeros(n)
-    a[start:] = (1 - decay) * decay ** np.arange(n - 1 - start, -1, -1.0)
-    if not debias:
-        a[start] = decay ** (n - 1.0 - start)
-    return a / a.sum()  # 1 but for rounding, or the division by 1 - decay^(n-start)
+    a = (1 - decay) * decay ** np.arange(n - 1, -1, -1.0)
+    a[0] = decay ** (n - 1.0)
+    return a / a.sum()  # 1 but for rounding
 
 
-FAMILIES = {"EMA": ema, "uniform": uniform, "two points": two_point}
+FAMILIES: dict[str, Callable[..., np.ndarray]] = {
+    "EMA": ema,
+    "uniform": uniform,
+    "two points": two_point,
+}
 
 
 def named(name: str, n: int) -> np.ndarray:
-    """Weights (n,) of an average written as family and setting: "EMA 0.99", "uniform 400" or "two points 100".
+    """Weights (n,) of an average by family and setting: "EMA 0.99", "uniform 9", "two points 9".
 
     Raises ValueError for any other name, and for a setting that does not fit n iterates.
     """
     family, _, setting = name.rpartition(" ")
     if family not in FAMILIES:
-        raise ValueError(f"unknown average {name!r}: write a decay, window or lag after {', '.join(FAMILIES)}")
+        raise ValueError(
+            f"unknown average {name!r}: write a decay, window or lag after {', '.join(FAMILIES)}"
+        )
     kind, what = (float, "decay") if family == "EMA" else (int, "whole number")
     try:
         value = kind(setting)
@@ -112,50 +84,27 @@ def named(name: str, n: int) -> np.ndarray:
     return FAMILIES[family](n, value)
 
 
-def along(inner: Callable[[int], np.ndarray], n: int, times: Sequence[int]) -> np.ndarray:
-    """One average seen at several times: row j holds inner(times[j] + 1), shape (len(times), n).
-
-    `inner` maps a number of iterates to an average of them, e.g. `lambda n: ema(n, 0.99)`.
-    """
-    rows = np.zeros((len(times), n))
-    for row, t in zip(rows, times, strict=True):
-        row[: t + 1] = inner(t + 1)
-    return rows
-
-
-def compose(outer: np.ndarray, inner: Callable[[int], np.ndarray]) -> np.ndarray:
-    """Weights (n,) of the average `outer` taken over the curve of another, e.g. an EMA of an EMA.
-
-    Only the times that `outer` weighs are asked of `inner`, so windows may outlast the first ones.
-    """
-    outer = check_weights(outer)
-    a = np.zeros(outer.size)
-    for t in np.flatnonzero(outer):
-        a[: t + 1] += outer[t] * inner(t + 1)
-    return a
-
-
-def on_snapshots(a: np.ndarray, steps: Sequence[int]) -> np.ndarray:
+def on_snapshots(a: np.ndarray, steps: ArrayLike) -> np.ndarray:
     """Carry an average over all iterates to those recorded at `steps`: shape (..., len(steps)).
 
     Each iterate's weight moves to the nearest recorded one (the later of two equally near). With a
     stride s the schedule thereby emulated is the exact one, held constant over s steps.
     """
-    a, steps = check_weights(a), np.asarray(steps)
+    a, at = check_weights(a), np.asarray(steps)
     n = a.shape[-1]
-    if steps.size == 0 or np.any(np.diff(steps) <= 0) or steps[0] < 0 or steps[-1] >= n:
-        raise ValueError(f"recorded steps must increase within 0..{n - 1}, got {steps.tolist()}")
-    nearest = np.searchsorted((steps[1:] + steps[:-1]) / 2, np.arange(n), side="right")
-    recorded = np.zeros((*a.shape[:-1], steps.size))
-    np.add.at(recorded, (..., nearest), a)
+    if at.size == 0 or np.any(np.diff(at) <= 0) or at[0] < 0 or at[-1] >= n:
+        raise ValueError(f"recorded steps must increase within 0..{n - 1}, got {at.tolist()}")
+    nearest = np.searchsorted((at[1:] + at[:-1]) / 2, np.arange(n), side="right")
+    recorded = np.zeros((*a.shape[:-1], at.size))
+    np.add.at(recorded, (..., nearest), a)  # type: ignore[arg-type]
     return recorded
 
 
 def average(a: np.ndarray, X: np.ndarray) -> np.ndarray:
     """a @ X in one pass: a (n,) or (k, n), X (n, P) -> (P,) or (k, P) of X's type.
 
-    Rows are read in order, those of no weight never, so X may be a memory map. Blocks are multiplied
-    in X's precision and summed in float64, so the error does not grow with n.
+    Rows are read in order, those of no weight never, so X may be a memory map. Blocks are
+    multiplied in X's precision and summed in float64, so the error does not grow with n.
     """
     a = check_weights(a, len(X))
     out = np.zeros((*a.shape[:-1], X.shape[1]))
@@ -201,19 +150,36 @@ def gram(X: np.ndarray) -> np.ndarray:
     return G
 
 
-def recenter(G: np.ndarray, a: np.ndarray) -> np.ndarray:
-    """The Gram matrix of x_i - a @ X, from that of x_i around any other point."""
-    shift = G @ check_weights(a, len(G))
-    return G - shift[:, None] - shift + a @ shift
-
-
 def squared_norm(a: np.ndarray, G: np.ndarray) -> np.ndarray:
     """Squared distance of the averages a (..., n) from the point around which G is taken."""
     a = check_weights(a, len(G))
     return ((a @ G) * a).sum(-1)
 
 
-def squared_distance(a: np.ndarray, b: np.ndarray, G: np.ndarray) -> np.ndarray:
-    """Squared distance between averages a and b (..., n), the same for any centre of G."""
-    d = check_weights(a, len(G)) - check_weights(b, len(G))
-    return ((d @ G) * d).sum(-1)
+def spaced_lags(n: int, count: int = 16) -> np.ndarray:
+    """About `count` lags from 1 to half of n, evenly spaced on a logarithmic axis."""
+    return np.unique(np.geomspace(1, n // 2, count).astype(int))
+
+
+def squared_displacement(G: np.ndarray, lags: Sequence[int]) -> np.ndarray:
+    """Mean over t of |x_(t+k) - x_t|^2 at each lag k, from a Gram matrix (n, n) with any centre.
+
+    ValueError for lags outside 0..n-1.
+    """
+    square, n = np.diag(G), len(G)
+    if min(lags) < 0 or max(lags) >= n:
+        raise ValueError(f"lags must lie in 0..{n - 1}, got {list(lags)}")
+    return np.array([np.mean(square[k:] + square[: n - k] - 2 * np.diag(G, k)) for k in lags])
+
+
+def exponent(lags: np.ndarray, displacement: np.ndarray) -> float:
+    """Slope of log displacement against log lag over the longer half of the lags' log range.
+
+    0 where the run is stationary, 1 for a random walk, between them for a wandering that slows
+    down. ValueError where iterates do not move, which has no exponent.
+    """
+    far = lags >= np.sqrt(lags[0] * lags[-1])
+    if not np.all(displacement[far] > 0):
+        least = displacement[far].min()
+        raise ValueError(f"squared displacement must be positive, got {least:g}: a run at rest?")
+    return float(np.polyfit(np.log(lags[far]), np.log(displacement[far]), 1)[0])

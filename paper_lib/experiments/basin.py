@@ -11,10 +11,10 @@ from matplotlib.axes import Axes
 from scipy.interpolate import RectBivariateSpline
 
 from paper_lib import runs
+from paper_lib.averaging import vectors
 from paper_lib.config import RunConfig
 from paper_lib.data import Dataset
 from paper_lib.errors import require
-from paper_lib.experiments import ellipsoid
 from paper_lib.probing import probe
 from paper_lib.results import figures
 from paper_lib.runs import Run
@@ -71,7 +71,7 @@ def parting(reference: np.ndarray, steps: Sequence[int]) -> np.ndarray:
     2 v (1 - q^(2t)) is the run's own mean squared displacement at lag 2t, whatever the spectrum is. `reference` is the
     Gram matrix of a stationary window longer than twice the last step.
     """
-    return ellipsoid.squared_displacement(reference, 2 * np.asarray(steps))
+    return vectors.squared_displacement(reference, 2 * np.asarray(steps))
 
 
 def between(

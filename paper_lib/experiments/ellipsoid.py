@@ -38,49 +38,34 @@ def levels(reference: Run, changed: Sequence[Run], settle: int) -> pd.DataFrame:
     return pd.concat(rows, ignore_index=True)
 
 
-def spaced_lags(n: int, count: int = 16) -> np.ndarray:
-    """About `count` lags from 1 to half of n, evenly spaced on a logarithmic axis."""
-    return np.unique(np.geomspace(1, n // 2, count).astype(int))
-
-
-def squared_displacement(G: np.ndarray, lags: Sequence[int]) -> np.ndarray:
-    """Mean over t of |x_(t+k) - x_t|^2 at each lag k, from a Gram matrix (n, n) with any centre."""
-    square, n = np.diag(G), len(G)
-    require(min(lags) >= 0 and max(lags) < n, "lags", list(lags), f"they must lie in 0..{n - 1}")
-    return np.array([np.mean(square[k:] + square[: n - k] - 2 * np.diag(G, k)) for k in lags])
-
-
-def exponent(lags: np.ndarray, displacement: np.ndarray) -> float:
-    """Slope of log displacement against log lag over the longer half of the lags' logarithmic range.
-
-    0 where the run is stationary, 1 for a random walk, between them for a wandering that slows down.
-    """
-    far = lags >= np.sqrt(lags[0] * lags[-1])
-    return float(np.polyfit(np.log(lags[far]), np.log(displacement[far]), 1)[0])
-
-
 def geometry(G: np.ndarray) -> dict[str, float]:
     """Radius and angles around the average, from the Gram matrix (n, n) around it.
 
     radius (root mean square), radius_spread (standard deviation / mean), far_cosine (mean over pairs of iterates at
-    least half a window apart), pair_ratio (squared radius of the average of such a pair over that of one iterate).
+    least half a window apart, without those of which one lies at the average), pair_ratio (squared radius of the
+    average of such a pair over that of one iterate). ConfigError if the iterates are all equal.
     """
     n, radius = len(G), np.sqrt(np.diag(G))
+    require(radius.any(), "radius", 0.0, "the iterates are all equal: there is nothing around their average")
     far = np.triu_indices(n, n // 2)
     square = np.diag(G)
     pairs = (square[far[0]] + square[far[1]] + 2 * G[far]) / 4
     return {
         "radius": np.sqrt(np.mean(square)),
         "radius_spread": radius.std() / radius.mean(),
-        "far_cosine": np.mean(cosines(G)[far]),
+        "far_cosine": np.nanmean(cosines(G)[far]),
         "pair_ratio": pairs.mean() / square.mean(),
     }
 
 
 def cosines(G: np.ndarray) -> np.ndarray:
-    """Cosines of the angles between iterates as seen from the Gram matrix's centre, (n, n)."""
+    """Cosines of the angles between iterates as seen from the Gram matrix's centre, (n, n).
+
+    NaN for an iterate that lies at the centre: it is in no direction from there.
+    """
     radius = np.sqrt(np.diag(G))
-    return G / np.outer(radius, radius)
+    lengths = np.outer(radius, radius)
+    return np.divide(G, lengths, out=np.full_like(G, np.nan, dtype=float), where=lengths > 0)
 
 
 def average_radii(G: np.ndarray, counts: Sequence[int], spacings: Sequence[int]) -> pd.DataFrame:

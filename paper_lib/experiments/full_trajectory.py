@@ -13,10 +13,11 @@ from paper_lib import runs
 from paper_lib.data import Dataset
 from paper_lib.errors import require
 from paper_lib.probing import derivatives, probe
+from paper_lib.probing.hessian import spectral_measure
 from paper_lib.results import figures
 from paper_lib.runs import Run
-from paper_lib.theory import transient
-from paper_lib.theory.transient import Transient
+from paper_lib.theory import spectrum
+from paper_lib.theory.spectrum import Directions
 from paper_lib.training.flat import FlatModel, NetFactory
 
 N_CURVATURES = 13  # of the grid on which a response is resolved
@@ -47,7 +48,7 @@ def responses(target: str, constant: Sequence[Run], changed: Sequence[Sequence[R
     return pd.concat(tables, ignore_index=True)
 
 
-def response_spectra(source: pd.DataFrame, lr: float) -> dict[int, Transient]:
+def response_spectra(source: pd.DataFrame, lr: float) -> dict[int, Directions]:
     """The spectrum, excess and drift that explain each seed's response (`responses` of one target), by seed.
 
     Timescales go from a single step to all steps of the source at the constant lr.
@@ -55,8 +56,8 @@ def response_spectra(source: pd.DataFrame, lr: float) -> dict[int, Transient]:
     found = {}
     for seed, one in source.groupby("seed"):
         h = np.geomspace(1 / len(one), 1, N_CURVATURES) / lr
-        fitted = transient.fit_response(one.change.to_numpy(), one.lr.to_numpy(), lr, h)
-        found[seed] = transient.of_losses(h, *fitted, lr)
+        fitted = spectrum.fit_response(one.change.to_numpy(), one.lr.to_numpy(), lr, h)
+        found[seed] = spectrum.of_losses(h, *fitted, lr)
     return found
 
 
@@ -68,7 +69,7 @@ def hessian_states(
     n_products: int = 8,
     n_nodes: int = 12,
     model: NetFactory | None = None,
-) -> dict[int, Transient]:
+) -> dict[int, Directions]:
     """Where runs stand at a snapshot, by seed: squared gradient and gradient noise by curvature, nothing fitted.
 
     Lanczos quadrature (n_nodes) of the Hessian (n_products batches, weight decay included) seen from half the sum and
@@ -84,7 +85,7 @@ def hessian_states(
 
 def _hessian_state(
     run: Run, step: int, dataset: Dataset, net: FlatModel, n_products: int, half: int, n_nodes: int
-) -> Transient:
+) -> Directions:
     """The state of one run; `half` is the number of batches in each of the two mean gradients."""
     c, weights = run.config, np.array(run.at(step))
     x, y = probe.fixed_batches(dataset, n_products + 2 * half, c.batch_size, c.seed)
@@ -97,10 +98,10 @@ def _hessian_state(
         return derivatives.mean_gradient(net, weights, x[part], y[part]) + c.weight_decay * weights
 
     one, other = gradient(n_products), gradient(n_products + half)
-    h, both = transient.spectral_measure(product, (one + other) / 2, n_nodes)
-    h_noise, noise = transient.spectral_measure(product, (one - other) / 2, n_nodes)
-    gradient2, noise2 = np.append(both, -noise), np.append(0 * both, 2 * half * noise)
-    return Transient(np.maximum(np.append(h, h_noise), 0), gradient2, noise2)
+    h, both = spectral_measure(product, (one + other) / 2, n_nodes)
+    h_noise, noise = spectral_measure(product, (one - other) / 2, n_nodes)
+    squared, variance = np.append(both, -noise), np.append(0 * both, 2 * half * noise)
+    return Directions(np.maximum(np.append(h, h_noise), 0), variance, squared)
 
 
 def follow_current(table: pd.DataFrame, source: pd.DataFrame) -> np.ndarray:
@@ -116,7 +117,7 @@ def follow_current(table: pd.DataFrame, source: pd.DataFrame) -> np.ndarray:
 
 
 def predict(
-    table: pd.DataFrame, source: pd.DataFrame, spectra: Mapping[str, Mapping[int, Transient]], lr: float
+    table: pd.DataFrame, source: pd.DataFrame, spectra: Mapping[str, Mapping[int, Directions]], lr: float
 ) -> pd.DataFrame:
     """`responses` with one more column for each of `spectra` (by name, then seed), and `current`: `follow_current`."""
     predicted = table.assign(current=follow_current(table, source))
@@ -157,16 +158,16 @@ def final_fall(averaged: pd.DataFrame, predictor: str = "response", last: int = 
     return end.change / end[predictor]
 
 
-def summary(states: Mapping[int, Transient], lr: float) -> pd.DataFrame:
+def summary(states: Mapping[int, Directions], lr: float) -> pd.DataFrame:
     """By seed: the steepest curvature, noise (sum of variances) and the excess loss that it keeps up at lr (nats)."""
     rows = {
-        seed: {"steepest": state.h.max(), "noise": state.noise2.sum(), "excess": state.excess(lr).sum()}
+        seed: {"steepest": state.h.max(), "noise": state.noise.sum(), "excess": state.excess(lr).sum()}
         for seed, state in states.items()
     }
     return pd.DataFrame(rows).T.rename_axis("seed")
 
 
-def tabulate(spectra: Mapping[str, Mapping[int, Transient]], lr: float) -> pd.DataFrame:
+def tabulate(spectra: Mapping[str, Mapping[int, Directions]], lr: float) -> pd.DataFrame:
     """Spectra by name and seed as a table: predictor, seed, h (ascending), and the excess loss kept up there at lr."""
     return pd.concat(
         pd.DataFrame({"predictor": name, "seed": seed, "h": state.h, "excess": state.excess(lr)}).sort_values("h")
@@ -176,7 +177,7 @@ def tabulate(spectra: Mapping[str, Mapping[int, Transient]], lr: float) -> pd.Da
 
 
 def onward(
-    run: Run, step: int, state: Transient, n: int, dataset: Dataset, model: NetFactory | None = None
+    run: Run, step: int, state: Directions, n: int, dataset: Dataset, model: NetFactory | None = None
 ) -> pd.DataFrame:
     """Losses of the n steps after a snapshot and what its state predicts: seed, origin (step), step, lr, loss, model.
 

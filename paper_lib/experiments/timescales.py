@@ -15,12 +15,11 @@ from paper_lib import runs
 from paper_lib.averaging import vectors
 from paper_lib.data import Dataset
 from paper_lib.errors import require
-from paper_lib.experiments import ellipsoid
 from paper_lib.probing import derivatives, hessian, probe
 from paper_lib.results import figures
 from paper_lib.runs import Run
 from paper_lib.theory import quadratic
-from paper_lib.theory.spectrum import Spectrum
+from paper_lib.theory.spectrum import Directions
 from paper_lib.training.flat import FlatModel, NetFactory
 
 FRESH = 4  # batches per iterate for the gradient noise there
@@ -50,10 +49,10 @@ class Modes:
         eta = self.run.config.lr * self.h
         return (eta > 0) & (eta < 2 * (1 + self.run.config.momentum))
 
-    def spectrum(self, met: bool = True) -> Spectrum:
+    def spectrum(self, met: bool = True) -> Directions:
         """The stable directions as a spectrum, with the noise at iterates (`met`) or that at the average."""
         h = self.h[self.stable]
-        return Spectrum(h, (self.noise_met if met else self.noise)[self.stable] / h**2)
+        return Directions(h, (self.noise_met if met else self.noise)[self.stable])
 
 
 def modes(
@@ -150,9 +149,9 @@ def rest(m: Modes) -> dict[str, float]:
     """
     G = vectors.gram(m.window)
     z = m.projected - m.projected.mean(0)
-    lags = ellipsoid.spaced_lags(len(G))
-    flat = ellipsoid.squared_displacement(G - z @ z.T, lags)
-    return {"share": float((z**2).sum() / np.trace(G)), "exponent": ellipsoid.exponent(lags, flat)}
+    lags = vectors.spaced_lags(len(G))
+    flat = vectors.squared_displacement(G - z @ z.T, lags)
+    return {"share": float((z**2).sum() / np.trace(G)), "exponent": vectors.exponent(lags, flat)}
 
 
 def two_point_fall(
@@ -181,7 +180,7 @@ def two_point_fall(
         rows.append({"seed": c.seed, "lag": lag, "full": single - full, "steep": single - steep})
     spectrum = m.spectrum()
     averaged = [spectrum.averaged_loss(vectors.two_point(lag + 1, lag), c.lr, c.momentum) for lag in lags]
-    return pd.DataFrame(rows).assign(model=spectrum.excess_loss(c.lr, c.momentum) - np.array(averaged))
+    return pd.DataFrame(rows).assign(model=spectrum.excess(c.lr, c.momentum).sum() - np.array(averaged))
 
 
 def plot_rates(ax: Axes, table: pd.DataFrame) -> None:

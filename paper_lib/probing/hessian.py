@@ -1,8 +1,11 @@
-"""Directions of greatest curvature of the mean training loss, by Lanczos on exact Hessian-vector products."""
+"""Steep directions of the mean training loss, and the spectrum that a vector sees, by Lanczos."""
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import numpy as np
+from scipy.linalg import eigh_tridiagonal
 from scipy.sparse.linalg import LinearOperator, eigsh
 from torch import Tensor
 
@@ -32,3 +35,28 @@ def top_directions(
 def curvatures(net: FlatModel, weights: np.ndarray, directions: np.ndarray, x: Tensor, y: Tensor) -> np.ndarray:
     """Second derivatives d^T H d along unit directions (k, P), (k,): unbiased on images that did not choose them."""
     return np.array([d @ mean_hessian_product(net, weights, d, x, y) for d in directions])
+
+
+def spectral_measure(
+    product: Callable[[np.ndarray], np.ndarray], vector: np.ndarray, n: int
+) -> tuple[np.ndarray, np.ndarray]:
+    """Nodes and weights, at most n each, with vector^T f(A) vector = sum weights f(nodes).
+
+    Lanczos quadrature, exact for polynomials f of degree up to 2n - 1. `product` multiplies a
+    vector (P,) with the symmetric matrix A. ConfigError for a zero vector, which sees nothing.
+    """
+    length = np.linalg.norm(vector)
+    require(length > 0, "vector", 0.0, "a zero vector has no direction to begin from")
+    basis, diagonal, off = [vector / length], [], []
+    for _ in range(n):
+        w = np.asarray(product(basis[-1]), dtype=np.float64)
+        diagonal.append(w @ basis[-1])
+        for _ in range(2):  # twice: once leaves rounding that breeds copies of eigenvalues
+            w = w - np.array(basis).T @ (np.array(basis) @ w)
+        size = np.linalg.norm(w)
+        if size < 1e-10 * max(np.abs(diagonal)) or len(diagonal) == n:
+            break
+        basis.append(w / size)
+        off.append(size)
+    nodes, vectors = eigh_tridiagonal(diagonal, off)
+    return nodes, vectors[0] ** 2 * (vector @ vector)

@@ -24,6 +24,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from tqdm import tqdm
 
+from paper_lib.averaging.batchnorm import recompute_statistics
 from paper_lib.data import Dataset
 from paper_lib.errors import require
 from paper_lib.runs import Run
@@ -141,18 +142,9 @@ def statistics(net: FlatModel, weights: np.ndarray, x: Tensor) -> np.ndarray:
 
     An averaged network needs this, and so does every network that it is compared with. (Q,)
     """
-    layers = batchnorm.layers(net.module)
-    rates = [layer.momentum for layer in layers]
     with probing(net, None), torch.no_grad():
         load(net, weights, None)
-        try:
-            for i, batch in enumerate(x):
-                for layer in layers:
-                    layer.momentum = 1 / (i + 1)  # a running mean over the batches
-                net.forward(batch)
-        finally:
-            for layer, rate in zip(layers, rates, strict=True):
-                layer.momentum = rate
+        recompute_statistics(net.module, x, net.forward)
         return net.buffers.cpu().numpy().copy()
 
 

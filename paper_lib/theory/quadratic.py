@@ -1,40 +1,27 @@
-"""Closed forms of the model: SGD on batch losses 1/2 (x - c_t)^T H (x - c_t) with scattered minima.
+"""Gives closed forms of SGD on batch losses 1/2 (x - c_t)^T H (x - c_t) with scattered minima.
 
 Everything is per eigendirection of H: eta = lr * curvature, q = 1 - eta, s2 = variance of the batch
 minima c_t around the full minimum x* = 0, and v = variance of the stationary iterates. Heavy-ball
 momentum m means v_t = m v_(t-1) + gradient, x_t = x_(t-1) - lr v_t (PyTorch's convention), which
-makes x_t = (1 + m - eta) x_(t-1) - m x_(t-2) + eta c_t. Arguments broadcast; functions of a lag take
-n and return lags 0..n-1 on a new last axis. All raise ValueError for eta outside (0, 2 + 2m).
+makes x_t = (1 + m - eta) x_(t-1) - m x_(t-2) + eta c_t. Arguments broadcast; functions of a lag
+take n and return lags 0..n-1 on a new last axis. All raise ValueError for eta outside (0, 2 + 2m).
 """
 
 from __future__ import annotations
 
 import numpy as np
 
-from paper_lib.averaging.vectors import check_decay, check_length, check_weights
+from paper_lib.theory.checks import Values, check_decay, check_eta, check_length, check_weights
 
 
-def check_eta(eta: np.ndarray, momentum: float = 0.0) -> np.ndarray:
-    """Return eta as float64; ValueError unless SGD is stable: 0 <= m < 1, 0 < eta < 2 (1 + m)."""
-    eta = np.asarray(eta, dtype=np.float64)
-    if not 0 <= momentum < 1:
-        raise ValueError(f"momentum must lie in [0, 1), got {momentum}")
-    if not np.all((eta > 0) & (eta < 2 * (1 + momentum))):
-        raise ValueError(
-            f"eta = lr * curvature must lie in (0, {2 * (1 + momentum):g}) at momentum {momentum:g},"
-            f" got values from {eta.min():g} to {eta.max():g}"
-        )
-    return eta
-
-
-def stationary_variance(eta, s2=1.0, momentum: float = 0.0) -> np.ndarray:
+def stationary_variance(eta: Values, s2: Values = 1.0, momentum: float = 0.0) -> np.ndarray:
     """v = s2 eta / (2 - eta); with momentum s2 eta (1 + m) / ((1 - m) (2 + 2m - eta))."""
     eta, m = check_eta(eta, momentum), momentum
     return s2 * eta * (1 + m) / ((1 - m) * (2 * (1 + m) - eta))
 
 
-def varying_curvature_variance(eta, spread, s2=1.0) -> np.ndarray:
-    """v when each batch draws its own curvature, of mean h and relative standard deviation `spread`.
+def varying_curvature_variance(eta: Values, spread: Values, s2: Values = 1.0) -> np.ndarray:
+    """v when each batch draws its own curvature, of mean h and relative deviation `spread`.
 
     v = s2 e / (2 - e) with e = eta (1 + spread^2): the noise of a larger learning rate, while the
     autocorrelation stays (1 - eta)^k. ValueError once e reaches 2.
@@ -42,19 +29,21 @@ def varying_curvature_variance(eta, spread, s2=1.0) -> np.ndarray:
     return stationary_variance(check_eta(eta) * (1 + np.square(spread)), s2)
 
 
-def impulse_response(eta, n: int, momentum: float = 0.0) -> np.ndarray:
+def impulse_response(eta: Values, n: int, momentum: float = 0.0) -> np.ndarray:
     """d x_(t+k) / d c_t for k = 0..n-1: eta q^k; with momentum by its two-term recurrence."""
     eta = check_eta(eta, momentum)
     return _recurrence(eta, (1 + momentum - eta) * eta, eta, n, momentum)
 
 
-def autocorrelation(eta, n: int, momentum: float = 0.0) -> np.ndarray:
-    """Correlation of x_t and x_(t+k) for k = 0..n-1: q^k; with momentum it starts 1, 1 - eta/(1+m)."""
+def autocorrelation(eta: Values, n: int, momentum: float = 0.0) -> np.ndarray:
+    """Correlation of x_t and x_(t+k), k = 0..n-1: q^k; with momentum it starts 1, 1 - eta/(1+m)."""
     eta = check_eta(eta, momentum)
     return _recurrence(np.ones_like(eta), 1 - eta / (1 + momentum), eta, n, momentum)
 
 
-def _recurrence(first, second, eta, n: int, m: float) -> np.ndarray:
+def _recurrence(
+    first: np.ndarray, second: np.ndarray, eta: np.ndarray, n: int, m: float
+) -> np.ndarray:
     """y_0 = first, y_1 = second, y_k = (1 + m - eta) y_(k-1) - m y_(k-2): shape (..., n)."""
     if m == 0:
         return first[..., None] * (1 - eta)[..., None] ** np.arange(n)
@@ -65,7 +54,9 @@ def _recurrence(first, second, eta, n: int, m: float) -> np.ndarray:
     return np.moveaxis(y, 0, -1)
 
 
-def own_batch_loss(probe, eta, h=1.0, s2=1.0, momentum: float = 0.0) -> np.ndarray:
+def own_batch_loss(
+    probe: Values, eta: Values, h: Values = 1.0, s2: Values = 1.0, momentum: float = 0.0
+) -> np.ndarray:
     """Expected loss of the next batch after a plain step of size probe = lr_probe * h on it.
 
     1/2 h (v + s2) (1 - p)^2: zero at p = 1 (claim C3).
@@ -74,7 +65,9 @@ def own_batch_loss(probe, eta, h=1.0, s2=1.0, momentum: float = 0.0) -> np.ndarr
     return 0.5 * h * (v + s2) * (1 - np.asarray(probe)) ** 2
 
 
-def held_out_loss(probe, eta, h=1.0, s2=1.0, momentum: float = 0.0) -> np.ndarray:
+def held_out_loss(
+    probe: Values, eta: Values, h: Values = 1.0, s2: Values = 1.0, momentum: float = 0.0
+) -> np.ndarray:
     """Expected full loss, above its minimum, after a plain step of size probe on one batch.
 
     1/2 h [(1-p)^2 v + p^2 s2]: least at p = eta/2, back to its start at p = eta (claim C3).
@@ -83,16 +76,7 @@ def held_out_loss(probe, eta, h=1.0, s2=1.0, momentum: float = 0.0) -> np.ndarra
     return 0.5 * h * ((1 - p) ** 2 * v + p**2 * s2)
 
 
-def batch_batch_cosine(eta, momentum: float = 0.0) -> np.ndarray:
-    """Cosine of two batches' gradients at one point, v / (v + s2) = eta/2 (claim C4).
-
-    Its root is the cosine of a batch's and the full gradient; it is also the best held-out probe.
-    """
-    v = stationary_variance(eta, 1.0, momentum)
-    return v / (v + 1)
-
-
-def gradient_cosine(eta, n: int, momentum: float = 0.0) -> np.ndarray:
+def gradient_cosine(eta: Values, n: int, momentum: float = 0.0) -> np.ndarray:
     """Cosine of the gradients used k = 0..n-1 steps apart (claim C4).
 
     -(eta/2) q^(k-1) for k >= 1; with momentum (v rho_k - s2 psi_(k-1)) / (v + s2), which may be
@@ -105,7 +89,7 @@ def gradient_cosine(eta, n: int, momentum: float = 0.0) -> np.ndarray:
     return cosine
 
 
-def own_batch_distance(eta, n: int, s2=1.0, momentum: float = 0.0) -> np.ndarray:
+def own_batch_distance(eta: Values, n: int, s2: Values = 1.0, momentum: float = 0.0) -> np.ndarray:
     """E (x_(t+k) - c_t)^2 for k = 0..n-1 steps after batch t's own update (claim C1).
 
     v + s2 - 2 eta s2 q^k: a dip below v + s2, the value for any other batch, forgotten at rate q.
@@ -114,30 +98,30 @@ def own_batch_distance(eta, n: int, s2=1.0, momentum: float = 0.0) -> np.ndarray
     return v + s2 - 2 * s2 * impulse_response(eta, n, momentum)
 
 
-def same_batches_distance(eta, t) -> np.ndarray:
+def same_batches_distance(eta: Values, t: Values) -> np.ndarray:
     """|q|^t: distance after t steps, over the first, of two runs on the same batches (claim C9)."""
     return np.abs(1 - check_eta(eta)) ** np.asarray(t)
 
 
-def different_batches_distance(eta, t, s2=1.0) -> np.ndarray:
+def different_batches_distance(eta: Values, t: Values, s2: Values = 1.0) -> np.ndarray:
     """2 v (1 - q^(2t)): E squared distance of two runs from one start on different batches (C9)."""
     return 2 * stationary_variance(eta, s2) * (1 - (1 - check_eta(eta)) ** (2 * np.asarray(t)))
 
 
-def two_point_ratio(eta, lag) -> np.ndarray:
+def two_point_ratio(eta: Values, lag: Values) -> np.ndarray:
     """Variance of the two-point average over v: (1 + q^lag) / 2 (claim C8)."""
     check_length("lag", lag)
     return (1 + (1 - check_eta(eta)) ** np.asarray(lag)) / 2
 
 
-def ema_ratio(eta, decay) -> np.ndarray:
+def ema_ratio(eta: Values, decay: Values) -> np.ndarray:
     """Variance of the EMA over v: (1-r)/(1+r) * (1+rq)/(1-rq) (claim C8)."""
     check_decay(decay)
     q, r = 1 - check_eta(eta), np.asarray(decay)
     return (1 - r) / (1 + r) * (1 + r * q) / (1 - r * q)
 
 
-def uniform_ratio(eta, window) -> np.ndarray:
+def uniform_ratio(eta: Values, window: Values) -> np.ndarray:
     """Variance of the mean of n iterates over v: [(1+q)/(1-q) - 2q(1-q^n) / (n (1-q)^2)] / n.
 
     The two terms cancel when eta n is small: the error is about 1e-16 / (eta n).
@@ -162,11 +146,3 @@ def variance_ratio(a: np.ndarray, rho: np.ndarray) -> np.ndarray:
     overlap = np.fft.irfft(np.abs(np.fft.rfft(a, 2 * n)) ** 2, 2 * n)[:n]
     overlap[1:] *= 2  # lags k and -k
     return rho[..., :n] @ overlap
-
-
-def effective_eta(variance, s2=1.0) -> np.ndarray:
-    """eta_eff = 2u / (s2 + u): the eta whose stationary variance is u, e.g. that of an average."""
-    u = np.asarray(variance, dtype=np.float64)
-    if np.any(u < 0):
-        raise ValueError(f"a variance cannot be negative, got {u.min():g}")
-    return 2 * u / (s2 + u)

@@ -1,96 +1,131 @@
-"""What the model predicts for a network whose curvatures and gradient noise have been measured.
+"""Predicts losses of a network whose curvatures, gradients and gradient noise have been measured.
 
-Directions are independent and each has its own eta = lr h. Losses are sums of h v / 2 over them, squared
-radii sums of v, and an average keeps a part of each v that depends on its eta. Steep directions weigh
-more in losses than in distances, so that one run shows different timescales in the two.
+Directions are independent. In one of curvature h, plain SGD with gradient noise of variance g2
+moves the second moment u of x (moving mean and scatter alike) by
+
+    u_(t+1) = (1 - lr_t h)^2 u_t + lr_t^2 g2,        loss = sum of h u / 2 over directions,
+
+which at a constant lr becomes stationary at the variance v of `quadratic`, with s2 = g2 / h^2. A
+curvature may be zero: such a direction falls at the rate lr (squared gradient), and its noise costs
+nothing. Steep directions weigh more in losses than in distances, so that one run shows different
+timescales in the two.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import dataclass
-
 import numpy as np
+from numpy.typing import ArrayLike
+from scipy.optimize import nnls
 
 from paper_lib.theory import quadratic
+from paper_lib.theory.checks import check_eta
 
 
-@dataclass(frozen=True)
-class Spectrum:
-    """Directions of curvature h (d,) in which batch minima scatter with variance s2 (d,).
+class Directions:
+    """Directions of curvature h (d,), the noise of batch gradients there, and where a run stands.
 
-    A gradient-noise variance g2 in a direction of curvature h gives s2 = g2 / h^2. Losses are above
-    the minimum's, summed over directions. ValueError unless every h > 0 and s2 >= 0.
+    noise (d,): variance g2 of batch gradients. gradient (d,): squared full gradient h^2 u at the
+    start, 0 at the minimum. All may be densities, where directions are nodes of a quadrature, and
+    unbiased estimates of the gradient may be negative. ValueError unless h and noise are not, and
+    all have one length.
     """
 
-    h: np.ndarray
-    s2: np.ndarray
-
-    def __post_init__(self):
-        h, s2 = (np.atleast_1d(np.asarray(z, dtype=np.float64)) for z in (self.h, self.s2))
-        if h.ndim != 1 or h.shape != s2.shape:
-            raise ValueError(f"h and s2 must be vectors of one length, got {h.shape}, {s2.shape}")
-        if not (np.all(h > 0) and np.all(s2 >= 0)):
+    def __init__(self, h: ArrayLike, noise: ArrayLike, gradient: ArrayLike | None = None):
+        given = (h, noise, np.zeros(np.shape(h)) if gradient is None else gradient)
+        self.h, self.noise, self.gradient = (np.asarray(z, dtype=np.float64) for z in given)
+        shapes = [z.shape for z in (self.h, self.noise, self.gradient)]
+        if len(set(shapes)) != 1 or self.h.ndim != 1:
+            raise ValueError(f"h, noise and gradient must be vectors of one length, got {shapes}")
+        if np.min(self.h) < 0 or np.min(self.noise) < 0:
             raise ValueError(
-                f"need h > 0 and s2 >= 0, got minima {h.min():g} and {s2.min():g}: "
-                "leave out directions of no or negative curvature, which have no stationary state"
+                f"need h >= 0 and noise >= 0, got {self.h.min():g} and {self.noise.min():g}: "
+                "count negative curvatures as flat, h = 0"
             )
-        object.__setattr__(self, "h", h)
-        object.__setattr__(self, "s2", s2)
+
+    # --- at a constant learning rate, once stationary: ValueError unless 0 < lr h < 2 (1 + m) ---
 
     def variances(self, lr: float, momentum: float = 0.0) -> np.ndarray:
         """Stationary variance (d,) of the iterates in each direction."""
-        return quadratic.stationary_variance(lr * self.h, self.s2, momentum)
-
-    def shell_radius(self, lr: float, momentum: float = 0.0) -> float:
-        """Root mean squared distance of the iterates from the minimum (claim C7)."""
-        return float(np.sqrt(self.variances(lr, momentum).sum()))
-
-    def excess_loss(self, lr: float, momentum: float = 0.0) -> float:
-        """Expected loss of a stationary iterate: sum of h v / 2."""
-        return float(self.h @ self.variances(lr, momentum) / 2)
-
-    def autocorrelation(self, lr: float, n: int, momentum: float = 0.0) -> np.ndarray:
-        """sum v rho_k / sum v at lags k = 0..n-1: E|x_(t+k) - x_t|^2 = 2 radius^2 (1 - this)."""
-        v = self.variances(lr, momentum)
-        return v @ quadratic.autocorrelation(lr * self.h, n, momentum) / v.sum()
+        eta = check_eta(lr * self.h, momentum)
+        return quadratic.stationary_variance(eta, self.noise / self.h**2, momentum)
 
     def averaged_loss(self, a: np.ndarray, lr: float, momentum: float = 0.0) -> float:
-        """Expected loss of the average a (n,) of n stationary iterates (claim C8)."""
+        """Expected loss, above the minimum's, of the average a (n,) of stationary iterates (C8)."""
         rho = quadratic.autocorrelation(lr * self.h, len(a), momentum)
-        return self._loss_share(quadratic.variance_ratio(a, rho), lr, momentum)
+        return float(quadratic.variance_ratio(a, rho) @ self.excess(lr, momentum))
 
-    def two_point_losses(self, lr: float, lags: Sequence[int]) -> np.ndarray:
-        """Expected loss of the two-point average at each lag (plain SGD, as the next two)."""
-        return self._curve(quadratic.two_point_ratio, lr, lags)
+    def excess(self, lr: float, momentum: float = 0.0) -> np.ndarray:
+        """Loss h v / 2 = lr g2 / (2 (2 - lr h)) that noise keeps up in each direction, (d,).
 
-    def ema_losses(self, lr: float, decays: Sequence[float]) -> np.ndarray:
-        """Expected loss of the EMA at each decay."""
-        return self._curve(quadratic.ema_ratio, lr, decays)
-
-    def uniform_losses(self, lr: float, windows: Sequence[int]) -> np.ndarray:
-        """Expected loss of the mean of the last iterates, for each window."""
-        return self._curve(quadratic.uniform_ratio, lr, windows)
-
-    def _curve(self, ratio, lr: float, settings: Sequence[float]) -> np.ndarray:
-        return self._loss_share(ratio(lr * self.h, np.asarray(settings)[:, None]), lr, 0.0)
-
-    def _loss_share(self, ratio: np.ndarray, lr: float, momentum: float) -> np.ndarray:
-        """Loss when each direction keeps a part ratio (..., d) of its stationary variance."""
-        return ratio @ (self.h * self.variances(lr, momentum)) / 2
-
-    def effective_lr(self, loss: float, momentum: float = 0.0) -> float:
-        """The lr at which a stationary iterate has this expected loss, e.g. an average's.
-
-        By bisection to rounding, since the loss rises from 0 at lr = 0 to infinity at the edge of
-        stability. Per direction, quadratic.effective_eta gives a different one for each curvature.
+        A flat direction has the limit of small curvatures, an unstable one infinity.
         """
-        if not 0 < loss < np.inf:
-            raise ValueError(f"the loss above the minimum's must be positive, got {loss}")
-        low, high = 0.0, 2 * (1 + momentum) / self.h.max()
-        while low < (middle := (low + high) / 2) < high:
-            if self.excess_loss(middle, momentum) < loss:
-                low = middle
-            else:
-                high = middle
-        return low
+        m, room = momentum, 2 * (1 + momentum) - lr * self.h
+        level = lr * self.noise * (1 + m) / ((1 - m) * 2 * np.where(room > 0, room, 1))
+        return np.where(room > 0, level, np.inf)
+
+    def settled(self, lr: float) -> Directions:
+        """The stationary state of the same noise at a constant lr."""
+        return Directions(self.h, self.noise, 2 * self.h * self.excess(lr))
+
+    # --- on the way, with plain SGD ---
+
+    def losses(self, lrs: np.ndarray) -> np.ndarray:
+        """Expected loss at x_t minus that at x_0 when step t takes lrs[t], (T,), as runs log it."""
+        fall, rise = unit_losses(self.h, lrs)
+        return rise @ self.noise - fall @ self.gradient
+
+    def response(self, lrs: np.ndarray, lr: float) -> np.ndarray:
+        """Expected loss under a schedule minus that at a constant lr from the same start, (T,)."""
+        return self.losses(lrs) - self.losses(np.full(len(lrs), lr))
+
+    def gradient_share(self, below: float) -> float:
+        """Share of the squared gradient in directions of curvature below a bound."""
+        return float(self.gradient[self.h < below].sum() / self.gradient.sum())
+
+
+def unit_losses(h: np.ndarray, lrs: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """Loss that a squared gradient of 1 has lost, and that noise of variance 1 has added.
+
+    Both (T, d): at x_0..x_(T-1), in directions of curvature h (d,), step t taking lrs[t].
+    """
+    fall, rise = np.zeros((2, len(lrs), h.size))
+    kept, variance = np.ones(h.size), np.zeros(h.size)
+    for t, lr in enumerate(lrs[:-1]):
+        fall[t + 1] = fall[t] + lr * (1 - lr * h / 2) * kept  # (1 - kept) / 2h, but finite at h = 0
+        kept, variance = (1 - lr * h) ** 2 * kept, (1 - lr * h) ** 2 * variance + lr**2
+        rise[t + 1] = h * variance / 2
+    return fall, rise
+
+
+def of_losses(h: ArrayLike, excess: np.ndarray, drift: np.ndarray, lr: float) -> Directions:
+    """Directions that keep up an excess loss h v / 2 at lr, and have h m^2 / 2 of drift to lose.
+
+    h, excess and drift (d,), losses in nats. ValueError unless 0 < lr h < 2: no other direction has
+    a stationary state.
+    """
+    h = check_eta(lr * np.asarray(h)) / lr
+    noise = 2 * np.asarray(excess) * (2 - lr * h) / lr
+    return Directions(h, noise, 2 * h * (excess + drift))
+
+
+def fit_response(
+    response: np.ndarray, lrs: np.ndarray, lr: float, h: np.ndarray
+) -> tuple[np.ndarray, np.ndarray]:
+    """Non-negative excess and drift (d,), see `of_losses`, that explain a response (T,) by ridge.
+
+    `response` is a run's loss under the schedule lrs (T,) minus that of its twin at the constant
+    lr. Slow directions that gain and lose alike would cancel at any size: none is expected to
+    exceed the response itself, and the noise of single steps (from their differences) says how
+    strongly to expect it. ValueError for a response that is zero throughout.
+    """
+    size = np.sqrt(np.mean(response**2))
+    if not size > 0:
+        raise ValueError("the response is zero: the schedule must leave the constant learning rate")
+    one = np.eye(len(h))
+    columns = [of_losses(h, e, 0 * e, lr).response(lrs, lr) for e in one]
+    columns += [of_losses(h, 0 * e, e, lr).response(lrs, lr) for e in one]
+    # The median passes over sudden falls; .95 is what it is of Gaussian noise.
+    noise = np.median(np.abs(np.diff(response[lrs != lr]))) / 0.95
+    rows = np.concatenate([np.stack(columns, axis=1), noise / size * np.eye(2 * len(h))])
+    found, _ = nnls(rows, np.append(response, np.zeros(2 * len(h))))
+    return found[: len(h)], found[len(h) :]
