@@ -103,9 +103,9 @@ def _carry_out(args: argparse.Namespace, words: Sequence[str]) -> None:
 
         bench.main()
     elif args.command == "jpegs":
-        from paper_lib.data import jpegs
+        from paper_lib.data import cifar
 
-        jpegs.write(args.dataset, folder("data"), args.folder)
+        cifar.write_jpegs(args.dataset, folder("data"), args.folder)
     elif args.command == "cooldown":
         from paper_lib.averaging import checkpoints
 

@@ -15,8 +15,8 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 
-from paper_lib.data.cache import cached_array
 from paper_lib.data.dataset import TensorDataset
+from paper_lib.files import cached_array
 
 # Everything the images depend on; `version` counts changes of the code below.
 RECIPE = {
@@ -97,8 +97,12 @@ def _generate(out: np.ndarray, seed: int) -> None:
     originals, source = _originals(seed)[0], _variants()
     for start in range(0, len(out), RECIPE["chunk"]):
         x = torch.from_numpy(originals[source[start : start + RECIPE["chunk"]]])[:, None]
-        grid = F.affine_grid(torch.from_numpy(_affine(rng, len(x))), list(x.shape), align_corners=False)
-        x = F.grid_sample(x, grid, mode="bilinear", padding_mode="zeros", align_corners=False).numpy()
+        grid = F.affine_grid(
+            torch.from_numpy(_affine(rng, len(x))), list(x.shape), align_corners=False
+        )
+        x = F.grid_sample(
+            x, grid, mode="bilinear", padding_mode="zeros", align_corners=False
+        ).numpy()
         x += RECIPE["noise"] * rng.standard_normal(x.shape, dtype=np.float32)
         out[start : start + len(x)] = (x - RECIPE["mean"]) / RECIPE["std"]
 
@@ -115,5 +119,8 @@ def _affine(rng: np.random.Generator, n: int) -> np.ndarray:
     pixel = 2 / 8
     shift = [uniform(RECIPE["shift_pixels"]) * pixel, uniform(RECIPE["shift_pixels"]) * pixel]
     # Rotation times shear along x, over the scale: an object `scale` times larger is sampled more finely.
-    rows = [cos / scale, (shear * cos - sin) / scale, shift[0]], [sin / scale, (shear * sin + cos) / scale, shift[1]]
+    rows = (
+        [cos / scale, (shear * cos - sin) / scale, shift[0]],
+        [sin / scale, (shear * sin + cos) / scale, shift[1]],
+    )
     return np.stack([np.stack(row, axis=-1) for row in rows], axis=1).astype(np.float32)
