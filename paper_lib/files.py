@@ -64,7 +64,7 @@ def require_space(folder: Path, needed: int, what: str) -> None:
 def cached_array(
     folder: Path, key: str, shape: tuple[int, ...], dtype: str, fill: Callable[[np.ndarray], None]
 ) -> np.ndarray:
-    """The array that `fill` writes, kept as `folder`/`key`-<checksum>.npy; made if absent or damaged.
+    """The array that `fill` writes, from `folder`/`key`-<checksum>.npy; made if absent or damaged.
 
     It is mapped copy-on-write: processes share its pages, and writing never reaches the file. One
     process makes it while others wait; each reads it in full once, for the checksum (about 2 GB/s).
@@ -98,7 +98,7 @@ def _read(path: Path, shape: tuple[int, ...], dtype: str) -> np.ndarray | None:
 
 
 def _checksum(array: np.ndarray) -> str:
-    return f"{zlib.crc32(array.reshape(-1).view(np.uint8)):08x}"
+    return f"{zlib.crc32(array.data):08x}"
 
 
 def cpus() -> int:

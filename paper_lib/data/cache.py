@@ -14,7 +14,7 @@ Arrays = dict[str, np.ndarray]
 
 
 def cached_arrays(path: Path, make: Callable[[], Arrays]) -> Arrays:
-    """The arrays that `make` returns, from the .npz file `path`, made first if absent or damaged."""
+    """The arrays that `make` returns, from the .npz file `path`; made if absent or damaged."""
     with lock(path):
         arrays = read_arrays(path)
         if arrays is None:

@@ -6,12 +6,13 @@ import copy
 import hashlib
 from collections.abc import Iterable, Iterator
 from functools import lru_cache
+from typing import Any, Self
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from paper_lib.data.augment import FlipCrop, ResizedCrop
+from paper_lib.data.augment import FlipCrop
 
 SPLITS = ("train", "held", "test")
 AUGMENTED = ("train", "held")
@@ -49,9 +50,10 @@ def _hold_out(n: int, held_out: int, seed: int) -> tuple[np.ndarray, np.ndarray]
 class Dataset:
     """Labelled images in the splits "train", "held" (taken from the training images) and "test".
 
-    Subclasses make batches of numbers of rows and augmentations (`_fetch`), and say what stands for
-    all images and labels in the fingerprint (`_content`). All random numbers are drawn here, on
-    the CPU, from generators of their own: the global ones are never touched.
+    Subclasses turn numbers of rows and of augmentations into tensors (`_fetch`), and say what
+    stands for all images and labels in the fingerprint (`_content`). All random numbers are drawn
+    here, by augment.draw(generator, size) too, on the CPU, from generators of their own: the
+    global ones are never touched.
     """
 
     def __init__(
@@ -63,14 +65,14 @@ class Dataset:
         *,
         held_out: int,
         seed: int,
-        augment: FlipCrop | ResizedCrop | None = None,
+        augment: Any = None,
     ):
         self.name, self.n_classes, self.shape = name, n_classes, tuple(shape)
         self.device = torch.device("cpu")
         train, held = _hold_out(counts["train"], held_out, seed)
         self._rows = {"train": train, "held": held, "test": np.arange(counts["test"])}
         self._augment = augment
-        self._part = (0, 1)  # first row of each global batch that is handed out, and the stride
+        self._part = (0, 1)  # the first row of each whole batch that is handed out, and the stride
 
     @property
     def sizes(self) -> dict[str, int]:
@@ -79,20 +81,20 @@ class Dataset:
 
     @property
     def fingerprint(self) -> str:
-        """Hash of all that batches depend on: images, labels, splits, augmentation, normalization."""
+        """Hash of what batches depend on: images, labels, splits, augmentation, normalization."""
         digest = hashlib.blake2b(self._content().encode(), digest_size=8)
         digest.update(repr((self.shape, self.n_classes, self._augment)).encode())
         for split in SPLITS:
             digest.update(self._rows[split].tobytes())
         return digest.hexdigest()
 
-    def to(self, device: str | torch.device) -> Dataset:
+    def to(self, device: str | torch.device) -> Self:
         """The same dataset with its batches (and its images, if it holds them) on `device`."""
         moved = copy.copy(self)
         moved.device = torch.device(device)
         return moved
 
-    def part(self, i: int, n: int) -> Dataset:
+    def part(self, i: int, n: int) -> Self:
         """The same dataset handing out rows i, i + n, i + 2n, ... of every batch: one of n shares.
 
         Sizes of batches still count the whole batch, and n must divide them. Evaluation stays
@@ -105,7 +107,7 @@ class Dataset:
         return shared
 
     def batch(self, step: int, size: int, seed: int, split: str = "train") -> Batch:
-        """Batch number `step`: images (size, C, H, W) float32, normalized, and labels (size,) int64.
+        """Batch number `step`: images (size, C, H, W), float32, and labels (size,), int64.
 
         An epoch is a permutation of the split without its ragged tail. Raises ValueError for an
         unknown or empty split, a batch larger than its split, a negative step or seed, or a size
@@ -122,7 +124,7 @@ class Dataset:
     def batches(
         self, steps: int | Iterable[int], size: int, seed: int, split: str = "train"
     ) -> Batch:
-        """Several batches stacked, (K, size, C, H, W) and (K, size): given steps, or the first K."""
+        """Batches stacked, (K, size, C, H, W) and (K, size): of the steps given, or the first K."""
         steps = range(steps) if isinstance(steps, int) else list(steps)
         if not len(steps):
             raise ValueError("steps is empty: ask for at least one batch")
@@ -219,7 +221,7 @@ class TensorDataset(Dataset):
         self._mean, self._std = mean, std
         self._hash = content
 
-    def to(self, device: str | torch.device) -> TensorDataset:
+    def to(self, device: str | torch.device) -> Self:
         """The same dataset, its images, labels and batches on `device`."""
         moved = super().to(device)
         moved._images = {split: x.to(device) for split, x in self._images.items()}
@@ -240,14 +242,14 @@ class TensorDataset(Dataset):
             digest = hashlib.blake2b(digest_size=8)
             for tensor in (*self._images.values(), *self._labels.values()):
                 digest.update(repr((tensor.dtype, tuple(tensor.shape))).encode())
-                digest.update(tensor.cpu().contiguous().numpy())
+                digest.update(tensor.cpu().contiguous().numpy().data)
             self._hash = digest.hexdigest()
         return repr((self._hash, self._mean, self._std))
 
 
 def normalize(x: Tensor, mean: tuple[float, ...], std: tuple[float, ...]) -> Tensor:
-    """uint8 images (N, C, H, W) as float32 (x / 255 - mean) / std, the same bits on every device."""
-    # One subtraction and one division, each correctly rounded: no fused multiply-add to differ in.
+    """uint8 images (N, C, H, W) as float32 (x / 255 - mean) / std, by channel."""
+    # One subtraction and one division, each correctly rounded: the same bits on every device.
     scale = _scale(mean, std, x.device)
     return x.float().sub_(scale[0]).div_(scale[1])
 
@@ -287,12 +289,12 @@ def from_tensors(
     labels = {"train": torch.as_tensor(y), "test": torch.as_tensor(y_test)}
     _check_images(images)
     _check_labels(images, labels)
-    mean, std = (0.0,), (1.0,)
     if images["train"].dtype == torch.uint8:
         mean, std = _moments(images["train"])
     else:
-        images = {split: x.float() for split, x in images.items()}
-    labels = {split: y.long() for split, y in labels.items()}
+        mean, std = (0.0,), (1.0,)
+        images = {split: images[split].float() for split in images}
+    labels = {split: labels[split].long() for split in labels}
     n_classes = int(max(y.max() for y in labels.values())) + 1
     dataset = TensorDataset(
         name, images, labels, n_classes, held_out=held_out, seed=seed, mean=mean, std=std

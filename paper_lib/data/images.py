@@ -102,8 +102,7 @@ class StreamedImages(Dataset):
             seed=seed,
             augment=ResizedCrop(),
         )
-        # Bytes in one array, not a list of strings, whose reference counts would copy it into
-        # every worker.
+        # Bytes in one array: reference counts of a list of strings would copy it into every worker.
         self._files = {
             split: np.array([os.fsencode(file) for file in files])
             for split, files in tree.files.items()
@@ -149,7 +148,7 @@ def _decoded(root: Path, tree: Tree, size: int, progress: bool) -> Tensor:
         chunks = in_workers(partial(_chunk, files, size), starts)
         with tqdm(total=len(files), desc="decoding", unit=" images", disable=not progress) as bar:
             for start, images in zip(starts, chunks, strict=True):
-                out[start : start + len(images)] = images
+                out[start : start + CHUNK] = images
                 bar.update(len(images))
 
     folder = root / ".decoded"
@@ -262,14 +261,14 @@ def decode(path: str, size: int, crop: Crop) -> np.ndarray:
             image.draft(None, (math.ceil(wanted[0]), math.ceil(wanted[1])))
             x, y = image.width / width, image.height / height
             box = (left * x, top * y, right * x, bottom * y)
-            image = image.convert("RGB").resize((size, size), Image.Resampling.BILINEAR, box=box)
-            return np.asarray(image).transpose(2, 0, 1)
+            rgb = image.convert("RGB").resize((size, size), Image.Resampling.BILINEAR, box=box)
+            return np.asarray(rgb).transpose(2, 0, 1)
     except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
         raise DataError(f"unusable image {path} ({error}): repair or remove it") from error
 
 
 def decode_all(paths: Sequence[str], size: int, crops: Iterable[Crop], threads: int) -> np.ndarray:
-    """Decode files with a crop each: (N, 3, size, size) uint8. Threads pay for large images only."""
+    """Decode files with a crop each, (N, 3, size, size) uint8; threads pay for large images."""
     if threads == 1:
         return np.stack([decode(path, size, crop) for path, crop in zip(paths, crops, strict=True)])
     with ThreadPoolExecutor(threads) as pool:
