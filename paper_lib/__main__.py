@@ -61,9 +61,9 @@ def plan(preset: str, rate: float | None, **settings: str) -> None:
 
 def jpegs(dataset: str, target: Path) -> None:
     """Write CIFAR as a tree of JPEG files."""
-    from paper_lib.data import jpegs
+    from paper_lib.data import cifar
 
-    jpegs.write(dataset, folder("data"), target)
+    cifar.write_jpegs(dataset, folder("data"), target)
 
 
 def cooldown(checkpoints: list[str], schedule: str, output: str) -> None:

@@ -5,7 +5,8 @@ from __future__ import annotations
 import os
 import re
 import shutil
-from collections.abc import Iterator
+import zlib
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -80,3 +81,50 @@ def require_space(folder: Path, needed: int, what: str) -> None:
             "free: free some space, set PAPER_RUNS to a folder on a larger disk, or record fewer "
             "snapshots"
         )
+
+
+def cached_array(
+    folder: Path, key: str, shape: tuple[int, ...], dtype: str, fill: Callable[[np.ndarray], None]
+) -> np.ndarray:
+    """The array that `fill` writes, from `folder`/`key`-<checksum>.npy; made if absent or damaged.
+
+    It is mapped copy-on-write: processes share its pages, and writing never reaches the file. One
+    process makes it while others wait; each reads it in full once, for the checksum (about 2 GB/s).
+    """
+    with lock(folder / key):
+        for path in folder.glob(f"{key}-*.npy"):
+            array = _read(path, shape, dtype)
+            if array is not None:
+                return array
+            path.unlink()
+        temporary = folder / f"{key}.tmp"
+        try:
+            array = allocate(temporary, shape, dtype)
+            fill(array)
+            array.flush()
+            path = folder / f"{key}-{_checksum(array)}.npy"  # known only now
+            os.replace(temporary, path)
+        finally:
+            temporary.unlink(missing_ok=True)
+        return np.load(path, mmap_mode="c")
+
+
+def _read(path: Path, shape: tuple[int, ...], dtype: str) -> np.ndarray | None:
+    """The array, or None where the file is cut short, altered, or of another shape."""
+    try:
+        array = np.load(path, mmap_mode="c")
+    except (ValueError, OSError, EOFError):
+        return None
+    expected = array.shape == tuple(shape) and array.dtype == dtype
+    return array if expected and path.stem.endswith(_checksum(array)) else None
+
+
+def _checksum(array: np.ndarray) -> str:
+    return f"{zlib.crc32(array.data):08x}"
+
+
+def cpus() -> int:
+    """CPUs that this process may use, shared among the processes that torchrun started here."""
+    affinity = getattr(os, "sched_getaffinity", None)
+    usable = len(affinity(0)) if affinity else os.cpu_count() or 1
+    return max(1, usable // int(os.environ.get("LOCAL_WORLD_SIZE", 1)))

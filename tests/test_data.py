@@ -7,24 +7,39 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from paper_lib import data
-from paper_lib.data import loading
+from paper_lib.data import TensorDataset
 from paper_lib.data.augment import FlipCrop
-from paper_lib.data.dataset import TensorDataset
 
 
 def numbered(n=103, n_test=17, **kwargs):
     """A dataset whose images are their own row numbers; test images count from 1000."""
-    x, x_test = torch.arange(n).float().view(-1, 1, 1, 1), 1000 + torch.arange(n_test).float().view(-1, 1, 1, 1)
-    return data.from_tensors(x, torch.arange(n) % 5, x_test, torch.arange(n_test) % 5, device="cpu", **kwargs)
+    x, x_test = (
+        torch.arange(n).float().view(-1, 1, 1, 1),
+        1000 + torch.arange(n_test).float().view(-1, 1, 1, 1),
+    )
+    return data.from_tensors(
+        x, torch.arange(n) % 5, x_test, torch.arange(n_test) % 5, device="cpu", **kwargs
+    )
 
 
 def augmented(n=60, held_out=20, seed=0):
     """Random uint8 images, flipped and cropped."""
     rng = np.random.default_rng(7)
-    images = {k: torch.from_numpy(rng.integers(0, 256, (n, 3, 8, 8), dtype=np.uint8)) for k in ("train", "test")}
+    images = {
+        k: torch.from_numpy(rng.integers(0, 256, (n, 3, 8, 8), dtype=np.uint8))
+        for k in ("train", "test")
+    }
     labels = {k: torch.from_numpy(rng.integers(0, 4, n)) for k in images}
     return TensorDataset(
-        "toy", images, labels, 4, held_out=held_out, seed=seed, mean=(0.5,) * 3, std=(0.2,) * 3, augment=FlipCrop(2)
+        "toy",
+        images,
+        labels,
+        4,
+        held_out=held_out,
+        seed=seed,
+        mean=(0.5,) * 3,
+        std=(0.2,) * 3,
+        augment=FlipCrop(2),
     )
 
 
@@ -38,7 +53,10 @@ def equal(a, b):
 
 def test_an_epoch_is_a_permutation_without_its_ragged_tail():
     dataset = numbered(103)
-    epochs = [[i for step in range(10) for i in ids(dataset.batch(10 * e + step, 10, seed=0)[0])] for e in (0, 1)]
+    epochs = [
+        [i for step in range(10) for i in ids(dataset.batch(10 * e + step, 10, seed=0)[0])]
+        for e in (0, 1)
+    ]
     for epoch in epochs:
         assert len(epoch) == len(set(epoch)) == 100
     assert epochs[0] != epochs[1]
@@ -66,13 +84,20 @@ def test_held_out_images_are_never_trained_on():
     assert other != held
 
 
-@given(step=st.integers(0, 10**6), seed=st.integers(0, 2**40), world=st.sampled_from([1, 2, 3, 4, 6, 12]))
-def test_processes_share_the_global_batch(step, seed, world):
+@given(
+    step=st.integers(0, 10**6),
+    seed=st.integers(0, 2**40),
+    world=st.sampled_from([1, 2, 3, 4, 6, 12]),
+)
+def test_parts_share_the_global_batch(step, seed, world):
     dataset = augmented()
     x, y = dataset.batch(step, 12, seed)
     for rank in range(world):
-        part = dataset.batch(step, 12, seed, rank=rank, world=world)
-        assert equal(part, (x[rank::world], y[rank::world]))
+        part = dataset.part(rank, world)
+        assert equal(part.batch(step, 12, seed), (x[rank::world], y[rank::world]))
+        assert part.fingerprint == dataset.fingerprint and part.sizes == dataset.sizes
+    if world == 6:
+        assert equal(dataset.part(1, 2).part(2, 3).batch(step, 12, seed), (x[5::6], y[5::6]))
 
 
 @pytest.mark.parametrize("split", ["train", "held", "test"])
@@ -82,7 +107,9 @@ def test_a_batch_does_not_depend_on_what_was_asked_before(split):
     for step in reversed(range(12)):
         dataset.batch(step + 100, 5, seed=9)
         assert equal(dataset.batch(step, 8, 3, split), fresh[step])
-    assert all(equal(a, b) for a, b in zip(dataset.stream(4, 12, 8, 3, split), fresh[4:], strict=True))
+    assert all(
+        equal(a, b) for a, b in zip(dataset.stream(4, 12, 8, 3, split), fresh[4:], strict=True)
+    )
     x, y = dataset.batches([2, 7], 8, 3, split)
     assert equal((x[1], y[1]), fresh[7]) and x.shape == (2, 8, 3, 8, 8) and y.shape == (2, 8)
     assert torch.equal(dataset.batches(3, 8, 3, split)[0][2], fresh[2][0])
@@ -91,7 +118,7 @@ def test_a_batch_does_not_depend_on_what_was_asked_before(split):
 def test_seeds_steps_and_splits_augment_differently():
     dataset = augmented()
     draws = [
-        dataset._plan(step, 20, seed, split, 0, 1)[2].tobytes()
+        dataset._plan(step, 20, seed, split)[2].tobytes()
         for step in (0, 1)
         for seed in (0, 1)
         for split in ("train", "held")
@@ -130,7 +157,9 @@ def test_evaluation_shows_every_image_once_as_it_is():
 
 def test_evaluation_with_a_limit_is_a_fair_sample():
     x = torch.arange(1000).view(-1, 1)
-    dataset = data.from_tensors(x.float(), x[:, 0] // 100, x.float(), x[:, 0] // 100, device="cpu")  # sorted by class
+    dataset = data.from_tensors(
+        x.float(), x[:, 0] // 100, x.float(), x[:, 0] // 100, device="cpu"
+    )  # sorted by class
     chunks = list(dataset.evaluation("train", size=120, limit=300))
     labels = torch.cat([y for _, y in chunks])
     assert [len(y) for _, y in chunks] == [120, 120, 60]
@@ -145,14 +174,23 @@ def test_uint8_tensors_are_normalized_by_the_training_images():
     (shown, _), *_ = dataset.evaluation("train", size=500)
     assert shown.dtype == torch.float32
     torch.testing.assert_close(shown.mean((0, 2, 3)), torch.zeros(2), atol=1e-5, rtol=0)
-    torch.testing.assert_close(shown.std((0, 2, 3), unbiased=False), torch.ones(2), atol=1e-5, rtol=0)
+    torch.testing.assert_close(
+        shown.std((0, 2, 3), unbiased=False), torch.ones(2), atol=1e-5, rtol=0
+    )
 
 
 def test_tensors_go_where_training_is_fastest_unless_told(monkeypatch):
-    monkeypatch.setattr(loading, "default_device", lambda: torch.device("meta"))  # stands for a GPU
+    monkeypatch.setattr(
+        data.dataset, "default_device", lambda: torch.device("meta")
+    )  # stands for a GPU
     x, y = torch.zeros(6, 3), torch.arange(6)
     dataset = data.from_tensors(x, y, x, y)
-    assert dataset.device.type == dataset._images["train"].device.type == dataset._labels["test"].device.type == "meta"
+    assert (
+        dataset.device.type
+        == dataset._images["train"].device.type
+        == dataset._labels["test"].device.type
+        == "meta"
+    )
     assert data.from_tensors(x, y, x, y, device="cpu").batch(0, 2, 0)[0].device.type == "cpu"
 
 
@@ -180,8 +218,8 @@ def test_the_fingerprint_is_that_of_the_content():
     [
         ({"size": 84}, "batch size 84: must be from 1 to the 83 images of split 'train'"),
         ({"size": 0}, "batch size 0"),
-        ({"size": 9, "world": 2}, "world must divide it"),
-        ({"rank": 2, "world": 2}, "rank 2 of 2"),
+        ({"size": 9, "parts": 2}, "batch size 9: must be a multiple of its 2 parts"),
+        ({"parts": 1}, "part 1 of 1: must be from 0 to 0"),
         ({"step": -1}, "step=-1"),
         ({"seed": -1}, "seed=-1"),
         ({"split": "valid"}, "unknown split 'valid': choose one of train, held, test"),
@@ -189,7 +227,8 @@ def test_the_fingerprint_is_that_of_the_content():
 )
 def test_impossible_batches_are_refused(arguments, message):
     with pytest.raises(ValueError, match=message):
-        numbered(held_out=20).batch(**{"step": 0, "size": 8, "seed": 0} | arguments)
+        part = numbered(held_out=20).part(1, arguments.pop("parts", 3))
+        part.batch(**{"step": 0, "size": 12, "seed": 0} | arguments)
 
 
 def test_an_empty_split_says_what_to_do():
@@ -199,7 +238,9 @@ def test_an_empty_split_says_what_to_do():
 
 @pytest.mark.parametrize("held_out", [-1, 103])
 def test_impossible_held_out_is_refused(held_out):
-    with pytest.raises(ValueError, match=f"held_out={held_out}: must be at least 0 and less than the 103"):
+    with pytest.raises(
+        ValueError, match=f"held_out={held_out}: must be at least 0 and less than the 103"
+    ):
         numbered(held_out=held_out)
 
 

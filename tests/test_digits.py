@@ -40,7 +40,9 @@ def test_the_split_is_stratified_and_every_variant_differs(pool):
 
 def test_without_distortion_the_originals_come_back(monkeypatch):
     still = dict.fromkeys(["rotation_degrees", "shear", "scale", "shift_pixels", "noise"], 0.0)
-    monkeypatch.setattr(digits, "RECIPE", digits.RECIPE | still | {"train_variants": 2, "test_variants": 1})
+    monkeypatch.setattr(
+        digits, "RECIPE", digits.RECIPE | still | {"train_variants": 2, "test_variants": 1}
+    )
     out = np.empty((2 * 1297 + 500, 1, 8, 8), np.float32)
     digits._generate(out, seed=0)
     originals = digits._originals(0)[0]

@@ -153,7 +153,7 @@ def test_prerequisites_follow_imports(project):
 
 def test_prerequisites_follow_the_names_of_datasets():
     names = {path.name for path in notebooks.prerequisites(notebooks.SOURCES / "01_one_step.ipynb")}
-    assert {"digits.py", "imagefolder.py", "vision.py", "streaming.py", "decode.py", "cache.py"} <= names
+    assert {"digits.py", "images.py", "cifar.py", "augment.py", "files.py"} <= names
 
 
 def test_a_result_is_current_until_something_changes(project):

@@ -47,7 +47,9 @@ def test_a_run_stopped_amid_an_epoch_goes_on_to_the_same_bits(tree, tmp_path, mo
     whole = runs.obtain(CONFIG, load(tree))
     monkeypatch.setenv("PAPER_RUNS", str(tmp_path / "interrupted"))
     # Saved at step 6, in the second epoch.
-    resumed = interrupted(lambda report: runs.obtain(CONFIG, load(tree), report=report), monkeypatch, 8, chunk=2)
+    resumed = interrupted(
+        lambda report: runs.obtain(CONFIG, load(tree), report=report), monkeypatch, 8, chunk=2
+    )
     for name in ("weights", "buffers", "loss"):
         np.testing.assert_array_equal(getattr(resumed, name), getattr(whole, name))
 
@@ -68,6 +70,8 @@ def test_two_processes_stream_the_global_batches_of_one(tree, tmp_path, monkeypa
     assert done.returncode == 0, done.stderr
     together = Run(tmp_path / "two" / alone.folder.name, alone.dataset)
     for name in ("weights", "buffers", "loss"):
-        np.testing.assert_allclose(getattr(together, name), getattr(alone, name), rtol=1e-3, atol=1e-4)
+        np.testing.assert_allclose(
+            getattr(together, name), getattr(alone, name), rtol=1e-3, atol=1e-4
+        )
     moved = np.linalg.norm(alone.at(13) - alone.at(0))
     assert np.linalg.norm(together.at(13) - alone.at(13)) < 1e-2 * moved

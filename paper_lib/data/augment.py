@@ -1,4 +1,4 @@
-"""Augmentation from given random numbers: what is drawn for a batch, and what becomes of it."""
+"""Flip and crop images by random numbers that are given, so that batches can be made again."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ Box = tuple[float, float, float, float]  # left, top, right, bottom in pixels
 
 @dataclass(frozen=True)
 class FlipCrop:
-    """Horizontal flip (one half of the images) and a random crop after padding with zeros, in batch."""
+    """Flip one half of a batch horizontally, and crop each image after padding it with zeros."""
 
     pad: int
 
@@ -37,14 +37,14 @@ class FlipCrop:
 
 @dataclass(frozen=True)
 class ResizedCrop:
-    """Horizontal flip and a crop of random area and aspect ratio, for images decoded one by one."""
+    """Flip one half of the images and crop a random area and aspect ratio, one image at a time."""
 
     area: tuple[float, float] = (0.08, 1.0)
     ratio: tuple[float, float] = (3 / 4, 4 / 3)
     attempts: int = 10
 
     def draw(self, rng: np.random.Generator, size: int) -> np.ndarray:
-        """Numbers in 0..1 for `size` images, (size, 1 + 4 * attempts): flip; area, ratio, left and top."""
+        """Numbers in 0..1, (size, 1 + 4 * attempts): flip; area, ratio, left and top of each."""
         return rng.random((size, 1 + 4 * self.attempts))
 
     def flips(self, draws: np.ndarray) -> np.ndarray:
@@ -70,7 +70,7 @@ class ResizedCrop:
 
 
 def central_square(width: int, height: int, part: float = 1.0) -> Box:
-    """The square in the middle of an image whose side is `part` of the image's shorter side."""
+    """The square in the middle of an image, with `part` of the shorter side, in pixels."""
     side = part * min(width, height)
     return _central(width, height, side, side)
 

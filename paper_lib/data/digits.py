@@ -1,7 +1,7 @@
-"""scikit-learn's 8x8 handwritten digits, under strong random affine distortion and pixel noise.
+"""Load scikit-learn's 8x8 handwritten digits under strong affine distortion and pixel noise.
 
-The distortion is strong on purpose: the training set must not be interpolated, because the gradient noise
-that is left at the minimum is what the paper is about.
+The distortion is strong on purpose: the training set must not be interpolated, because the
+gradient noise that is left at the minimum is what the paper is about.
 """
 
 from __future__ import annotations
@@ -10,16 +10,17 @@ import hashlib
 import json
 from functools import lru_cache, partial
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
 import torch.nn.functional as F
 
-from paper_lib.data.cache import cached_array
 from paper_lib.data.dataset import TensorDataset
+from paper_lib.files import cached_array
 
 # Everything the images depend on; `version` counts changes of the code below.
-RECIPE = {
+RECIPE: dict[str, Any] = {
     "version": 1,
     "train_originals": 1297,
     "test_originals": 500,
@@ -37,19 +38,19 @@ RECIPE = {
 
 
 def load(root: Path, *, held_out: int, seed: int, progress: bool) -> TensorDataset:
-    """Digits: 1,297 originals x 100 variants to train on (`held_out` of them held back), 500 x 10 to test.
+    """Digits (1, 8, 8): 1,297 originals x 100 variants to train on, 500 x 10 to test.
 
-    Images are (1, 8, 8). The 134,700 of them (34 MB) are generated in seconds and kept under root/digits.
-    `seed` fixes the stratified split of the originals, the distortions and the held-out images.
+    `held_out` of the former are held back. All 134,700 (34 MB) are generated in seconds and kept
+    under root/digits. `seed` fixes the stratified split of the originals, the distortions and the
+    held-out images.
     """
     key = hashlib.blake2b(json.dumps(RECIPE | {"seed": seed}).encode(), digest_size=8).hexdigest()
     cut = RECIPE["train_originals"] * RECIPE["train_variants"]
     total = cut + RECIPE["test_originals"] * RECIPE["test_variants"]
-    folder, fill = Path(root) / "digits", partial(_generate, seed=seed)
-    images = cached_array(folder, f"images-{key}", (total, 1, 8, 8), "float32", fill)
+    cached, fill = partial(cached_array, root / "digits"), partial(_generate, seed=seed)
+    images = torch.from_numpy(cached(f"images-{key}", (total, 1, 8, 8), "float32", fill))
     fill = partial(_label, seed=seed)
-    labels = cached_array(folder, f"labels-{key}", (total,), "int64", fill)
-    images, labels = torch.from_numpy(images), torch.from_numpy(labels)
+    labels = torch.from_numpy(cached(f"labels-{key}", (total,), "int64", fill))
     return TensorDataset(
         "digits",
         {"train": images[:cut], "test": images[cut:]},
@@ -97,10 +98,11 @@ def _generate(out: np.ndarray, seed: int) -> None:
     originals, source = _originals(seed)[0], _variants()
     for start in range(0, len(out), RECIPE["chunk"]):
         x = torch.from_numpy(originals[source[start : start + RECIPE["chunk"]]])[:, None]
-        grid = F.affine_grid(torch.from_numpy(_affine(rng, len(x))), list(x.shape), align_corners=False)
-        x = F.grid_sample(x, grid, mode="bilinear", padding_mode="zeros", align_corners=False).numpy()
-        x += RECIPE["noise"] * rng.standard_normal(x.shape, dtype=np.float32)
-        out[start : start + len(x)] = (x - RECIPE["mean"]) / RECIPE["std"]
+        maps = torch.from_numpy(_affine(rng, len(x)))
+        grid = F.affine_grid(maps, list(x.shape), align_corners=False)
+        moved = F.grid_sample(x, grid, align_corners=False).numpy()  # bilinear, zeros outside
+        moved += RECIPE["noise"] * rng.standard_normal(moved.shape, dtype=np.float32)
+        out[start : start + len(x)] = (moved - RECIPE["mean"]) / RECIPE["std"]
 
 
 def _affine(rng: np.random.Generator, n: int) -> np.ndarray:
@@ -114,6 +116,9 @@ def _affine(rng: np.random.Generator, n: int) -> np.ndarray:
     cos, sin = np.cos(angle), np.sin(angle)
     pixel = 2 / 8
     shift = [uniform(RECIPE["shift_pixels"]) * pixel, uniform(RECIPE["shift_pixels"]) * pixel]
-    # Rotation times shear along x, over the scale: an object `scale` times larger is sampled more finely.
-    rows = [cos / scale, (shear * cos - sin) / scale, shift[0]], [sin / scale, (shear * sin + cos) / scale, shift[1]]
+    # Rotation times shear along x, over the scale: what is larger is sampled more finely.
+    rows = (
+        [cos / scale, (shear * cos - sin) / scale, shift[0]],
+        [sin / scale, (shear * sin + cos) / scale, shift[1]],
+    )
     return np.stack([np.stack(row, axis=-1) for row in rows], axis=1).astype(np.float32)

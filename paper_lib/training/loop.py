@@ -71,8 +71,8 @@ def batches(
     config: RunConfig, dataset: Dataset, first: int = 0
 ) -> Iterator[tuple[int, Tensor, Tensor]]:
     """Yield (step, x, y) from step `first` to the run's last: this process's part of each batch."""
-    part = {"rank": parallel.rank(), "world": parallel.world()}
-    stream = dataset.stream(first, config.steps, config.batch_size, config.stream, **part)
+    part = dataset.part(parallel.rank(), parallel.world())
+    stream = part.stream(first, config.steps, config.batch_size, config.stream)
     for step, (x, y) in enumerate(stream, start=first):
         yield step, x, y
 

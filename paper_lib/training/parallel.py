@@ -16,6 +16,7 @@ import torch.distributed as dist
 from torch import Tensor
 from torch.nn.parallel import DistributedDataParallel
 
+from paper_lib.files import cpus as cpus
 from paper_lib.training import batchnorm
 from paper_lib.training.flat import FlatModel
 
@@ -63,14 +64,6 @@ def rank() -> int:
 def world() -> int:
     """How many processes train one run."""
     return dist.get_world_size() if active() else 1
-
-
-def cpus() -> int:
-    """CPUs for this process: those of the machine that it may use, shared among torchrun's local processes."""
-    usable = (
-        len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-    )
-    return max(1, usable // int(os.environ.get("LOCAL_WORLD_SIZE", 1)))
 
 
 def share(value: T) -> T:

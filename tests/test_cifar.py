@@ -1,17 +1,20 @@
 import hashlib
 import io
 import pickle
+import shutil
 import tarfile
 import urllib.error
 
 import numpy as np
 import pytest
 import torch
+from PIL import Image
 from torchvision import datasets
 from torchvision.datasets import utils
 
 from paper_lib import data
-from paper_lib.data import vision
+from paper_lib.__main__ import main
+from paper_lib.data import cifar
 
 
 def offline(*args, **kwargs):
@@ -25,7 +28,9 @@ def archive(tmp_path, monkeypatch):
     monkeypatch.setattr(utils.urllib.request, "urlopen", offline)
     sizes = {f"data_batch_{i}": 8 for i in range(1, 6)} | {"test_batch": 6}
     images = {name: rng.integers(0, 256, (n, 3072), dtype=np.uint8) for name, n in sizes.items()}
-    files = {name: {"data": x, "labels": [i % 10 for i in range(len(x))]} for name, x in images.items()}
+    files = {
+        name: {"data": x, "labels": [i % 10 for i in range(len(x))]} for name, x in images.items()
+    }
     files["batches.meta"] = {"label_names": [f"class {i}" for i in range(10)]}
     files = {name: pickle.dumps(content) for name, content in files.items()}
     sums = {name: hashlib.md5(content).hexdigest() for name, content in files.items()}
@@ -36,7 +41,11 @@ def archive(tmp_path, monkeypatch):
             member.size = len(content)
             tar.addfile(member, io.BytesIO(content))
     monkeypatch.setattr(datasets.CIFAR10, "tgz_md5", hashlib.md5(path.read_bytes()).hexdigest())
-    monkeypatch.setattr(datasets.CIFAR10, "train_list", [[name, sums[name]] for name in sizes if name != "test_batch"])
+    monkeypatch.setattr(
+        datasets.CIFAR10,
+        "train_list",
+        [[name, sums[name]] for name in sizes if name != "test_batch"],
+    )
     monkeypatch.setattr(datasets.CIFAR10, "test_list", [["test_batch", sums["test_batch"]]])
     meta = {"filename": "batches.meta", "key": "label_names", "md5": sums["batches.meta"]}
     monkeypatch.setattr(datasets.CIFAR10, "meta", meta)
@@ -49,7 +58,9 @@ def test_an_archive_that_lies_there_is_used(archive):
     assert dataset.sizes == {"train": 30, "held": 10, "test": 6}
     assert (dataset.shape, dataset.n_classes) == ((3, 32, 32), 10)
     (x, _), *_ = dataset.evaluation("test", size=6)
-    mean, std = (torch.tensor(values["cifar10"]).view(3, 1, 1) for values in (vision.MEAN, vision.STD))
+    mean, std = (
+        torch.tensor(values["cifar10"]).view(3, 1, 1) for values in (cifar.MEAN, cifar.STD)
+    )
     shown = ((x * std + mean) * 255).round().to(torch.uint8)
     assert sorted(shown.flatten(1).tolist()) == sorted(images["test_batch"].tolist())
 
@@ -70,7 +81,9 @@ def test_offline_says_which_file_and_where(archive, content):
     path.unlink()
     if content is not None:
         path.write_bytes(content)
-    with pytest.raises(data.DataError, match=r"put the archive cifar-10-python.tar.gz \(MD5 [0-9a-f]{32}\) into") as e:
+    with pytest.raises(
+        data.DataError, match=r"put the archive cifar-10-python.tar.gz \(MD5 [0-9a-f]{32}\) into"
+    ) as e:
         data.load("cifar10", path.parent)
     assert str(path.parent) in str(e.value) and "no network" in str(e.value)
 
@@ -81,3 +94,40 @@ def test_unpacked_files_that_are_damaged_are_unpacked_again(archive):
     damaged = path.parent / "cifar-10-batches-py" / "data_batch_3"
     damaged.write_bytes(damaged.read_bytes()[:-10])
     assert data.load("cifar10", path.parent).fingerprint == first.fingerprint
+
+
+def test_the_tree_holds_every_image_under_its_class(archive, tmp_path):
+    path, images = archive
+    tree = tmp_path / "tree"
+    cifar.write_jpegs("cifar10", path.parent, tree)
+    assert len(list(tree.glob("train/*/*.jpg"))) == 40 and len(list(tree.glob("test/*/*.jpg"))) == 6
+    assert sorted(p.name for p in (tree / "train").iterdir()) == [f"class {i}" for i in range(8)]
+    for name in ("class 6", "class 7"):  # of which the small archive has no test images
+        shutil.rmtree(tree / "train" / name)
+    dataset = data.load("imagefolder", tree, image_size=32, held_out=4, progress=False)
+    assert dataset.sizes == {"train": 26, "held": 4, "test": 6}
+    with pytest.raises(ValueError, match="train/ is there already"):
+        cifar.write_jpegs("cifar10", path.parent, tree)
+
+
+def test_a_tree_that_was_interrupted_is_written_anew(archive, tmp_path, monkeypatch):
+    path, _ = archive
+    save, saved = Image.Image.save, []
+
+    def interrupted(image, file, **options):
+        saved.append(file)
+        if len(saved) == 10:
+            raise KeyboardInterrupt
+        save(image, file, **options)
+
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr(Image.Image, "save", interrupted)
+        cifar.write_jpegs("cifar10", path.parent, tmp_path / "tree")
+    assert not (tmp_path / "tree" / "train").exists()
+    cifar.write_jpegs("cifar10", path.parent, tmp_path / "tree")
+    assert len(list((tmp_path / "tree").glob("train/*/*.jpg"))) == 40
+
+
+def test_other_datasets_are_refused(tmp_path, capsys):
+    assert main(["jpegs", "mnist", str(tmp_path)]) == 2
+    assert "dataset = 'mnist' is not allowed: cifar10 or cifar100" in capsys.readouterr().err

@@ -7,10 +7,9 @@ import torch
 from PIL import Image
 
 from paper_lib import data
-from paper_lib.data import imagefolder
+from paper_lib.data import images
 from paper_lib.data.augment import ResizedCrop, central_square
-from paper_lib.data.decode import decode, decode_all
-from paper_lib.data.streaming import MEAN, STD, StreamedImages
+from paper_lib.data.images import MEAN, STD, StreamedImages, decode, decode_all
 
 CLASSES = ("ant", "bee", "cat")
 KINDS = (("jpg", "RGB"), ("JPEG", "L"), ("png", "RGBA"), ("png", "P"))
@@ -67,7 +66,7 @@ def test_batches_are_pure_functions_of_seed_and_step(tree, streaming):
     resumed = load(tree, streaming=streaming)
     for step in (11, 2, 5):
         assert equal(resumed.batch(step, 8, 3), streamed[step - 2])
-    halves = [list(dataset.stream(4, 6, 8, 3, rank=rank, world=2)) for rank in (0, 1)]
+    halves = [list(dataset.part(rank, 2).stream(4, 6, 8, 3)) for rank in (0, 1)]
     for rank in (0, 1):
         for (x, y), whole in zip(halves[rank], streamed[2:4], strict=True):
             assert equal((x, y), (whole[0][rank::2], whole[1][rank::2]))
@@ -77,8 +76,10 @@ def test_streamed_evaluation_is_the_resized_center(tree):
     dataset = load(tree, streaming=True)
     pixels = {}
     for name in CLASSES:
-        for path in imagefolder._images(tree / "val" / name):
-            pixels[decode(path.path, 16, lambda w, h: central_square(w, h, 224 / 256)).tobytes()] = CLASSES.index(name)
+        for path in images._images(tree / "val" / name):
+            pixels[
+                decode(path.path, 16, lambda w, h: central_square(w, h, 224 / 256)).tobytes()
+            ] = CLASSES.index(name)
     mean, std = (torch.tensor(values).view(3, 1, 1) for values in (MEAN, STD))
     for x, y in dataset.evaluation("test", size=4):
         shown = ((x * std + mean) * 255).round().to(torch.uint8)
@@ -87,10 +88,10 @@ def test_streamed_evaluation_is_the_resized_center(tree):
 
 def test_streamed_training_images_are_resized_crops_of_which_half_are_mirrored(tree):
     dataset = load(tree, streaming=True)
-    _, rows, draws = dataset._plan(3, 32, 0, "train", 0, 1)
+    _, rows, draws = dataset._plan(3, 32, 0, "train")
     x, _ = dataset.batch(3, 32, 0)
     mean, std = (torch.tensor(values).view(3, 1, 1) for values in (MEAN, STD))
-    files = imagefolder.scan(tree).files["train"]
+    files = images.scan(tree).files["train"]
     for image, row, draw in zip((x * std + mean) * 255, rows, draws, strict=True):
         expected = decode(files[row], 16, lambda w, h, draw=draw: ResizedCrop().box(w, h, draw))
         if draw[0] < 0.5:
@@ -108,7 +109,9 @@ def test_the_memory_limit_chooses(tree):
 def test_images_of_the_right_size_keep_their_pixels(tmp_path):
     pixels = np.random.default_rng(0).integers(0, 256, (16, 16, 3), dtype=np.uint8)
     Image.fromarray(pixels).save(tmp_path / "x.png")
-    assert np.array_equal(decode(str(tmp_path / "x.png"), 16, central_square), pixels.transpose(2, 0, 1))
+    assert np.array_equal(
+        decode(str(tmp_path / "x.png"), 16, central_square), pixels.transpose(2, 0, 1)
+    )
 
 
 def test_a_jpeg_decoded_at_a_fraction_is_nearly_the_same(tmp_path):
@@ -124,16 +127,18 @@ def test_a_jpeg_decoded_at_a_fraction_is_nearly_the_same(tmp_path):
 
 
 def test_threads_change_nothing(tree):
-    paths = [entry.path for entry in imagefolder._images(tree / "train" / "ant")]
+    paths = [entry.path for entry in images._images(tree / "train" / "ant")]
     crops = [central_square] * len(paths)
-    assert np.array_equal(decode_all(paths, 16, crops, threads=1), decode_all(paths, 16, crops, threads=4))
+    assert np.array_equal(
+        decode_all(paths, 16, crops, threads=1), decode_all(paths, 16, crops, threads=4)
+    )
 
 
 def test_decoding_happens_once_and_again_when_the_tree_changes(tree, monkeypatch):
     first = load(tree)
     (cached,) = (tree / ".decoded").glob("*.npy")
     with monkeypatch.context() as patch:
-        patch.setattr(imagefolder, "in_workers", lambda *_: pytest.fail("decoded again"))
+        patch.setattr(images, "in_workers", lambda *_: pytest.fail("decoded again"))
         assert load(tree).fingerprint == first.fingerprint
     changed = tree / "train" / "bee" / "00.jpg"
     Image.new("RGB", (30, 30), "red").save(changed)
@@ -141,8 +146,11 @@ def test_decoding_happens_once_and_again_when_the_tree_changes(tree, monkeypatch
     assert again.fingerprint != first.fingerprint
     assert not cached.exists() and len(list((tree / ".decoded").glob("*.npy"))) == 1
     os.utime(changed, (1, 1))  # an edit that keeps the size shows in the time alone
-    with monkeypatch.context() as patch, pytest.raises(pytest.fail.Exception, match="decoded again"):
-        patch.setattr(imagefolder, "in_workers", lambda *_: pytest.fail("decoded again"))
+    with (
+        monkeypatch.context() as patch,
+        pytest.raises(pytest.fail.Exception, match="decoded again"),
+    ):
+        patch.setattr(images, "in_workers", lambda *_: pytest.fail("decoded again"))
         load(tree)
 
 
@@ -170,10 +178,20 @@ def test_a_copy_of_the_tree_has_the_same_fingerprint(tree, tmp_path):
 def test_an_unreadable_image_is_named(tree, streaming):
     bad = tree / "train" / "cat" / "03.png"
     bad.write_bytes(bad.read_bytes()[:100])
-    with pytest.raises(data.DataError, match=f"^unreadable image {bad} "):
+    with pytest.raises(data.DataError, match=f"^unusable image {bad} "):
         for _ in load(tree, streaming=streaming).stream(0, 3, 12, 0):
             pass
     assert not list(tree.glob(".decoded/*.npy")) and not list(tree.glob(".decoded/*.tmp"))
+
+
+@pytest.mark.parametrize("dtype", [np.uint16, np.int32, np.float32])
+def test_images_of_more_than_8_bits_are_refused_not_clipped(tree, dtype):
+    path = tree / "val" / "bee" / "deep.tif"
+    Image.fromarray(np.linspace(0, 1000, 256, dtype=dtype).reshape(16, 16)).save(path)
+    with pytest.raises(
+        data.DataError, match=f"^unusable image {path} .mode [IF].* 8 bits: save it as"
+    ):
+        load(tree)
 
 
 def test_test_is_used_where_there_is_no_val(tree):
@@ -197,12 +215,24 @@ def empty(path):
     ("spoil", "message"),
     [
         (lambda root: shutil.rmtree(root / "train"), "train is missing"),
-        (lambda root: shutil.rmtree(root / "val"), "val/<class>/ or test/<class>/: .*test is missing"),
+        (
+            lambda root: shutil.rmtree(root / "val"),
+            "val/<class>/ or test/<class>/: .*test is missing",
+        ),
         (lambda root: empty(root / "train"), "train has no class folders"),
         (lambda root: empty(root / "train" / "bee"), "bee has no images"),
-        (lambda root: (root / "train" / "dog").mkdir(), r"classes differ: only in .*train: \['dog'\], .*val: \[\]"),
-        (lambda root: shutil.rmtree(root / "train" / "ant"), r"only in .*train: \[\], .*val: \['ant'\]"),
-        (lambda root: (root / ".decoded").write_text(""), "cannot keep decoded images in .*links to the tree's train"),
+        (
+            lambda root: (root / "train" / "dog").mkdir(),
+            r"classes differ: only in .*train: \['dog'\], .*val: \[\]",
+        ),
+        (
+            lambda root: shutil.rmtree(root / "train" / "ant"),
+            r"only in .*train: \[\], .*val: \['ant'\]",
+        ),
+        (
+            lambda root: (root / ".decoded").write_text(""),
+            "cannot keep decoded images in .*links to the tree's train",
+        ),
     ],
 )
 def test_a_tree_that_cannot_be_used_says_why(tree, spoil, message):

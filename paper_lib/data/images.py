@@ -1,0 +1,309 @@
+"""Serve a tree of image files, root/train/<class>/* and root/val (or test)/<class>/*.
+
+A tree that fits into memory is decoded once and kept whole; a larger one is streamed from disk.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import math
+import os
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from functools import partial
+from itertools import chain, repeat
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from PIL import Image
+from torch import Tensor
+from torch.utils.data import DataLoader, get_worker_info
+from tqdm import tqdm
+
+from paper_lib.data.augment import Box, FlipCrop, ResizedCrop, central_square
+from paper_lib.data.dataset import Batch, DataError, Dataset, TensorDataset, Wanted, normalize
+from paper_lib.files import cached_array, cpus
+
+EXTENSIONS = (".bmp", ".gif", ".jpeg", ".jpg", ".png", ".ppm", ".tif", ".tiff", ".webp")
+# ImageNet's channels, in units of 0..1: used for every tree of images.
+MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
+EVALUATION_PART = 224 / 256  # of the shorter side, central: the usual resize to 256, crop to 224
+CHUNK = 256  # images decoded per task where a tree is kept whole
+MAX_WORKERS = 16
+
+Crop = Callable[[int, int], Box]  # width and height of an image -> the part of it to keep
+
+
+def load(
+    root: Path,
+    *,
+    held_out: int,
+    seed: int,
+    progress: bool,
+    image_size: int,
+    streaming: bool | None = None,
+    in_memory_limit: int = 8 * 10**9,
+) -> Dataset:
+    """A tree of images as (3, image_size, image_size).
+
+    A tree that takes at most `in_memory_limit` bytes as uint8 is decoded once (shorter side resized
+    to image_size, central square kept), cached in root/.decoded and held on the device, with flips
+    and crops padded by an eighth of the side. A larger one is streamed: see StreamedImages.
+    `streaming` overrides the choice.
+
+    Raises DataError naming the file, class or folder for an image that is unreadable or not 8-bit
+    (when it is read), an empty class, classes that differ between splits, a missing split, or a
+    root/.decoded that cannot be written (a root with links to another tree's folders will do).
+    """
+    if image_size < 8:
+        raise ValueError(f"image_size={image_size}: must be at least 8 pixels, such as 32, 64, 224")
+    try:
+        tree = scan(root)
+    except OSError as error:
+        raise DataError(f"cannot list {error.filename} ({error.strerror}): repair it") from error
+    count = sum(len(files) for files in tree.files.values())
+    if streaming is None:
+        streaming = count * 3 * image_size**2 > in_memory_limit
+    if streaming:
+        return StreamedImages(tree, image_size, held_out=held_out, seed=seed)
+    images = _decoded(root, tree, image_size, progress)
+    cut = len(tree.files["train"])
+    return TensorDataset(
+        "imagefolder",
+        {"train": images[:cut], "test": images[cut:]},
+        tree.labels,
+        n_classes=len(tree.classes),
+        held_out=held_out,
+        seed=seed,
+        mean=MEAN,
+        std=STD,
+        augment=FlipCrop(pad=image_size // 8),
+        content=tree.content,
+    )
+
+
+class StreamedImages(Dataset):
+    """Files decoded when needed, trained on with random resized crops and flips.
+
+    Batches are normalized on the device. Workers and single batches give the same bits: an item of
+    the loader is one whole batch, named by its step.
+    """
+
+    def __init__(self, tree: Tree, image_size: int, *, held_out: int, seed: int):
+        super().__init__(
+            "imagefolder",
+            len(tree.classes),
+            (3, image_size, image_size),
+            {split: len(files) for split, files in tree.files.items()},
+            held_out=held_out,
+            seed=seed,
+            augment=ResizedCrop(),
+        )
+        # Bytes in one array: reference counts of a list of strings would copy it into every worker.
+        self._files = {
+            split: np.array([os.fsencode(file) for file in files])
+            for split, files in tree.files.items()
+        }
+        self._labels, self._tree = tree.labels, tree.content
+
+    def _fetch(self, source: str, rows: np.ndarray, draws: np.ndarray | None) -> Batch:
+        return self._ready(*self._decode((source, rows, draws)))
+
+    def _fetch_all(self, wanted: Iterable[Wanted]) -> Iterator[Batch]:
+        decoded = in_workers(self._decode, wanted, pin_memory=self.device.type == "cuda")
+        return (self._ready(x, y) for x, y in decoded)
+
+    def _decode(self, wanted: Wanted) -> Batch:
+        """uint8 images (N, 3, H, W) and labels (N,) on the CPU."""
+        source, rows, draws = wanted
+        paths = [os.fsdecode(path) for path in self._files[source][rows]]
+        crops: list[Crop] = [partial(central_square, part=EVALUATION_PART)] * len(rows)
+        if draws is not None:
+            crops = [partial(self._augment.box, draw=draw) for draw in draws]
+        threads = cpus() if get_worker_info() is None else 1
+        images = torch.from_numpy(decode_all(paths, self.shape[-1], crops, threads))
+        if draws is not None:
+            flipped = torch.from_numpy(self._augment.flips(draws))
+            images[flipped] = images[flipped].flip(-1)
+        return images, self._labels[source][torch.from_numpy(rows)]
+
+    def _ready(self, x: Tensor, y: Tensor) -> Batch:
+        x, y = x.to(self.device, non_blocking=True), y.to(self.device, non_blocking=True)
+        return normalize(x, MEAN, STD), y
+
+    def _content(self) -> str:
+        return self._tree
+
+
+def _decoded(root: Path, tree: Tree, size: int, progress: bool) -> Tensor:
+    """All images, train then test, (N, 3, size, size) uint8, from the cache or decoded into it."""
+    files = tree.files["train"] + tree.files["test"]
+    shape, key = (len(files), 3, size, size), f"{size}px-{tree.state}"
+
+    def fill(out: np.ndarray) -> None:
+        starts = range(0, len(files), CHUNK)
+        chunks = in_workers(partial(_chunk, files, size), starts)
+        with tqdm(total=len(files), desc="decoding", unit=" images", disable=not progress) as bar:
+            for start, images in zip(starts, chunks, strict=True):
+                out[start : start + CHUNK] = images
+                bar.update(len(images))
+
+    folder = root / ".decoded"
+    try:
+        images = cached_array(folder, key, shape, "uint8", fill)
+    except OSError as error:
+        raise DataError(
+            f"cannot keep decoded images in {folder} ({error}): make room there, or if it is "
+            "read-only, make a folder with links to the tree's train and val (or test) folders "
+            "and name that instead"
+        ) from error
+    for stale in set(folder.glob(f"{size}px-*.npy")) - set(folder.glob(f"{key}-*.npy")):
+        stale.unlink(missing_ok=True)
+    return torch.from_numpy(images)
+
+
+def _chunk(files: list[str], size: int, start: int) -> np.ndarray:
+    files = files[start : start + CHUNK]
+    return decode_all(files, size, [central_square] * len(files), threads=1)
+
+
+@dataclass(frozen=True)
+class Tree:
+    """What is in the folders: classes in label order; files and labels of "train" and "test"."""
+
+    classes: list[str]
+    files: dict[str, list[str]]
+    labels: dict[str, Tensor]
+    content: str  # hash of the files' relative paths and sizes: the same for a copy of the tree
+    state: str  # hash of modification times also: a change invalidates what was decoded
+
+
+def scan(root: Path) -> Tree:
+    """List a tree. Hidden files and files that are not images by their name are left out."""
+    folders = {"train": root / "train", "test": root / "val"}
+    if not folders["test"].is_dir():
+        folders["test"] = root / "test"
+    for folder in folders.values():
+        if not folder.is_dir():
+            layout = "train/<class>/ and val/<class>/ or test/<class>/"
+            raise DataError(f"{root} must hold {layout}: {folder} is missing")
+    classes = _classes(folders)
+    files: dict[str, list[str]] = {}
+    labels: dict[str, Tensor] = {}
+    content, state = hashlib.blake2b(digest_size=8), hashlib.blake2b(digest_size=8)
+    for split, folder in folders.items():
+        of_class = [_images(folder / name) for name in classes]
+        counts = torch.tensor([len(entries) for entries in of_class])
+        labels[split] = torch.arange(len(classes)).repeat_interleave(counts)
+        files[split] = [entry.path for entries in of_class for entry in entries]
+        for entry in chain.from_iterable(of_class):
+            info, relative = entry.stat(), os.path.relpath(entry.path, root)
+            content.update(f"{relative} {info.st_size}\n".encode())
+            state.update(f"{relative} {info.st_size} {info.st_mtime_ns}\n".encode())
+    return Tree(classes, files, labels, content.hexdigest(), state.hexdigest())
+
+
+def _classes(folders: dict[str, Path]) -> list[str]:
+    """Names of the class folders, the same in both splits."""
+    train, test = ({e.name for e in _visible(f) if e.is_dir()} for f in folders.values())
+    if not train:
+        raise DataError(
+            f"{folders['train']} has no class folders: each class needs one, with its images"
+        )
+    if train != test:
+        raise DataError(
+            f"classes differ: only in {folders['train']}: {sorted(train - test)[:5]}, only in "
+            f"{folders['test']}: {sorted(test - train)[:5]} (the first 5 of each); "
+            "give both the same class folders"
+        )
+    return sorted(train)
+
+
+def _images(folder: Path) -> list[os.DirEntry[str]]:
+    """Image files in a class folder and the folders in it, in the order of their paths."""
+    entries = sorted(_walk(folder), key=lambda entry: entry.path)
+    if not entries:
+        raise DataError(f"class folder {folder} has no images ({' '.join(EXTENSIONS)})")
+    return entries
+
+
+def _walk(folder: Path | str) -> Iterator[os.DirEntry[str]]:
+    for entry in _visible(folder):
+        if entry.is_dir():
+            yield from _walk(entry.path)
+        elif entry.name.lower().endswith(EXTENSIONS):
+            yield entry
+
+
+def _visible(folder: Path | str) -> list[os.DirEntry[str]]:
+    with os.scandir(folder) as entries:
+        return [entry for entry in entries if not entry.name.startswith(".")]
+
+
+def decode(path: str, size: int, crop: Crop) -> np.ndarray:
+    """The cropped part of an image, resized: (3, size, size) uint8, by RGB.
+
+    Raises DataError naming the file if it is unreadable, or has more than 8 bits a channel: Pillow
+    would clip 16-bit and floating-point values at 255, and which value is white is not in the file.
+    """
+    try:
+        with Image.open(path) as image:
+            if image.mode.startswith(("I", "F")):
+                raise ValueError(f"mode {image.mode} has more than 8 bits: save it as 0 to 255")
+            width, height = image.size
+            left, top, right, bottom = crop(width, height)
+            # A JPEG is decoded at 1/2, 1/4 or 1/8 where the crop stays as large as what it
+            # becomes: many times faster.
+            wanted = width * size / (right - left), height * size / (bottom - top)
+            image.draft(None, (math.ceil(wanted[0]), math.ceil(wanted[1])))
+            x, y = image.width / width, image.height / height
+            box = (left * x, top * y, right * x, bottom * y)
+            rgb = image.convert("RGB").resize((size, size), Image.Resampling.BILINEAR, box=box)
+            return np.asarray(rgb).transpose(2, 0, 1)
+    except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
+        raise DataError(f"unusable image {path} ({error}): repair or remove it") from error
+
+
+def decode_all(paths: Sequence[str], size: int, crops: Iterable[Crop], threads: int) -> np.ndarray:
+    """Decode files with a crop each, (N, 3, size, size) uint8; threads pay for large images."""
+    if threads == 1:
+        return np.stack([decode(path, size, crop) for path, crop in zip(paths, crops, strict=True)])
+    with ThreadPoolExecutor(threads) as pool:
+        return np.stack(list(pool.map(decode, paths, repeat(size), crops)))
+
+
+def in_workers(
+    function: Callable[[Any], Any], items: Iterable[Any], pin_memory: bool = False
+) -> Iterator[Any]:
+    """function(item) for each item, in order, computed ahead in DataLoader workers.
+
+    Both must pickle; a DataError that the function raises is raised here.
+    """
+    loader = DataLoader(
+        _Calls(function),
+        sampler=items,
+        batch_size=None,
+        num_workers=min(cpus(), MAX_WORKERS),
+        pin_memory=pin_memory,
+        generator=torch.Generator(),  # otherwise the loader draws from the global generator
+    )
+    for result in loader:
+        if isinstance(result, DataError):
+            raise result
+        yield result
+
+
+class _Calls(torch.utils.data.Dataset):
+    """What a function returns, or its DataError: raised in a worker, it would be a traceback."""
+
+    def __init__(self, function: Callable[[Any], Any]):
+        self.function = function
+
+    def __getitem__(self, item: Any) -> Any:
+        try:
+            return self.function(item)
+        except DataError as error:
+            return error
