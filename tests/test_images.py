@@ -1,3 +1,4 @@
+import functools
 import os
 import shutil
 
@@ -5,6 +6,7 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
+from test_data import equal
 
 from paper_lib import data
 from paper_lib.data import images
@@ -17,7 +19,7 @@ KINDS = (("jpg", "RGB"), ("JPEG", "L"), ("png", "RGBA"), ("png", "P"))
 
 @pytest.fixture(scope="module")
 def original(tmp_path_factory):
-    """3 classes x (12 to train on, 5 to test) noise images of several sizes, formats and modes, and clutter."""
+    """3 classes x (12 to train on, 5 to test) images of noise in many kinds, and clutter."""
     root, rng = tmp_path_factory.mktemp("tree"), np.random.default_rng(0)
     for split, n in (("train", 12), ("val", 5)):
         for name in CLASSES:
@@ -41,8 +43,10 @@ def load(root, **options):
     return data.load("imagefolder", root, **{"image_size": 16, "progress": False} | options)
 
 
-def equal(a, b):
-    return all(torch.equal(s, t) for s, t in zip(a, b, strict=True))
+def pixels(x):
+    """Normalized images as bytes again."""
+    mean, std = (torch.tensor(values).view(3, 1, 1) for values in (MEAN, STD))
+    return ((x * std + mean) * 255).round().to(torch.uint8)
 
 
 @pytest.mark.parametrize("streaming", [False, True])
@@ -66,37 +70,29 @@ def test_batches_are_pure_functions_of_seed_and_step(tree, streaming):
     resumed = load(tree, streaming=streaming)
     for step in (11, 2, 5):
         assert equal(resumed.batch(step, 8, 3), streamed[step - 2])
-    halves = [list(dataset.part(rank, 2).stream(4, 6, 8, 3)) for rank in (0, 1)]
-    for rank in (0, 1):
-        for (x, y), whole in zip(halves[rank], streamed[2:4], strict=True):
-            assert equal((x, y), (whole[0][rank::2], whole[1][rank::2]))
+    for i in (0, 1):
+        for half, (x, y) in zip(dataset.part(i, 2).stream(4, 6, 8, 3), streamed[2:4], strict=True):
+            assert equal(half, (x[i::2], y[i::2]))
 
 
 def test_streamed_evaluation_is_the_resized_center(tree):
     dataset = load(tree, streaming=True)
-    pixels = {}
-    for name in CLASSES:
-        for path in images._images(tree / "val" / name):
-            pixels[
-                decode(path.path, 16, lambda w, h: central_square(w, h, 224 / 256)).tobytes()
-            ] = CLASSES.index(name)
-    mean, std = (torch.tensor(values).view(3, 1, 1) for values in (MEAN, STD))
+    found = images.scan(tree)
+    center = functools.partial(central_square, part=224 / 256)
+    expected = [decode(file, 16, center).tobytes() for file in found.files["test"]]
+    labels = dict(zip(expected, found.labels["test"].tolist(), strict=True))
     for x, y in dataset.evaluation("test", size=4):
-        shown = ((x * std + mean) * 255).round().to(torch.uint8)
-        assert [pixels[image.numpy().tobytes()] for image in shown] == y.tolist()
+        assert [labels[image.numpy().tobytes()] for image in pixels(x)] == y.tolist()
 
 
 def test_streamed_training_images_are_resized_crops_of_which_half_are_mirrored(tree):
     dataset = load(tree, streaming=True)
     _, rows, draws = dataset._plan(3, 32, 0, "train")
     x, _ = dataset.batch(3, 32, 0)
-    mean, std = (torch.tensor(values).view(3, 1, 1) for values in (MEAN, STD))
     files = images.scan(tree).files["train"]
-    for image, row, draw in zip((x * std + mean) * 255, rows, draws, strict=True):
-        expected = decode(files[row], 16, lambda w, h, draw=draw: ResizedCrop().box(w, h, draw))
-        if draw[0] < 0.5:
-            expected = expected[:, :, ::-1]
-        assert np.array_equal(image.round().to(torch.uint8), expected)
+    for image, row, draw in zip(pixels(x), rows, draws, strict=True):
+        expected = decode(files[row], 16, functools.partial(ResizedCrop().box, draw=draw))
+        assert np.array_equal(image, expected[:, :, ::-1] if draw[0] < 0.5 else expected)
     assert 0 < (draws[:, 0] < 0.5).sum() < 32
 
 
@@ -107,19 +103,20 @@ def test_the_memory_limit_chooses(tree):
 
 
 def test_images_of_the_right_size_keep_their_pixels(tmp_path):
-    pixels = np.random.default_rng(0).integers(0, 256, (16, 16, 3), dtype=np.uint8)
-    Image.fromarray(pixels).save(tmp_path / "x.png")
-    assert np.array_equal(
-        decode(str(tmp_path / "x.png"), 16, central_square), pixels.transpose(2, 0, 1)
+    noise, path = (
+        np.random.default_rng(0).integers(0, 256, (16, 16, 3), np.uint8),
+        tmp_path / "x.png",
     )
+    Image.fromarray(noise).save(path)
+    assert np.array_equal(decode(path, 16, central_square), noise.transpose(2, 0, 1))
 
 
 def test_a_jpeg_decoded_at_a_fraction_is_nearly_the_same(tmp_path):
     """Against a crop and a resize of the whole image, on smooth content."""
     y, x = np.mgrid[0:256, 0:320] / 50
-    pixels = (127 + 120 * np.stack([np.sin(x), np.cos(y), np.sin(x + y)], axis=-1)).astype(np.uint8)
+    smooth = 127 + 120 * np.stack([np.sin(x), np.cos(y), np.sin(x + y)], axis=-1)
     path = tmp_path / "x.jpg"
-    Image.fromarray(pixels).save(path, quality=95)
+    Image.fromarray(smooth.astype(np.uint8)).save(path, quality=95)
     box = (40, 16, 296, 240)
     whole = Image.open(path).crop(box).resize((32, 32), Image.Resampling.BILINEAR)
     fast = decode(str(path), 32, lambda w, h: box).transpose(1, 2, 0)
@@ -127,11 +124,9 @@ def test_a_jpeg_decoded_at_a_fraction_is_nearly_the_same(tmp_path):
 
 
 def test_threads_change_nothing(tree):
-    paths = [entry.path for entry in images._images(tree / "train" / "ant")]
-    crops = [central_square] * len(paths)
-    assert np.array_equal(
-        decode_all(paths, 16, crops, threads=1), decode_all(paths, 16, crops, threads=4)
-    )
+    paths = images.scan(tree).files["train"]
+    one, four = (decode_all(paths, 16, [central_square] * len(paths), n) for n in (1, 4))
+    assert np.array_equal(one, four)
 
 
 def test_decoding_happens_once_and_again_when_the_tree_changes(tree, monkeypatch):
@@ -146,11 +141,8 @@ def test_decoding_happens_once_and_again_when_the_tree_changes(tree, monkeypatch
     assert again.fingerprint != first.fingerprint
     assert not cached.exists() and len(list((tree / ".decoded").glob("*.npy"))) == 1
     os.utime(changed, (1, 1))  # an edit that keeps the size shows in the time alone
-    with (
-        monkeypatch.context() as patch,
-        pytest.raises(pytest.fail.Exception, match="decoded again"),
-    ):
-        patch.setattr(images, "in_workers", lambda *_: pytest.fail("decoded again"))
+    monkeypatch.setattr(images, "in_workers", lambda *_: pytest.fail("decoded again"))
+    with pytest.raises(pytest.fail.Exception, match="decoded again"):
         load(tree)
 
 
@@ -165,11 +157,7 @@ def test_a_damaged_cache_is_decoded_again(tree):
 
 
 def test_a_copy_of_the_tree_has_the_same_fingerprint(tree, tmp_path):
-    copy = tmp_path / "copy"
-    for path in tree.rglob("*.*"):
-        if path.is_file():
-            (copy / path.relative_to(tree)).parent.mkdir(parents=True, exist_ok=True)
-            (copy / path.relative_to(tree)).write_bytes(path.read_bytes())
+    copy = shutil.copytree(tree, tmp_path / "copy", copy_function=shutil.copyfile)  # other times
     assert load(copy, streaming=True).fingerprint == load(tree, streaming=True).fingerprint
     assert load(copy).fingerprint == load(tree).fingerprint != load(tree, image_size=24).fingerprint
 
@@ -188,55 +176,50 @@ def test_an_unreadable_image_is_named(tree, streaming):
 def test_images_of_more_than_8_bits_are_refused_not_clipped(tree, dtype):
     path = tree / "val" / "bee" / "deep.tif"
     Image.fromarray(np.linspace(0, 1000, 256, dtype=dtype).reshape(16, 16)).save(path)
-    with pytest.raises(
-        data.DataError, match=f"^unusable image {path} .mode [IF].* 8 bits: save it as"
-    ):
+    message = f"^unusable image {path} .mode [IF].* more than 8 bits: save it as"
+    with pytest.raises(data.DataError, match=message):
         load(tree)
 
 
-def test_test_is_used_where_there_is_no_val(tree):
-    (tree / "val").rename(tree / "test")
-    assert load(tree).sizes["test"] == 15
+def test_files_are_listed_in_the_order_of_their_paths_within_each_class(tmp_path):
+    """The order decides batches. Nested folders and upper-case names count; test/ does for val/."""
+    names = "B.JPG a-b/x.png a/z.gif a/é.tif b.webp".split()
+    for path in (
+        f"{split}/{c}/{name}"
+        for split in ("train", "test")
+        for c in "-b b".split()
+        for name in names
+    ):
+        (tmp_path / path).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / path).touch()
+    found = images.scan(tmp_path)
+    for split in ("train", "test"):
+        expected = [str(tmp_path / split / c / name) for c in ("-b", "b") for name in names]
+        assert found.files[split] == expected and found.labels[split].tolist() == [0] * 5 + [1] * 5
 
 
-def test_nested_folders_and_upper_case_names_count(tree):
-    nested = tree / "train" / "ant" / "images"
-    nested.mkdir()
-    (tree / "train" / "ant" / "00.jpg").rename(nested / "A.JPG")
-    assert load(tree).sizes["train"] == 36
-
-
-def empty(path):
-    shutil.rmtree(path)
-    path.mkdir()
-
-
-@pytest.mark.parametrize(
-    ("spoil", "message"),
-    [
-        (lambda root: shutil.rmtree(root / "train"), "train is missing"),
-        (
-            lambda root: shutil.rmtree(root / "val"),
-            "val/<class>/ or test/<class>/: .*test is missing",
-        ),
-        (lambda root: empty(root / "train"), "train has no class folders"),
-        (lambda root: empty(root / "train" / "bee"), "bee has no images"),
-        (
-            lambda root: (root / "train" / "dog").mkdir(),
-            r"classes differ: only in .*train: \['dog'\], .*val: \[\]",
-        ),
-        (
-            lambda root: shutil.rmtree(root / "train" / "ant"),
-            r"only in .*train: \[\], .*val: \['ant'\]",
-        ),
-        (
-            lambda root: (root / ".decoded").write_text(""),
-            "cannot keep decoded images in .*links to the tree's train",
-        ),
+SPOILED = {
+    "train is missing": lambda root: shutil.rmtree(root / "train"),
+    "val/<class>/ or test/<class>/: .*test is missing": lambda root: shutil.rmtree(root / "val"),
+    "train has no class folders": lambda root: (
+        shutil.rmtree(root / "train"),
+        (root / "train").mkdir(),
+    ),
+    "dog has no images": lambda root: [
+        (root / split / "dog").mkdir() for split in ("train", "val")
     ],
-)
-def test_a_tree_that_cannot_be_used_says_why(tree, spoil, message):
-    spoil(tree)
+    r"only in .*train: \['dog'\], .*val: \[\]": lambda root: (root / "train" / "dog").mkdir(),
+    r"only in .*train: \[\], .*val: \['ant'\]": lambda root: shutil.rmtree(root / "train" / "ant"),
+    "cannot keep .*links to the tree's train": lambda root: (root / ".decoded").write_text(""),
+    "cannot list .*gone.png .No such file": lambda root: (root / "val/ant/gone.png").symlink_to(
+        "no"
+    ),
+}
+
+
+@pytest.mark.parametrize("message", SPOILED)
+def test_a_tree_that_cannot_be_used_says_why(tree, message):
+    SPOILED[message](tree)
     with pytest.raises(data.DataError, match=message):
         load(tree)
 
