@@ -1,5 +1,6 @@
-"""ImageNet's path on a small tree of images: streamed, resumed amid an epoch, shared between two."""
+"""ImageNet's path on a small tree of images: streamed, resumed amid an epoch, shared by two."""
 
+import functools
 import textwrap
 
 import numpy as np
@@ -12,21 +13,13 @@ from paper_lib.config import RunConfig
 from paper_lib.runs import Run
 
 # 30 training images of 36, 6 to a batch: an epoch is 5 steps.
-CONFIG = RunConfig(
-    data="imagefolder",
-    held_out=6,
-    image_size=32,
-    model="resnet8",
-    width=4,
-    batch_size=6,
-    lr=0.005,
-    steps=13,
-    record="0-13",
-)
+SETTINGS = {"held_out": 6, "image_size": 32}
+NETWORK = {"model": "resnet8", "width": 4, "lr": 0.005}
+CONFIG = RunConfig(data="imagefolder", batch_size=6, steps=13, record="0-13", **SETTINGS, **NETWORK)
 
 
 def load(root):
-    return data.load("imagefolder", root, held_out=6, image_size=32, progress=False, streaming=True)
+    return data.load("imagefolder", root, progress=False, streaming=True, **SETTINGS)
 
 
 @pytest.fixture
@@ -47,9 +40,8 @@ def test_a_run_stopped_amid_an_epoch_goes_on_to_the_same_bits(tree, tmp_path, mo
     whole = runs.obtain(CONFIG, load(tree))
     monkeypatch.setenv("PAPER_RUNS", str(tmp_path / "interrupted"))
     # Saved at step 6, in the second epoch.
-    resumed = interrupted(
-        lambda report: runs.obtain(CONFIG, load(tree), report=report), monkeypatch, 8, chunk=2
-    )
+    obtain = functools.partial(runs.obtain, CONFIG, load(tree))
+    resumed = interrupted(lambda report: obtain(report=report), monkeypatch, 8, chunk=2)
     for name in ("weights", "buffers", "loss"):
         np.testing.assert_array_equal(getattr(resumed, name), getattr(whole, name))
 
@@ -70,8 +62,7 @@ def test_two_processes_stream_the_global_batches_of_one(tree, tmp_path, monkeypa
     assert done.returncode == 0, done.stderr
     together = Run(tmp_path / "two" / alone.folder.name, alone.dataset)
     for name in ("weights", "buffers", "loss"):
-        np.testing.assert_allclose(
-            getattr(together, name), getattr(alone, name), rtol=1e-3, atol=1e-4
-        )
+        expected = getattr(alone, name)
+        np.testing.assert_allclose(getattr(together, name), expected, rtol=1e-3, atol=1e-4)
     moved = np.linalg.norm(alone.at(13) - alone.at(0))
     assert np.linalg.norm(together.at(13) - alone.at(13)) < 1e-2 * moved
