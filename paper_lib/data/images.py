@@ -63,7 +63,9 @@ def load(
     try:
         tree = scan(root)
     except OSError as error:
-        raise DataError(f"cannot list {error.filename} ({error.strerror}): repair or remove it") from error
+        raise DataError(
+            f"cannot list {error.filename} ({error.strerror}): repair or remove it"
+        ) from error
     count = sum(len(files) for files in tree.files.values())
     if streaming is None:
         streaming = count * 3 * image_size**2 > in_memory_limit
