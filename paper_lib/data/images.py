@@ -90,8 +90,8 @@ def load(
 class StreamedImages(Dataset):
     """Files decoded when needed, trained on with random resized crops and flips.
 
-    Batches are normalized on the device. Workers and single batches give the same bits: an item of
-    the loader is one whole batch, named by its step.
+    Batches are normalized on the device. Workers and single batches give the same bits: a worker
+    gets the rows and random numbers of one whole batch, which were drawn outside.
     """
 
     def __init__(self, tree: Tree, image_size: int, *, held_out: int, seed: int):
