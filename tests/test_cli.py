@@ -89,7 +89,7 @@ def tree(root, image):
     [
         (lambda root: None, "train is missing"),
         (lambda root: tree(root, None), "has no images"),
-        (lambda root: tree(root, b"no image"), "unreadable image"),
+        (lambda root: tree(root, b"no image"), "unusable image"),
     ],
 )
 def test_data_that_cannot_be_read_end_with_code_2_and_the_remedy(
