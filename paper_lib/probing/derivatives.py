@@ -1,4 +1,5 @@
-"""Gradients and Hessian products of batch losses; batches, weights and `buffers` are as in `probe`."""
+"""Gradients and Hessian products of batch losses; batches, weights and `buffers` are as in `probe`.
+"""
 
 from __future__ import annotations
 
@@ -26,7 +27,9 @@ def gradients(
 def each_gradient(
     net: FlatModel, weights: np.ndarray, x: Tensor, y: Tensor, buffers: np.ndarray | None = None
 ) -> Iterator[np.ndarray]:
-    """Yield what `gradients` stacks, one batch at a time, where only sums or inner products are needed."""
+    """Yield what `gradients` stacks, one batch at a time, where only sums or inner products are
+    needed.
+    """
     probe.check_batches(x, y)
     for xs, ys in zip(x, y, strict=True):
         with probe.probing(net, buffers):
@@ -48,10 +51,13 @@ def mean_gradient(
     return (_sum_over_passes(net, weights, x, y, buffers, derivative) / y.numel()).cpu().numpy()
 
 
-def gram(net: FlatModel, weights: np.ndarray, x: Tensor, y: Tensor, buffers: np.ndarray | None = None) -> np.ndarray:
+def gram(
+    net: FlatModel, weights: np.ndarray, x: Tensor, y: Tensor, buffers: np.ndarray | None = None
+) -> np.ndarray:
     """Inner products of all pairs of the batches' gradients at one weight vector, (K, K) float64.
 
-    As many gradients as GRAM_BYTES holds are kept; the others are computed again for each such block.
+    As many gradients as GRAM_BYTES holds are kept; the others are computed again for each such
+    block.
     """
     probe.check_batches(x, y)
     n = len(x)
@@ -61,7 +67,9 @@ def gram(net: FlatModel, weights: np.ndarray, x: Tensor, y: Tensor, buffers: np.
         kept = gradients(net, weights, x[i : i + block], y[i : i + block], buffers)
         found[i : i + block, i : i + block] = kept @ kept.T
         if i + block < n:
-            for j, g in enumerate(each_gradient(net, weights, x[i + block :], y[i + block :], buffers), i + block):
+            for j, g in enumerate(
+                each_gradient(net, weights, x[i + block :], y[i + block :], buffers), i + block
+            ):
                 found[i : i + block, j] = found[j, i : i + block] = kept @ g
     return found
 
@@ -87,7 +95,9 @@ def hessian_vector_products(
     y: Tensor,
     buffers: np.ndarray | None = None,
 ) -> np.ndarray:
-    """Exact products H_k d of each batch's Hessian with a direction, (K, P), by differentiating twice."""
+    """Exact products H_k d of each batch's Hessian with a direction, (K, P), by differentiating
+    twice.
+    """
     probe.check_batches(x, y)
     found = np.empty((len(x), len(direction)), np.float32)
     for k in range(len(x)):
@@ -138,7 +148,9 @@ def _sum_over_passes(
     buffers: np.ndarray | None,
     derivative: Callable[[Tensor, Tensor], Tensor | np.ndarray],
 ) -> Tensor | np.ndarray:
-    """Sum of derivative(logits, labels) over passes at one weight vector, in the precision that it has."""
+    """Sum of derivative(logits, labels) over passes at one weight vector, in the precision that it
+    has.
+    """
     probe.check_batches(x, y)
     with probe.probing(net, buffers):
         probe.load(net, weights, buffers)

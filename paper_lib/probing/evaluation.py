@@ -1,4 +1,6 @@
-"""Training and test loss and accuracy of any weights, averaged or not, all treated alike: the yardstick of C6 to C9."""
+"""Training and test loss and accuracy of any weights, averaged or not, all treated alike: the
+yardstick of C6 to C9.
+"""
 
 from __future__ import annotations
 
@@ -19,12 +21,20 @@ CHUNK = 500  # images per forward pass, and per BatchNorm estimate
 class Evaluator:
     """Evaluates weight vectors of one network on fixed images.
 
-    BatchNorm statistics are recomputed at the given weights from `n_statistics` training images, for averages and for
-    the iterates that they are compared with alike; then the loss is taken in evaluation mode, in nats, on n_images
-    training images (augmented as in training, from a stream that no run uses) and up to n_images test images.
+    BatchNorm statistics are recomputed at the given weights from `n_statistics` training images,
+    for averages and for the iterates that they are compared with alike; then the loss is taken in
+    evaluation mode, in nats, on n_images training images (augmented as in training, from a stream
+    that no run uses) and up to n_images test images.
     """
 
-    def __init__(self, net: FlatModel, dataset: Dataset, n_images: int = 2500, n_statistics: int = 500, seed: int = 0):
+    def __init__(
+        self,
+        net: FlatModel,
+        dataset: Dataset,
+        n_images: int = 2500,
+        n_statistics: int = 500,
+        seed: int = 0,
+    ):
         size = min(CHUNK, n_images, n_statistics, dataset.sizes["train"])
         n_train, n_stat = max(1, n_images // size), max(1, n_statistics // size)
         x, y = probe.fixed_batches(dataset, n_train + n_stat, size, seed)
@@ -42,10 +52,20 @@ class Evaluator:
             buffers = probe.statistics(self.net, weights, self.statistics_batches)
         train = probe.evaluate(self.net, weights, buffers, zip(*self.train, strict=True))
         test = probe.evaluate(self.net, weights, buffers, self.test)
-        return dict(zip(("train_loss", "train_accuracy", "test_loss", "test_accuracy"), train + test, strict=True))
+        return dict(
+            zip(
+                ("train_loss", "train_accuracy", "test_loss", "test_accuracy"),
+                train + test,
+                strict=True,
+            )
+        )
 
-    def table(self, rows: Iterable[np.ndarray], labels: pd.DataFrame, progress: str = "") -> pd.DataFrame:
-        """Evaluate one weight vector per row of `labels`, (n, P), and return the labels with four more columns."""
+    def table(
+        self, rows: Iterable[np.ndarray], labels: pd.DataFrame, progress: str = ""
+    ) -> pd.DataFrame:
+        """Evaluate one weight vector per row of `labels`, (n, P), and return the labels with four
+        more columns.
+        """
         bar = tqdm(rows, total=len(labels), desc=progress, disable=not progress)
         found = pd.DataFrame([self(row) for row in bar])
         return pd.concat([labels.reset_index(drop=True), found], axis=1)

@@ -1,12 +1,13 @@
 """Losses of chosen batches at chosen weights, without a trace on the network or the random state.
 
-Batches are stacked: x (K, B, ...) and y (K, B) are K batches of B samples. Weights are rows of a matrix, (n, P), or one
-vector, (P,). Everything comes back as NumPy arrays. All losses are mean cross-entropies in nats, in float32, without
-label smoothing or weight decay.
+Batches are stacked: x (K, B, ...) and y (K, B) are K batches of B samples. Weights are rows of a
+matrix, (n, P), or one vector, (P,). Everything comes back as NumPy arrays. All losses are mean
+cross-entropies in nats, in float32, without label smoothing or weight decay.
 
-Statistics are chosen by `buffers`. Without them BatchNorm normalizes each batch by its own statistics, as in training.
-With buffers, (Q,), e.g. those of a snapshot or of `statistics`, it uses these. Everything else is in evaluation mode
-either way (no dropout), so that a loss is a function of weights and batch alone.
+Statistics are chosen by `buffers`. Without them BatchNorm normalizes each batch by its own
+statistics, as in training. With buffers, (Q,), e.g. those of a snapshot or of `statistics`, it uses
+these. Everything else is in evaluation mode either way (no dropout), so that a loss is a function
+of weights and batch alone.
 """
 
 from __future__ import annotations
@@ -31,9 +32,12 @@ from paper_lib.runs import Run
 from paper_lib.training import batchnorm
 from paper_lib.training.flat import FlatModel, threads
 
-SAMPLES_AT_ONCE = {"cpu": 256, "cuda": 4096}  # per forward pass: what fits a core's cache; what fills a GPU
-# Pixels per pass on a GPU, for about 16 GB: up to 1 kB each for losses alone; where activations are kept to be
-# differentiated twice, up to 14 kB (a ResNet-18 without stem; a ResNet-50 takes 5).
+SAMPLES_AT_ONCE = {
+    "cpu": 256,
+    "cuda": 4096,
+}  # per forward pass: what fits a core's cache; what fills a GPU
+# Pixels per pass on a GPU, for about 16 GB: up to 1 kB each for losses alone; where activations are
+# kept to be differentiated twice, up to 14 kB (a ResNet-18 without stem; a ResNet-50 takes 5).
 PIXELS_AT_ONCE, PIXELS_KEPT = 2**22, 2**20
 PROBE_STREAM = 1_000_000  # seeds of probing streams start here; runs use small seeds
 
@@ -46,7 +50,9 @@ def losses(
     buffers: np.ndarray | None = None,
     progress: str = "",
 ) -> np.ndarray:
-    """Loss of each batch at each of the weights, (n, K), or (K,) for one vector; `buffers` may be (n, Q) too."""
+    """Loss of each batch at each of the weights, (n, K), or (K,) for one vector; `buffers` may be
+    (n, Q) too.
+    """
     rows = np.atleast_2d(weights)
     check_batches(x, y)
     found = np.empty((len(rows), len(x)), np.float32)
@@ -65,27 +71,38 @@ def losses(
     return found if np.ndim(weights) == 2 else found[0]
 
 
-def _in_threads(net: FlatModel, work: Callable[[FlatModel, Iterator[int]], None], tasks: range) -> None:
-    """Let `work` take tasks with as many copies of the network as torch may use threads, each in a one-thread worker.
+def _in_threads(
+    net: FlatModel, work: Callable[[FlatModel, Iterator[int]], None], tasks: range
+) -> None:
+    """Let `work` take tasks with as many copies of the network as torch may use threads, each in a
+    one-thread worker.
 
-    Whole forward passes share the cores of a CPU much better than the parts of a small convolution do.
+    Whole forward passes share the cores of a CPU much better than the parts of a small convolution
+    do.
     """
     n_threads = min(torch.get_num_threads(), len(tasks)) if net.device.type == "cpu" else 1
     turns = iter(tasks)  # taking from one iterator is atomic, so threads share it
     if n_threads == 1:
         return work(net, turns)
     copies = [FlatModel(copy.deepcopy(net.module)) for _ in range(n_threads)]
-    with threads(1), ThreadPoolExecutor(n_threads, initializer=torch.set_num_threads, initargs=(1,)) as pool:
+    with (
+        threads(1),
+        ThreadPoolExecutor(n_threads, initializer=torch.set_num_threads, initargs=(1,)) as pool,
+    ):
         try:
             for future in as_completed([pool.submit(work, one, turns) for one in copies]):
                 future.result()
-        except BaseException:  # an error or an interrupt: the pool waits for threads that would go on to the end
+        except (
+            BaseException
+        ):  # an error or an interrupt: the pool waits for threads that would go on to the end
             collections.deque(turns, maxlen=0)
             raise
 
 
 def passes(net: FlatModel, x: Tensor, y: Tensor) -> Iterator[tuple[Tensor, Tensor]]:
-    """Yield logits (n, classes) and labels (n,) at the current weights: several batches to a forward pass."""
+    """Yield logits (n, classes) and labels (n,) at the current weights: several batches to a
+    forward pass.
+    """
     at_once = _batches_at_once(net.device.type, x.shape, torch.is_grad_enabled())
     for xs, ys in zip(x.split(at_once), y.split(at_once), strict=True):
         with batchnorm.batchwise_statistics(net.module, len(xs)):
@@ -94,7 +111,9 @@ def passes(net: FlatModel, x: Tensor, y: Tensor) -> Iterator[tuple[Tensor, Tenso
 
 
 def _batches_at_once(device: str, shape: torch.Size, kept: bool) -> int:
-    """How many batches of x, `shape` = (K, B, ...), share a pass; one at least: its statistics are its own."""
+    """How many batches of x, `shape` = (K, B, ...), share a pass; one at least: its statistics are
+    its own.
+    """
     samples = SAMPLES_AT_ONCE[device]
     if device == "cuda":
         samples = min(samples, (PIXELS_KEPT if kept else PIXELS_AT_ONCE) // shape[3:].numel())
@@ -103,23 +122,34 @@ def _batches_at_once(device: str, shape: torch.Size, kept: bool) -> int:
 
 @contextlib.contextmanager
 def probing(net: FlatModel, buffers: np.ndarray | None) -> Iterator[None]:
-    """Leave no trace; BatchNorm uses batch statistics unless there are buffers, all else is in evaluation mode."""
+    """Leave no trace; BatchNorm uses batch statistics unless there are buffers, all else is in
+    evaluation mode.
+    """
     with net.preserved(train=False):
         for layer in batchnorm.layers(net.module):
             layer.training = buffers is None
         try:
             yield
         except torch.OutOfMemoryError as error:
-            advice = "lower `batch_size` (a batch is never split: its statistics are its own) or `width`"
+            advice = (
+                "lower `batch_size` (a batch is never split: its statistics are its own) or `width`"
+            )
             raise MemoryError(f"{net.device} ran out of memory probing: {advice}") from error
 
 
 def load(net: FlatModel, weights: np.ndarray, buffers: np.ndarray | None) -> None:
-    """Set a network's weights (P,) and, where there are any, buffers (Q,); ConfigError for other shapes."""
-    for name, vector, values in (("weights", net.weights, weights), ("buffers", net.buffers, buffers)):
+    """Set a network's weights (P,) and, where there are any, buffers (Q,); ConfigError for other
+    shapes.
+    """
+    for name, vector, values in (
+        ("weights", net.weights, weights),
+        ("buffers", net.buffers, buffers),
+    ):
         if values is not None:
             expected = f"this network needs {tuple(vector.shape)}"
-            require(np.shape(values) == vector.shape, f"shape of {name}", np.shape(values), expected)
+            require(
+                np.shape(values) == vector.shape, f"shape of {name}", np.shape(values), expected
+            )
             vector.copy_(tensor(values))
 
 
@@ -138,7 +168,8 @@ def line(
 
 
 def statistics(net: FlatModel, weights: np.ndarray, x: Tensor) -> np.ndarray:
-    """Buffers recomputed at the given weights: BatchNorm's means and variances averaged over batches x (K, B, ...).
+    """Buffers recomputed at the given weights: BatchNorm's means and variances averaged over
+    batches x (K, B, ...).
 
     An averaged network needs this, and so does every network that it is compared with. (Q,)
     """
@@ -149,9 +180,14 @@ def statistics(net: FlatModel, weights: np.ndarray, x: Tensor) -> np.ndarray:
 
 
 def evaluate(
-    net: FlatModel, weights: np.ndarray, buffers: np.ndarray, chunks: Iterable[tuple[Tensor, Tensor]]
+    net: FlatModel,
+    weights: np.ndarray,
+    buffers: np.ndarray,
+    chunks: Iterable[tuple[Tensor, Tensor]],
 ) -> tuple[float, float]:
-    """Mean loss and accuracy over chunks (x, y) of samples, in evaluation mode with the given buffers."""
+    """Mean loss and accuracy over chunks (x, y) of samples, in evaluation mode with the given
+    buffers.
+    """
     loss, correct, n = 0.0, 0, 0
     with probing(net, buffers), torch.no_grad():
         load(net, weights, buffers)
@@ -170,7 +206,8 @@ def per_run(
     measure: Callable[[Run, FlatModel, int], pd.DataFrame | dict],
     progress: str,
 ) -> pd.DataFrame:
-    """measure(run, network, step) for every run and step: its rows, or row, with `seed` and `step`."""
+    """measure(run, network, step) for every run and step: its rows, or row, with `seed` and `step`.
+    """
     tables = []
     with tqdm(total=len(runs) * len(at), desc=progress) as bar:
         for run in runs:
@@ -183,7 +220,9 @@ def per_run(
     return pd.concat(tables, ignore_index=True)
 
 
-def fixed_batches(dataset: Dataset, n: int, size: int, seed: int, split: str = "train") -> tuple[Tensor, Tensor]:
+def fixed_batches(
+    dataset: Dataset, n: int, size: int, seed: int, split: str = "train"
+) -> tuple[Tensor, Tensor]:
     """n batches for probing, (n, size, ...) and (n, size), from a stream that no run trains on."""
     return dataset.batches(n, size, PROBE_STREAM + seed, split)
 
@@ -195,5 +234,15 @@ def tensor(row: np.ndarray) -> Tensor:
 
 def check_batches(x: Tensor, y: Tensor) -> None:
     """ConfigError unless x and y are stacked batches."""
-    require(x.ndim >= 2 and len(x) > 0, "x", tuple(x.shape), "batches are stacked as (K, B, ...), K at least 1")
-    require(tuple(y.shape) == tuple(x.shape[:2]), "y", tuple(y.shape), f"labels must be (K, B) = {tuple(x.shape[:2])}")
+    require(
+        x.ndim >= 2 and len(x) > 0,
+        "x",
+        tuple(x.shape),
+        "batches are stacked as (K, B, ...), K at least 1",
+    )
+    require(
+        tuple(y.shape) == tuple(x.shape[:2]),
+        "y",
+        tuple(y.shape),
+        f"labels must be (K, B) = {tuple(x.shape[:2])}",
+    )
