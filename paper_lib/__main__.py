@@ -25,14 +25,14 @@ def train(preset: str, **settings: str) -> None:
     chosen = study(preset, settings)
     from paper_lib import data, runs
     from paper_lib.runs import budget, workers
-    from paper_lib.training import parallel
+    from paper_lib.training import distributed
 
     failures = data.DataError, runs.DivergedError, runs.SnapshotError, workers.WorkerError
     try:
-        with parallel.processes():
+        with distributed.processes():
             for name, config in budget.shared_runs(chosen).items():
                 for run in runs.train(chosen, config):
-                    if parallel.rank() == 0:
+                    if distributed.first():
                         print(f"{name:8s} seed {run.config.seed}: {_end(run)}", flush=True)
     except failures as error:
         raise ConfigError(str(error)) from error

@@ -22,7 +22,7 @@ def own_folder(tmp_path, monkeypatch):
 
 @pytest.fixture
 def three_cores(monkeypatch):
-    monkeypatch.setattr(methods.parallel, "cpus", lambda: 3)
+    monkeypatch.setattr(methods.files, "cpus", lambda: 3)
 
 
 def train(chosen=METHODS, settings=SETTINGS, seeds=(0, 1), model=SmallNet):

@@ -51,9 +51,9 @@ def test_two_processes_stream_the_global_batches_of_one(tree, tmp_path, monkeypa
     job = """
         import sys
         from paper_lib import runs
-        from paper_lib.training import parallel
+        from paper_lib.training import distributed
         from test_streamed_training import CONFIG, load
-        with parallel.processes():
+        with distributed.processes():
             runs.obtain(CONFIG, load(sys.argv[1]))
     """
     (tmp_path / "job.py").write_text(textwrap.dedent(job))

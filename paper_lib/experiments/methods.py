@@ -20,14 +20,14 @@ import torch
 from torch import nn
 from tqdm import tqdm
 
-from paper_lib import runs
+from paper_lib import files, runs
 from paper_lib.averaging.monitor import Averages, Monitor, Window
 from paper_lib.config import RunConfig
 from paper_lib.data import Dataset, cache
 from paper_lib.data.cache import Arrays
 from paper_lib.errors import require
 from paper_lib.runs import identity
-from paper_lib.training import loop, parallel
+from paper_lib.training import loop
 from paper_lib.training.flat import FlatModel, NetFactory, exact_float32, forked_rng
 
 CODE = identity.of_source(Path(__file__), identity.PACKAGE / "averaging" / "monitor.py")
@@ -203,7 +203,7 @@ def train_all(
 
     nets = [loop.initial_model(c, dataset, model) for _, c in missing]  # here: it seeds the global generator
     # A user's network may draw numbers, from a generator that threads would share.
-    n_threads = parallel.cpus() if dataset.device.type == "cpu" and model is None else 1
+    n_threads = files.cpus() if dataset.device.type == "cpu" and model is None else 1
     with forked_rng(dataset.device), exact_float32(dataset.device):
         kept |= zip(missing, _side_by_side(obtain, missing, nets, n_threads), strict=True)
     found = iter([method.result(c.seed, kept[method, c]) for method, c in jobs])

@@ -25,11 +25,11 @@ import torch.nn.functional as F
 from torch import Tensor
 from tqdm import tqdm
 
-from paper_lib.averaging.batchnorm import recompute_statistics
+from paper_lib.averaging.batchnorm import layers, recompute_statistics
 from paper_lib.data import Dataset
 from paper_lib.errors import require
+from paper_lib.probing.batchnorm import batchwise_statistics
 from paper_lib.runs import Run
-from paper_lib.training import batchnorm
 from paper_lib.training.flat import FlatModel, threads
 
 SAMPLES_AT_ONCE = {
@@ -105,7 +105,7 @@ def passes(net: FlatModel, x: Tensor, y: Tensor) -> Iterator[tuple[Tensor, Tenso
     """
     at_once = _batches_at_once(net.device.type, x.shape, torch.is_grad_enabled())
     for xs, ys in zip(x.split(at_once), y.split(at_once), strict=True):
-        with batchnorm.batchwise_statistics(net.module, len(xs)):
+        with batchwise_statistics(net.module, len(xs)):
             logits = net.forward(xs.flatten(0, 1))
         yield logits.float(), ys.flatten()
 
@@ -126,7 +126,7 @@ def probing(net: FlatModel, buffers: np.ndarray | None) -> Iterator[None]:
     evaluation mode.
     """
     with net.preserved(train=False):
-        for layer in batchnorm.layers(net.module):
+        for layer in layers(net.module):
             layer.training = buffers is None
         try:
             yield

@@ -22,8 +22,8 @@ from paper_lib.data import Dataset
 from paper_lib.errors import ConfigError, require
 from paper_lib.runs import budget, workers
 from paper_lib.runs.identity import average_vectors, learning_rates, run_key
-from paper_lib.runs.store import Follower, Recorder, Run
-from paper_lib.training import loop, parallel
+from paper_lib.runs.store import Recorder, Run
+from paper_lib.training import distributed, loop
 from paper_lib.training.flat import FlatModel, NetFactory
 from paper_lib.training.loop import Report, State
 
@@ -62,14 +62,14 @@ def train_all(
     own = net is not None or (dataset is not None and not _is_registered(dataset, configs))
 
     def absent(some: Sequence[RunConfig]) -> list[RunConfig]:
-        return parallel.share([c for c in some if not run_folder(c, dataset, net).exists()])
+        return distributed.share([c for c in some if not run_folder(c, dataset, net).exists()])
 
     for generation in _generations(absent(configs)):
         missing = absent(generation)
         if not missing:
             continue
-        with _progress(missing, net is not None, progress and parallel.rank() == 0) as report:
-            if own or len(missing) == 1 or parallel.active():
+        with _progress(missing, net is not None, progress and distributed.first()) as report:
+            if own or len(missing) == 1 or distributed.active():
                 for c in missing:
                     obtain(c, dataset, net, report)
             else:
@@ -78,7 +78,7 @@ def train_all(
                 workers.train_parallel([(c, run_folder(c)) for c in missing], report)
     found = [_run(c, dataset, net) for c in configs]
     for run in found:
-        if parallel.rank() == 0 and run.diverged:
+        if distributed.first() and run.diverged:
             at = f"(lr = {run.config.lr}) diverged at step {run.status['diverged_at']}"
             warnings.warn(f"the run {run.folder.name} {at}", stacklevel=2)
     return found
@@ -100,14 +100,14 @@ def obtain(
     Processes that torchrun started train it together; the first one looks for the run, waits for
     others, and writes. Raises MemoryError with what to lower where memory does not suffice.
     """
-    run, first = _run(config, dataset, net), parallel.rank() == 0
-    if parallel.share(run.folder.exists()):
+    run = _run(config, dataset, net)
+    if distributed.share(run.folder.exists()):
         return run
-    with files.lock(run.folder) if first else contextlib.nullcontext():
-        if parallel.share(run.folder.exists()):
+    with files.lock(run.folder) if distributed.first() else contextlib.nullcontext():
+        if distributed.share(run.folder.exists()):
             return run
         _train(run, config, _begin(config, dataset, net), report)
-        parallel.share(None)  # the others go on when it is there
+        distributed.share(None)  # the others go on when it is there
     return run
 
 
@@ -116,8 +116,7 @@ def _train(run: Run, config: RunConfig, begin: State | None, report: Report) -> 
     model = loop.initial_model(config, run.dataset, run.net)
     budget.require_memory(config, model.weights.numel(), model.device)
     sizes = model.weights.numel(), model.buffers.numel()
-    first = parallel.rank() == 0
-    recorder = Recorder(run.folder, config, *sizes) if first else Follower()
+    recorder = distributed.recorder(lambda: Recorder(run.folder, config, *sizes))
     numbers = learning_rates(config), average_vectors(config)
     try:
         end = loop.train_run(config, run.dataset, model, *numbers, recorder, begin, report)
@@ -130,7 +129,7 @@ def _out_of_memory(config: RunConfig, net: FlatModel) -> str:
     vectors = budget.memory_bytes(config, net.weights.numel()) / 1e9
     return (
         f"{net.device} ran out of memory training {config.model} of width {config.width} with "
-        f"batches of {config.batch_size // parallel.world()} in {config.precision} (vectors take "
+        f"batches of {distributed.part_of_batch(config.batch_size)} in {config.precision} (vectors take "
         f"{vectors:.2f} GB, activations the rest): lower `batch_size` or `width`, use precision = "
         '"bfloat16", or let torchrun share each batch'
     )
@@ -141,7 +140,7 @@ def _begin(config: RunConfig, dataset: Dataset | None, net: NetFactory | None) -
     if config.parent is None:
         return None
     parent = obtain(config.parent, dataset, net)
-    return parent.state(config.start) if parallel.rank() == 0 else None
+    return parent.state(config.start) if distributed.first() else None
 
 
 # --- where a run is ----------------------------------------------------------------------------

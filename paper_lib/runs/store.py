@@ -303,18 +303,3 @@ class Recorder:
                 path.write_text(json.dumps(values, indent=1) + "\n")
         os.rename(self.part, self.final)  # the moment at which the run exists
         (self.final / "resume.npz").unlink(missing_ok=True)
-
-
-class Follower:
-    """Stands in for the Recorder in processes that help to train a run and write nothing."""
-
-    resumed = None
-
-    def __init__(self):
-        self.steps, self.keep = np.zeros(0, np.int64), set()
-
-    def write_log(self, first: int, losses: np.ndarray, lrs: np.ndarray) -> None:
-        """Nothing: the first process writes."""
-
-    def finish(self, status: dict[str, Any], averages: np.ndarray) -> None:
-        """Nothing: the first process writes."""

@@ -24,7 +24,7 @@ from typing import IO, Any
 import torch
 
 from paper_lib.config import RunConfig
-from paper_lib.training import parallel
+from paper_lib.files import cpus
 from paper_lib.training.loop import Report
 
 RUNS_PER_GPU = 3  # of small networks, whose steps are too short to keep a GPU busy
@@ -104,7 +104,7 @@ def slots(configs: Sequence[RunConfig]) -> list[dict[str, str]]:
     """Environment variables of each worker process that may train one of `configs` at a time."""
     n_gpus = torch.cuda.device_count()
     if not n_gpus:
-        cores = max(1, parallel.cpus() // max(config.threads for config in configs))
+        cores = max(1, cpus() // max(config.threads for config in configs))
         # 3 runs on 2 cores: share them rather than queue
         return [{}] * (len(configs) if len(configs) <= 2 * cores else cores)
     named = os.environ.get("CUDA_VISIBLE_DEVICES")

@@ -15,7 +15,7 @@ from torch import Tensor
 from paper_lib.config import RunConfig
 from paper_lib.data import Dataset
 from paper_lib.errors import require
-from paper_lib.training import networks, parallel
+from paper_lib.training import distributed, networks
 from paper_lib.training.flat import FlatModel, NetFactory, exact_float32, forked_rng, threads
 
 CHUNK = 25  # steps between looks at the loss, each of which waits for a GPU
@@ -71,7 +71,7 @@ def batches(
     config: RunConfig, dataset: Dataset, first: int = 0
 ) -> Iterator[tuple[int, Tensor, Tensor]]:
     """Yield (step, x, y) from step `first` to the run's last: this process's part of each batch."""
-    part = dataset.part(parallel.rank(), parallel.world())
+    part = distributed.part(dataset)
     stream = part.stream(first, config.steps, config.batch_size, config.stream)
     for step, (x, y) in enumerate(stream, start=first):
         yield step, x, y
@@ -115,7 +115,7 @@ def _seed_step(device: torch.device, step: int, config: RunConfig) -> None:
     if device.type == "cuda":
         index = torch.cuda.current_device() if device.index is None else device.index
         generator = torch.cuda.default_generators[index]
-    generator.manual_seed((step * 1_000_003 + config.stream) * parallel.world() + parallel.rank())
+    generator.manual_seed(distributed.own_seed(step * 1_000_003 + config.stream))
 
 
 # --- states -------------------------------------------------------------------------------------
@@ -166,21 +166,21 @@ def train_run(
     Returns the run's status and its averages, (k, P). A non-finite loss ends the run: status says
     at which step, `diverged_at`.
     """
-    share = f"the {parallel.world()} processes that share it must divide it"
-    require(config.batch_size % parallel.world() == 0, "batch_size", config.batch_size, share)
+    distributed.part_of_batch(config.batch_size)  # refuses one that cannot be shared
     with threads(config.threads), forked_rng(dataset.device), exact_float32(dataset.device):
         training = _Training(config, dataset, net, lrs, averages, recorder)
         first, spent = training.begin(begin)
         if first > config.start:
             report(first - config.start, float("nan"), config.lr)
         clock = time.monotonic() - spent
-        diverged_at = training.take_steps(first, clock, report)
+        with distributed.together(net):
+            diverged_at = training.take_steps(first, clock, report)
     status = {
         "diverged_at": diverged_at,
         "parameters": net.weights.numel(),
         "wall_s": round(time.monotonic() - clock, 2),
         "device": torch.cuda.get_device_name(net.device) if net.device.type == "cuda" else "cpu",
-        "processes": parallel.world(),
+        **distributed.status(),
         "torch": torch.__version__,
     }
     return status, training.averages.sums.cpu().numpy()
@@ -210,7 +210,7 @@ class _Chunk:
 
     def write(self, recorder: Recorder, lrs: np.ndarray) -> float:
         """Write everything; set `diverged_at` to the first step of a non-finite loss. The last loss."""
-        losses = parallel.mean(torch.stack(self.losses)).cpu().numpy()
+        losses = distributed.mean(torch.stack(self.losses)).cpu().numpy()
         recorder.write_log(self.first, losses, lrs)
         for step, weights, buffers in self.snapshots:
             recorder.snapshot(step, weights.cpu().numpy(), buffers.cpu().numpy())
@@ -233,7 +233,7 @@ class _Training:
     ):
         self.config, self.dataset, self.net, self.recorder = config, dataset, net, recorder
         self.velocity, self.averages = torch.zeros_like(net.weights), _Averages(averages, net)
-        self.lrs, self.wanted = lrs, set(recorder.steps.tolist())
+        self.lrs, self.wanted = lrs, set(map(int, recorder.steps))
         self.next_save = time.monotonic() + RESUME_EVERY_S
 
     def begin(self, state: State | None) -> tuple[int, float]:
@@ -249,9 +249,8 @@ class _Training:
         else:
             self.averages.sums.copy_(torch.from_numpy(resumed["averages"]))
             done = int(resumed["step"]), float(resumed["wall_s"])
-        parallel.share_(self.net.weights, self.net.buffers, self.velocity, self.averages.sums)
-        parallel.distribute(self.net)
-        return parallel.share(done)
+        distributed.share_(self.net.weights, self.net.buffers, self.velocity, self.averages.sums)
+        return distributed.share(done)
 
     def take_steps(self, first: int, clock: float, report: Report) -> int | None:
         """Take the steps from `first` to the end; return the step of divergence, or None."""
@@ -278,7 +277,7 @@ class _Training:
     def _save(self, step: int, clock: float) -> None:
         """Save what a killed run goes on from, in the process that writes, where it is time for that."""
         now = time.monotonic()
-        if now < self.next_save or parallel.rank() > 0:
+        if now < self.next_save or not distributed.first():
             return
         state = self._state() | {"averages": self.averages.sums.cpu().numpy()}
         self.recorder.save_resume(step, now - clock, state)
