@@ -1,12 +1,16 @@
-"""Comparing with the committed results: each tolerance from both sides, and the files that take part."""
+"""Comparing with the committed results: each tolerance from both sides, and what is kept."""
 
+import json
 import subprocess
 
+import nbformat
 import numpy as np
 import pandas as pd
 import pytest
+from nbformat.v4 import new_code_cell, new_notebook, new_output
 
-from paper_lib.results import claims, compare
+from paper_lib import results as package
+from paper_lib.results import claims, compare, report
 
 
 def claim(measured, spread=0.0, holds=True, criterion="mean < 1", quantity="q"):
@@ -25,23 +29,20 @@ def claim(measured, spread=0.0, holds=True, criterion="mean < 1", quantity="q"):
         (claim(1.0), claim(1.0, criterion="mean < 2"), False),
         (claim(1.0), claim(np.nan), False),
         (claim(np.nan), claim(np.nan), True),
+        (claim(1.0), claim(np.inf, np.inf), False),
+        (claim(np.inf), claim(np.inf), True),
+        (claim(np.inf), claim(-np.inf), False),
         (claim(1.0, np.nan), claim(1.01, np.nan), True),  # a single seed has no spread
+        (claim(1.0), claim(1.0, quantity="another"), False),
     ],
 )
 def test_claims(old, new, agrees):
     assert (compare.compare_claims(old, new) == []) is agrees
 
 
-def test_claims_that_came_or_went_are_named():
-    lines = compare.compare_claims(claim(1.0, quantity="gone"), claim(1.0, quantity="new"))
-    assert sorted(lines) == [
-        "01_one, C1, gone: only in the committed results",
-        "01_one, C1, new: only in the new results",
-    ]
-
-
 def curve(scale=1.0, label="a", **columns):
-    return pd.DataFrame({"x": [1, 2, 3], "mean": scale * np.array([1.0, -2.0, 2.0]), "kind": label, **columns})
+    numbers = scale * np.array([1.0, -2.0, 2.0])
+    return pd.DataFrame({"x": [1, 2, 3], "mean": numbers, "kind": label, **columns})
 
 
 @pytest.mark.parametrize(
@@ -56,43 +57,147 @@ def curve(scale=1.0, label="a", **columns):
         (curve(), curve(extra=1), False),
         (curve(), curve(np.nan), False),
         (curve(np.nan), curve(np.nan), True),
+        (curve(), curve(np.inf), False),
+        (curve(np.inf), curve(np.inf), True),
+        (curve(np.inf), curve(-np.inf), False),
     ],
 )
 def test_figures(old, new, agrees):
     assert (compare.compare_figure(old, new) == []) is agrees
 
 
+def executed(number, source="work()"):
+    shown = new_output("stream", name="stdout", text=f"{number}")
+    return new_notebook(cells=[new_code_cell(source, id="work", outputs=[shown])])
+
+
+def write(results, name, number, source="work()"):
+    """The results of one notebook, all of whose numbers are proportional to `number`."""
+    for folder in ("claims", "figures", "notebooks"):
+        (results / folder).mkdir(parents=True, exist_ok=True)
+    claim(number).to_csv(results / "claims" / f"{name}.csv", index=False)
+    curve(number).to_csv(results / "figures" / f"{name[:2]}_curve.csv", index=False)
+    (results / "figures" / f"{name[:2]}_curve.png").write_text(f"picture of {number}")
+    nbformat.write(executed(number, source), results / "notebooks" / f"{name}.ipynb")
+    path = results / "environment.json"
+    made = json.loads(path.read_text()) if path.exists() else {"notebooks": {}}
+    made |= {"python": f"{number}", "packages": {}, "cores": 1}
+    made |= {key: "x" for key in ("platform", "processor", "device")}
+    made["notebooks"][name] = {"seconds": number, "commit": f"{number}"}
+    path.write_text(json.dumps(made, indent=2) + "\n")
+
+
 @pytest.fixture
-def repository(tmp_path):
+def checkout(tmp_path, monkeypatch):
+    """A checkout with results of two notebooks; returns its preset's folder and a caller of git."""
+
     def git(*words):
         identity = ("-c", "user.name=a", "-c", "user.email=a@b")
-        subprocess.run(["git", *identity, *words], cwd=tmp_path, check=True, capture_output=True)
+        command = ["git", *identity, *words]
+        return subprocess.run(
+            command, cwd=tmp_path, check=True, capture_output=True, text=True
+        ).stdout
 
-    results = tmp_path / "results"
-    (results / "figures").mkdir(parents=True)
-    claim(1.0).to_csv(results / "claims.csv", index=False)
-    curve().to_csv(results / "figures" / "one.csv", index=False)
+    for module in (package, compare):
+        monkeypatch.setattr(module, "ROOT", tmp_path)
+    results = tmp_path / "results" / "digits"
+    write(results, "01_one", 1.0)
+    write(results, "02_two", 2.0)
     git("init")
     git("add", ".")
     git("commit", "-m", "results")
-    return results
+    return results, git
 
 
-def test_unchanged_results_agree(repository, capsys):
-    assert compare.compare(repository) == 0
-    assert "2 of 2 files agree" in capsys.readouterr().out
+def test_what_agrees_is_kept_as_committed_and_the_clone_stays_clean(checkout, capsys):
+    results, git = checkout
+    write(results, "01_one", 1.01)
+    write(results, "02_two", 2.02)
+    assert len(git("status", "--porcelain").splitlines()) == 9
+    assert compare.main([str(results), "--keep"]) == 0
+    assert "2 of 2 notebooks agree" in capsys.readouterr().out
+    assert git("status", "--porcelain") == ""
 
 
-def test_what_moved_is_printed(repository, capsys):
-    claim(2.0).to_csv(repository / "claims.csv", index=False)
-    curve().to_csv(repository / "figures" / "two.csv", index=False)
-    assert compare.compare(repository) == 1
+def test_what_differs_is_printed_and_stays(checkout, capsys):
+    results, git = checkout
+    write(results, "01_one", 1.01)
+    write(results, "02_two", 20.0)
+    (results / "figures" / "01_new.csv").write_text("x\n1\n")
+    assert compare.main([str(results), "--keep"]) == 1
     out = capsys.readouterr().out
-    assert "01_one, C1, q: measured 1 -> 2" in out
-    assert "figures/two.csv: DIFFERS\n  not committed" in out
-    assert "1 of 3 files agree" in out
+    assert "claims/02_two.csv: C1, q: measured 2 -> 20" in out
+    assert "figures/01_new.csv: not committed" in out
+    assert "0 of 2 notebooks agree" in out
+    (results / "figures" / "01_new.csv").unlink()
+    compare.main([str(results), "--keep"])
+    changed = git("status", "--porcelain")
+    assert "02_two" in changed and "01_" not in changed
+    made = json.loads((results / "environment.json").read_text())
+    assert {name: entry["commit"] for name, entry in made["notebooks"].items()} == {
+        "01_one": "1.0",
+        "02_two": "20.0",
+    }
 
 
-def test_no_results(tmp_path, capsys):
-    assert compare.compare(tmp_path) == 2
+def test_a_notebook_that_reads_otherwise_is_new(checkout):
+    results, git = checkout
+    write(results, "01_one", 1.01, source="work(better=True)")
+    assert compare.main([str(results), "--keep"]) == 0
+    assert "01_one.ipynb" in git("status", "--porcelain")
+
+
+def test_without_keep_nothing_changes(checkout):
+    results, git = checkout
+    write(results, "01_one", 1.01)
+    before = git("status", "--porcelain")
+    assert compare.main([str(results)]) == 0
+    assert git("status", "--porcelain") == before
+
+
+@pytest.mark.parametrize("name", ["figures/01_curve.csv", "claims/01_one.csv"])
+def test_a_deleted_file_is_noticed(checkout, capsys, name):
+    results, _ = checkout
+    (results / name).unlink()
+    assert compare.main([str(results)]) == 1
+    assert f"{name}: gone" in capsys.readouterr().out
+
+
+def test_results_elsewhere_are_compared_with_the_committed_ones(checkout, tmp_path, capsys):
+    write(tmp_path / "scratch" / "digits", "01_one", 3.0)
+    assert compare.main([str(tmp_path / "scratch" / "digits"), "--keep"]) == 1
+    assert "measured 1 -> 3" in capsys.readouterr().out
+
+
+def test_nothing_to_compare(tmp_path, monkeypatch, capsys):
+    for module in (package, compare):
+        monkeypatch.setattr(module, "ROOT", tmp_path)  # without git
+    assert compare.main([str(tmp_path / "digits")]) == 2
     assert "make figures" in capsys.readouterr().err
+    write(tmp_path / "digits", "01_one", 1.0)
+    assert compare.main([str(tmp_path / "digits")]) == 0
+    assert "nothing committed" in capsys.readouterr().err
+
+
+def test_the_committed_pages_are_those_of_the_committed_results():
+    for results in (package.ROOT / "results").glob("*/environment.json"):
+        ignored = subprocess.run(["git", "check-ignore", "-q", results], check=False).returncode
+        if ignored:  # 0: smoke, which is not committed
+            page = (results.parent / "README.md").read_text()
+            assert page == report.page(results.parent), "run `make readme`"
+
+
+def test_a_page_has_every_verdict_every_figure_and_what_made_them(tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(report, "notebook_title", lambda name: "One step")
+    results = tmp_path / "digits"
+    assert report.main([str(results)]) == 2
+    assert "make figures" in capsys.readouterr().err
+    write(results, "01_one", 1.0)
+    (results / "scoreboard.md").write_text("| method |\n")
+    assert report.main([str(results)]) == 0
+    page = (results / "README.md").read_text()
+    assert page.startswith("# digits, ResNet-8\n\n1 of 1 criteria hold.")
+    assert "[01_curve](figures/01_curve.png) | C1: 1 of 1 | 1.0 |" in page
+    assert claims.markdown(claims.table(results)).strip() in page
+    assert "| method |" in page and "Python 1.0 on x, x, x, 1 cores" in page
+    assert "- 01: commit 1.0" in page

@@ -1,19 +1,21 @@
-"""The claims table: criteria that are fixed before the measurement, verdicts, and the one writer of claims.csv."""
+"""A notebook's ledger: criteria stated before the measurement, verdicts, one CSV of them."""
 
 from __future__ import annotations
 
 import math
 import re
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
 import pandas as pd
 
-from paper_lib.files import lock, replacing
 from paper_lib.errors import check_names
+from paper_lib.files import replacing
 
+Bound = float | tuple[float, float]
+Values = float | Sequence[float] | np.ndarray
 COLUMNS = "claim quantity predicted measured spread seeds criterion holds notebook reason".split()
 
 
@@ -21,88 +23,63 @@ class LedgerError(ValueError):
     """Claims stated or measured in the wrong order, twice, or not at all."""
 
 
-@dataclass(frozen=True)
-class Criterion:
-    """What the mean over seeds must satisfy; `kind` is between, below, above, within or rel."""
-
-    kind: str
-    bound: tuple[float, ...]
-
-    def __post_init__(self) -> None:
-        expected = 2 if self.kind == "between" else 1
-        if len(self.bound) != expected or not all(map(math.isfinite, self.bound)):
-            raise LedgerError(f"{self.kind} = {self.bound}: give {expected} finite number(s)")
-        if self.kind == "between" and self.bound[0] >= self.bound[1]:
-            raise LedgerError(f"between = {self.bound}: the first number must be the smaller one")
-        if self.relative and self.bound[0] <= 0:
-            raise LedgerError(f"{self.kind} = {self.bound[0]}: a tolerance must be > 0")
-
-    @property
-    def relative(self) -> bool:
-        """Whether the criterion compares with a prediction."""
-        return self.kind in ("within", "rel")
-
-    def __str__(self) -> str:
-        low, high = self.bound[0], self.bound[-1]
-        return {
-            "between": f"{low:g} <= mean <= {high:g}",
-            "below": f"mean < {high:g}",
-            "above": f"mean > {low:g}",
-            "within": f"within {high:g} of predicted",
-            "rel": f"within {100 * high:g} % of predicted",
-        }[self.kind]
-
-    def holds(self, mean: float, predicted: float) -> bool:
-        """Judge the mean over seeds."""
-        low, high = self.bound[0], self.bound[-1]
-        return {
-            "between": low <= mean <= high,
-            "below": mean < high,
-            "above": mean > low,
-            "within": abs(mean - predicted) <= high,
-            "rel": abs(mean - predicted) <= high * abs(predicted),
-        }[self.kind]
+# How each kind of criterion reads, and when mean m and prediction p satisfy it (bounds low, high).
+KINDS: dict[str, tuple[str, Callable[[float, float, float, float], bool]]] = {
+    "between": ("{low:g} <= mean <= {high:g}", lambda m, p, low, high: low <= m <= high),
+    "below": ("mean < {high:g}", lambda m, p, low, high: m < high),
+    "above": ("mean > {low:g}", lambda m, p, low, high: m > low),
+    "within": ("within {high:g} of predicted", lambda m, p, low, high: abs(m - p) <= high),
+    "rel": (
+        "within {percent:g} % of predicted",
+        lambda m, p, low, high: abs(m - p) <= high * abs(p),
+    ),
+}
+RELATIVE = ("within", "rel")  # to a prediction
 
 
 @dataclass
 class _Entry:
-    """One expectation of a ledger, and its measurement once there is one (an array over seeds)."""
+    """One expectation (a kind of KINDS with its bounds) and its measurement over seeds."""
 
     claim: str
     quantity: str
-    criterion: Criterion
+    kind: str
+    low: float
+    high: float
     predicted: np.ndarray | None
     measured: np.ndarray | None = None
     reason: str = ""
 
     @property
-    def finite(self) -> bool:
-        return bool(self.measured.size and np.isfinite(self.measured).all())
+    def criterion(self) -> str:
+        words = KINDS[self.kind][0]
+        return words.format(low=self.low, high=self.high, percent=100 * self.high)
 
-    def row(self, notebook: str) -> dict:
-        """The entry as a row of the table; `reason` is kept only where the criterion fails."""
-        mean, spread = mean_and_spread(self.measured)
+    @property
+    def state(self) -> str:
+        if self.measured is None:
+            return "not measured"
+        return (
+            "measured" if self.measured.size and np.isfinite(self.measured).all() else "not finite"
+        )
+
+    def row(self) -> list:
+        """All of COLUMNS but the notebook; `reason` is kept only where the criterion fails."""
+        values = np.empty(0) if self.measured is None else self.measured
+        mean, spread = mean_and_spread(values)
         predicted = math.nan if self.predicted is None else float(np.mean(self.predicted))
-        holds = self.finite and self.criterion.holds(mean, predicted)
-        reason = self.reason if self.finite else f"not measurable: values {self.measured.tolist()}"
-        values = (self.claim, self.quantity, predicted, mean, spread, self.measured.size)
-        return dict(zip(COLUMNS, (*values, str(self.criterion), holds, notebook, "" if holds else reason), strict=True))
-
-
-def mean_and_spread(values: np.ndarray) -> tuple[float, float]:
-    """Mean and sample standard deviation over seeds; the spread of a single seed, and both of none, are NaN."""
-    mean = float(np.mean(values)) if values.size else math.nan
-    if values.size > 1 and np.ptp(values) == 0:
-        return mean, 0.0  # not the dust of rounding
-    with np.errstate(invalid="ignore"):  # infinite values have no spread
-        return mean, float(np.std(values, ddof=1)) if values.size > 1 else math.nan
+        finite = self.state == "measured"
+        holds = finite and KINDS[self.kind][1](mean, predicted, self.low, self.high)
+        reason = self.reason if finite else f"not measurable: values {values.tolist()}"
+        numbers = [predicted, mean, spread, values.size]
+        return [self.claim, self.quantity, *numbers, self.criterion, holds, "" if holds else reason]
 
 
 class Ledger:
     """Expectations, then measurements, then verdicts of one notebook.
 
-    Every `expect` comes before the first `measure`, so a criterion cannot follow from what was found. `verdict`
-    replaces the notebook's own rows of <results>/claims.csv and claims.md. Misuse raises LedgerError.
+    Every `expect` comes before the first `measure`: no criterion can follow from what was found.
+    `verdict` writes <results>/claims/<notebook>.csv. Misuse raises LedgerError.
     """
 
     def __init__(self, results: Path | str, notebook: str) -> None:
@@ -110,76 +87,97 @@ class Ledger:
         self._entries: dict[str, _Entry] = {}
 
     def expect(
-        self,
-        claim: str,
-        quantity: str,
-        *,
-        between: tuple[float, float] | None = None,
-        below: float | None = None,
-        above: float | None = None,
-        within: float | None = None,
-        rel: float | None = None,
-        predicted: float | None = None,
+        self, claim: str, quantity: str, *, predicted: float | None = None, **criterion: Bound
     ) -> None:
-        """State what `quantity`, averaged over seeds, must satisfy for claim "C<n>" to hold: exactly one criterion.
+        """State what `quantity`, averaged over seeds, must satisfy for claim "C<n>": one criterion.
 
-        between (inclusive), below and above are bounds in the quantity's own units; within (absolute) and rel
-        (a fraction) are tolerances around the prediction, given here as `predicted` or later to `measure`.
+        between=(low, high), inclusive, below= and above= are bounds in the quantity's own units;
+        within= (absolute) and rel= (a fraction) are tolerances around the prediction, given as
+        `predicted` here or later to `measure`.
         """
-        given = {"between": between, "below": below, "above": above, "within": within, "rel": rel}
-        given = {kind: bound for kind, bound in given.items() if bound is not None}
-        if len(given) != 1:
-            raise LedgerError(f"{quantity!r} has criteria {list(given)}: give exactly one of {', '.join(_KINDS)}")
-        if not re.fullmatch(r"C[1-9]\d*", claim):
-            raise LedgerError(f"claim {claim!r} is not a claim's name: write C1, C2, ...")
-        if quantity in self._entries:
-            raise LedgerError(f"{quantity!r} is expected twice: each quantity has one criterion")
-        if any(entry.measured is not None for entry in self._entries.values()):
-            raise LedgerError(f"{quantity!r} is expected after a measurement: state every criterion before measuring")
-        ((kind, bound),) = given.items()
-        criterion = Criterion(kind, tuple(np.atleast_1d(bound).astype(float).tolist()))
-        self._entries[quantity] = _Entry(claim, quantity, criterion, _values(predicted))
+        kinds = f"give exactly one of {', '.join(KINDS)}"
+        given = f"{quantity!r} has criteria {list(criterion)}"
+        _require(len(criterion) == 1 and set(criterion) <= set(KINDS), f"{given}: {kinds}")
+        _require(re.fullmatch(r"C[1-9]\d*", claim), f"{claim!r} is no claim: write C1, C2, ...")
+        _require(
+            quantity not in self._entries, f"{quantity!r} is expected twice: one criterion each"
+        )
+        late = (
+            f"{quantity!r} is expected after a measurement: state every criterion before measuring"
+        )
+        _require(all(entry.measured is None for entry in self._entries.values()), late)
+        ((kind, bounds),) = criterion.items()
+        low, high = _bounds(kind, np.atleast_1d(bounds).astype(float).tolist())
+        self._entries[quantity] = _Entry(claim, quantity, kind, low, high, _values(predicted))
 
     def measure(
-        self,
-        quantity: str,
-        values: Sequence[float] | np.ndarray,
-        predicted: float | Sequence[float] | np.ndarray | None = None,
-        reason: str = "",
+        self, quantity: str, values: Values, predicted: Values | None = None, reason: str = ""
     ) -> None:
-        """Record one value per seed; `predicted` is one number or one per seed, `reason` explains a failure."""
+        """Record a value per seed; `predicted` is one, or one per seed; `reason` is a failure's."""
         check_names([quantity], list(self._entries), "quantity")
-        entry, measured, predicted = self._entries[quantity], _values(values), _values(predicted)
-        if entry.measured is not None:
-            raise LedgerError(f"{quantity!r} is measured twice: give all seeds in one call")
-        if predicted is not None and entry.predicted is not None:
-            raise LedgerError(f"{quantity!r} already has a prediction, {entry.predicted[0]:g}: do not give another")
-        if predicted is not None and predicted.size not in (1, measured.size):
-            raise LedgerError(f"{quantity!r}: {predicted.size} predictions for {measured.size} seeds")
-        entry.predicted = entry.predicted if predicted is None else predicted
-        if entry.criterion.relative and entry.predicted is None:
-            raise LedgerError(f"{quantity!r} must be {entry.criterion}, but has no prediction: pass predicted=")
+        entry, measured, given = self._entries[quantity], _values(values), _values(predicted)
+        _require(
+            entry.measured is None, f"{quantity!r} is measured twice: give all seeds in one call"
+        )
+        if given is not None:
+            _require(
+                entry.predicted is None, f"{quantity!r} already has a prediction: give no other"
+            )
+            sizes = f"{given.size} predictions for {measured.size} seeds"
+            _require(given.size in (1, measured.size), f"{quantity!r}: {sizes}")
+            entry.predicted = given
+        needed = entry.kind in RELATIVE and entry.predicted is None
+        _require(not needed, f"{quantity!r} ({entry.criterion}) has no prediction: pass predicted=")
         entry.measured, entry.reason = measured, reason
 
     def verdict(self) -> Verdict:
         """Judge every expectation and write the rows; LedgerError if one was not measured."""
-        missing = [entry.quantity for entry in self._entries.values() if entry.measured is None]
-        if missing or not self._entries:
-            raise LedgerError(f"not measured: {missing}" if missing else "nothing was expected")
-        rows = pd.DataFrame([entry.row(self.notebook) for entry in self._entries.values()], columns=COLUMNS)
-        _write(self.results, rows, self.notebook)
+        entries = list(self._entries.values())
+        missing = [entry.quantity for entry in entries if entry.measured is None]
+        _require(entries, "nothing was expected")
+        _require(not missing, f"not measured: {missing}")
+        columns = [name for name in COLUMNS if name != "notebook"]
+        rows = pd.DataFrame([entry.row() for entry in entries], columns=columns)
+        rows = rows.assign(notebook=self.notebook)[COLUMNS]
+        with replacing(self.results / "claims" / f"{self.notebook}.csv") as temporary:
+            rows.to_csv(temporary, index=False, float_format="%.6g", lineterminator="\n")
         return Verdict(rows)
 
     def check(self) -> None:
-        """Print what is expected and whether it was measured: text that depends on no preset and no number."""
-        for e in self._entries.values():
-            state = "not measured" if e.measured is None else "measured" if e.finite else "not finite"
-            print(f"{e.claim}  {e.quantity}: {e.criterion} [{state}]")
+        """Print what is expected and whether it was measured: text that depends on no number."""
+        for entry in self._entries.values():
+            print(f"{entry.claim}  {entry.quantity}: {entry.criterion} [{entry.state}]")
+
+
+def _require(holds: object, message: str) -> None:
+    if not holds:
+        raise LedgerError(message)
+
+
+def _bounds(kind: str, bounds: list[float]) -> tuple[float, float]:
+    """The low and the high bound of a criterion, which are the same but for between."""
+    n = 2 if kind == "between" else 1
+    finite = len(bounds) == n and all(map(math.isfinite, bounds))
+    _require(finite, f"{kind} = {bounds}: give {n} finite number(s)")
+    _require(n == 1 or bounds[0] < bounds[1], f"between = {bounds}: the first must be the smaller")
+    _require(
+        kind not in RELATIVE or bounds[0] > 0, f"{kind} = {bounds[0]}: a tolerance must be > 0"
+    )
+    return bounds[0], bounds[-1]
+
+
+def mean_and_spread(values: np.ndarray) -> tuple[float, float]:
+    """Mean and sample standard deviation over seeds; NaN for what too few seeds have."""
+    mean = float(np.mean(values)) if values.size else math.nan
+    if values.size > 1 and np.ptp(values) == 0:
+        return mean, 0.0  # not the dust of rounding
+    with np.errstate(invalid="ignore"):  # infinite values have no spread
+        return mean, float(np.std(values, ddof=1)) if values.size > 1 else math.nan
 
 
 @dataclass(frozen=True, eq=False)
 class Verdict:
-    """The judged rows of one notebook; Jupyter shows them as a table of sentences, not cut to columns."""
+    """The judged rows of one notebook, which Jupyter shows as a table of whole sentences."""
 
     rows: pd.DataFrame
 
@@ -192,25 +190,38 @@ def count(claims: pd.DataFrame) -> str:
     return f"{int(claims.holds.sum())} of {len(claims)} criteria hold."
 
 
-def table(results: Path | str) -> pd.DataFrame:
-    """Return a preset's claims by claim and notebook, as these state them; FileNotFoundError if there are none yet."""
-    path = Path(results) / "claims.csv"
-    if not path.exists():
-        raise FileNotFoundError(f"no claims at {path}: `make figures` measures them")
+def read(path: Path) -> pd.DataFrame:
+    """Return the claims of one notebook's file, as it states them."""
     return pd.read_csv(path, dtype={"reason": str}).fillna({"reason": ""})
+
+
+def table(results: Path | str) -> pd.DataFrame:
+    """Return a preset's claims by number and notebook; FileNotFoundError if there are none yet."""
+    files = sorted(Path(results).glob("claims/*.csv"))
+    if not files:
+        raise FileNotFoundError(f"no claims in {results}: `make figures` measures them")
+    rows = pd.concat(map(read, files), ignore_index=True)
+    numbers = rows.claim.str[1:].astype(int)
+    return rows.iloc[numbers.argsort(kind="stable")].reset_index(drop=True)
 
 
 def markdown(claims: pd.DataFrame) -> str:
     """Return the claims as a GitHub table, one line a claim, failures with their reason."""
-    lines = ["| claim | quantity | predicted | measured | criterion | holds |", "|---|---|---|---|---|---|"]
+    head = ["claim", "quantity", "predicted", "measured", "criterion", "holds"]
+    lines = [head, ["---"] * len(head)]
     for row in claims.itertuples():
         predicted = "" if math.isnan(row.predicted) else f"{row.predicted:.3g}"
         verdict = "yes" if row.holds else "**no**" + (f": {row.reason}" if row.reason else "")
         measured = f"{with_spread(row.measured, row.spread)} (n = {row.seeds})"
-        criterion = re.sub(r"\d+\.\d{4,}", lambda number: f"{float(number[0]):.3g}", row.criterion)
-        cells = (row.claim, row.quantity, predicted, measured, criterion, verdict)
-        lines.append("| " + " | ".join(str(cell).replace("|", "\\|") for cell in cells) + " |")
-    return "\n".join(lines) + "\n"
+        criterion = re.sub(r"\d+\.\d{4,}", lambda n: f"{float(n[0]):.3g}", row.criterion)
+        lines.append([row.claim, row.quantity, predicted, measured, criterion, verdict])
+    return pipes(lines)
+
+
+def pipes(lines: Sequence[Sequence[str]]) -> str:
+    """Write a Markdown table without padding, which long sentences would spread to all rows."""
+    escaped = ([str(cell).replace("|", "\\|") for cell in line] for line in lines)
+    return "".join(f"| {' | '.join(line)} |\n" for line in escaped)
 
 
 def with_spread(mean: float, spread: float) -> str:
@@ -219,14 +230,13 @@ def with_spread(mean: float, spread: float) -> str:
         return f"{mean:.3g}"
     if not 1e-5 <= spread < 1e5:
         return f"{mean:.3g} ± {spread:.2g}"
-    decimals = 1 - math.floor(math.log10(float(f"{spread:.1e}")))  # of what is written: 0.0999 is 0.10
-    return " ± ".join(f"{round(value, decimals) + 0.0:.{max(decimals, 0)}f}" for value in (mean, spread))  # never -0
+    written = float(f"{spread:.1e}")  # 0.0999 is 0.10
+    decimals = 1 - math.floor(math.log10(written))
+    rounded = [round(value, decimals) + 0.0 for value in (mean, spread)]  # + 0: never -0
+    return " ± ".join(f"{value:.{max(decimals, 0)}f}" for value in rounded)
 
 
-_KINDS = ("between", "below", "above", "within", "rel")
-
-
-def _values(values: float | Sequence[float] | np.ndarray | None) -> np.ndarray | None:
+def _values(values: Values | None) -> np.ndarray | None:
     """One float or several as a float64 array, shape (n,)."""
     if values is None:
         return None
@@ -234,20 +244,3 @@ def _values(values: float | Sequence[float] | np.ndarray | None) -> np.ndarray |
     if array.ndim != 1:
         raise LedgerError(f"values of shape {array.shape}: give one number per seed")
     return array
-
-
-def _write(results: Path, rows: pd.DataFrame, notebook: str) -> None:
-    """Put `rows` in the place of the notebook's earlier ones, under a lock, each file in one atomic step.
-
-    claims.md says the same as claims.csv to people.
-    """
-    path = results / "claims.csv"
-    with lock(path):
-        if path.exists():
-            kept = table(results).query("notebook != @notebook")
-            rows = pd.concat([kept, rows]) if len(kept) else rows
-        order = rows.assign(number=rows.claim.str[1:].astype(int)).sort_values(["number", "notebook"], kind="stable")
-        with replacing(path) as temporary:
-            order[COLUMNS].to_csv(temporary, index=False, float_format="%.6g", lineterminator="\n")
-        with replacing(path.with_suffix(".md")) as temporary:
-            temporary.write_text(f"# Every criterion\n\n{count(order)}\n\n{markdown(order)}")

@@ -1,101 +1,189 @@
-"""Whether results in the working tree reproduce those committed: claims.csv and the CSV behind each figure.
+"""Compare results with the committed ones: a notebook's claims, the CSV behind its figures.
 
-| what                         | agrees if                                                                    |
-|------------------------------|------------------------------------------------------------------------------|
-| a claim's criterion, verdict | equal                                                                        |
-| a claim's measured mean      | it moved by at most 3 combined spreads, or 5 % if that is more               |
-| a figure's rows and labels   | equal                                                                        |
-| a figure's column of numbers | root mean square change at most 10 % of the column's root mean square, or 3  |
-|                              | typical spreads if it has a column "spread" and that is more                 |
-| a column "spread"            | not compared: a standard deviation of three seeds is uncertain by a half     |
+| what                          | agrees if                                                    |
+|-------------------------------|--------------------------------------------------------------|
+| a claim's criterion, verdict  | equal                                                        |
+| a claim's measured mean       | moved by at most 3 combined spreads, or 5 % if that is more  |
+| a figure's rows and labels    | equal                                                        |
+| a figure's column of numbers  | rms change at most 10 % of its rms or, if that is more, 3    |
+|                               | typical spreads of a column "spread"; equal where not finite |
+| a column "spread"             | not compared: that of three seeds is uncertain by a half     |
 
-Training is chaotic, so that another processor gives other last bits and then other weights: only statistics agree.
+Training is chaotic, so that another processor gives other last bits and then other weights: only
+statistics agree. A notebook that agrees, and reads the same, keeps its committed files.
 """
 
 from __future__ import annotations
 
+import argparse
 import io
-import math
-import subprocess
+import json
 import sys
+from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
 import pandas as pd
 
+from paper_lib.files import replacing
+from paper_lib.results import ROOT, git
+
+INJECTED = "injected-parameters"  # the cell that papermill puts in
 SPREADS, MEAN_TOLERANCE, CURVE_TOLERANCE = 3.0, 0.05, 0.10
-
-
-def committed(path: Path) -> pd.DataFrame | None:
-    """Return a CSV as committed at HEAD, or None if it is not."""
-    command = ["git", "show", f"HEAD:./{path.name}"]
-    done = subprocess.run(command, cwd=path.parent, capture_output=True, text=True)
-    return pd.read_csv(io.StringIO(done.stdout)) if done.returncode == 0 else None
 
 
 def compare_claims(old: pd.DataFrame, new: pd.DataFrame) -> list[str]:
     """Return a line for each claim that does not agree."""
-    key = ["notebook", "claim", "quantity"]
+    key = ["claim", "quantity"]
+    both = old.merge(new, on=key, how="outer", suffixes=("", "_new"), indicator="side")
     lines = []
-    for row in old.merge(new, on=key, how="outer", suffixes=("", "_new"), indicator="side").itertuples():
-        name = f"{row.notebook}, {row.claim}, {row.quantity}"
+    for row in both.itertuples():
+        name = f"{row.claim}, {row.quantity}"
         if row.side != "both":
-            lines.append(f"{name}: only in the {'committed' if row.side == 'left_only' else 'new'} results")
+            where = "committed" if row.side == "left_only" else "new"
+            lines.append(f"{name}: only in the {where} results")
             continue
-        if row.criterion != row.criterion_new:
-            lines.append(f"{name}: criterion was {row.criterion!r}, is {row.criterion_new!r}")
-        if row.holds != row.holds_new:
-            lines.append(f"{name}: holds was {row.holds}, is {row.holds_new}")
-        spread = np.nan_to_num(math.hypot(row.spread, row.spread_new))
-        allowed = max(SPREADS * spread, MEAN_TOLERANCE * abs(row.measured))
-        if not (abs(row.measured_new - row.measured) <= allowed or np.isnan([row.measured, row.measured_new]).all()):
-            lines.append(f"{name}: measured {row.measured:.4g} -> {row.measured_new:.4g}, allowed ±{allowed:.2g}")
+        for what in ("criterion", "holds"):
+            before, after = getattr(row, what), getattr(row, f"{what}_new")
+            if before != after:
+                lines.append(f"{name}: {what} was {before}, is {after}")
+        before, after = row.measured, row.measured_new
+        spread = float(np.hypot(row.spread, row.spread_new))
+        allowed = max(
+            SPREADS * spread if np.isfinite(spread) else 0.0, MEAN_TOLERANCE * abs(before)
+        )
+        finite = bool(np.isfinite([before, after]).all())
+        same = (
+            abs(after - before) <= allowed
+            if finite
+            else np.array_equal(before, after, equal_nan=True)
+        )
+        if not same:
+            lines.append(f"{name}: measured {before:.4g} -> {after:.4g}, allowed ±{allowed:.2g}")
     return lines
 
 
 def compare_figure(old: pd.DataFrame, new: pd.DataFrame) -> list[str]:
     """Return a line for each column of a figure's data that does not agree."""
     if list(old.columns) != list(new.columns) or len(old) != len(new):
-        return [f"shape {old.shape} with columns {list(old.columns)} -> {new.shape} with {list(new.columns)}"]
+        before, after = (f"{len(data)} rows of {list(data.columns)}" for data in (old, new))
+        return [f"{before} -> {after}"]
     typical = np.nan_to_num(old["spread"].median()) if "spread" in old else 0.0
     lines = []
     for column in old.columns.drop("spread", errors="ignore"):
-        if not (pd.api.types.is_numeric_dtype(old[column]) and pd.api.types.is_numeric_dtype(new[column])):
+        if not all(pd.api.types.is_numeric_dtype(data[column]) for data in (old, new)):
             if not old[column].astype(str).equals(new[column].astype(str)):
                 lines.append(f"{column}: labels differ")
             continue
         before, after = old[column].to_numpy(float), new[column].to_numpy(float)
-        moved, scale = _rms(after - before), _rms(before)
-        if (np.isnan(before) != np.isnan(after)).any() or moved > max(CURVE_TOLERANCE * scale, SPREADS * typical):
+        finite = np.isfinite(before) & np.isfinite(after)
+        if not np.array_equal(before[~finite], after[~finite], equal_nan=True):
+            lines.append(f"{column}: other values are infinite or missing")
+            continue
+        moved, scale = _rms(after[finite] - before[finite]), _rms(before[finite])
+        if moved > max(CURVE_TOLERANCE * scale, SPREADS * typical):
             lines.append(f"{column}: moved by {moved:.3g} (rms), its size is {scale:.3g}")
     return lines
 
 
 def _rms(values: np.ndarray) -> float:
-    """Root mean square of the finite values."""
-    values = values[np.isfinite(values)]
     return float(np.sqrt(np.mean(values**2))) if values.size else 0.0
 
 
-def compare(results: Path) -> int:
-    """Print what does not agree with HEAD; return 0 if everything does, 1 if not, 2 if there is nothing to compare."""
-    paths = [path for path in (results / "claims.csv", *sorted(results.glob("figures/*.csv"))) if path.exists()]
-    if not paths:
-        print(f"no results in {results}: `make figures` makes them", file=sys.stderr)
-        return 2
-    failures = 0
-    for path in paths:
-        old, new = committed(path), pd.read_csv(path)
-        if old is None:
-            lines = ["not committed"]
-        else:
-            lines = (compare_claims if path.name == "claims.csv" else compare_figure)(old, new)
-        failures += bool(lines)
-        print(f"{path.relative_to(results)}: {'agrees' if not lines else 'DIFFERS'}")
-        print("".join(f"  {line}\n" for line in lines), end="")
-    print(f"{len(paths) - failures} of {len(paths)} files agree with the committed results")
-    return int(failures > 0)
+class Committed:
+    """The results of one preset as committed at HEAD; without git there are none."""
+
+    def __init__(self, preset: str) -> None:
+        self.name = f"results/{preset}"
+        self.folder = ROOT / self.name
+        listed = git("ls-tree", "-r", "--name-only", "HEAD", f"{self.name}/").decode()
+        self.files = {Path(line).relative_to(self.name) for line in listed.splitlines()}
+
+    def read(self, file: Path) -> bytes:
+        """Return the content of a file."""
+        return git("show", f"HEAD:{self.name}/{file.as_posix()}")
+
+    def of(self, notebook: str) -> set[Path]:
+        """Return the files of a notebook."""
+        return {file for file in self.files if belongs(file, notebook)}
+
+
+def belongs(file: Path, notebook: str) -> bool:
+    """Whether a file of a preset's results is a notebook's: figures by number, others by name."""
+    if file.parent.name == "figures":
+        return file.name.startswith(f"{notebook[:2]}_")
+    return file.stem in (notebook, notebook[3:])
+
+
+def compare_notebook(notebook: str, results: Path, committed: Committed) -> list[str]:
+    """Return a line for each of a notebook's CSV files, or their columns, that differs."""
+    there = {path.relative_to(results) for path in results.glob("*/*.csv")}
+    lines = []
+    for file in sorted(file for file in there | committed.files if belongs(file, notebook)):
+        if file.suffix != ".csv":
+            continue
+        if file not in there & committed.files:
+            lines.append(f"{file}: {'not committed' if file in there else 'gone'}")
+            continue
+        old, new = pd.read_csv(io.BytesIO(committed.read(file))), pd.read_csv(results / file)
+        agreement = compare_claims if file.parent.name == "claims" else compare_figure
+        lines += [f"{file}: {line}" for line in agreement(old, new)]
+    return lines
+
+
+def keep_committed(agreeing: Sequence[str], committed: Committed) -> None:
+    """Restore the files of notebooks that agree, where their text and code are as committed too."""
+    kept = [name for name in agreeing if _says_the_same(name, committed)]
+    for file in sorted(file for name in kept for file in committed.of(name)):
+        with replacing(committed.folder / file) as temporary:
+            temporary.write_bytes(committed.read(file))
+    made = committed.folder / "environment.json"
+    if kept and Path(made.name) in committed.files:
+        old, new = json.loads(committed.read(Path(made.name))), json.loads(made.read_text())
+        new["notebooks"] |= {
+            name: old["notebooks"][name] for name in set(kept) & set(old["notebooks"])
+        }
+        same = new["notebooks"] == old["notebooks"]
+        with replacing(made) as temporary:
+            temporary.write_text(json.dumps(old if same else new, indent=2) + "\n")
+
+
+def _says_the_same(notebook: str, committed: Committed) -> bool:
+    """Whether the cells of an executed notebook, but what papermill puts in, are as committed."""
+    file = Path("notebooks") / f"{notebook}.ipynb"
+    if file not in committed.files:
+        return False
+    texts = committed.read(file), (committed.folder / file).read_bytes()
+    cells = [
+        [cell for cell in json.loads(text)["cells"] if cell["id"] != INJECTED] for text in texts
+    ]
+    old, new = ([cell["source"] for cell in notebook] for notebook in cells)
+    return old == new
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Print what does not agree with HEAD; 0 if everything does, 1 if not, 2 without results."""
+    parser = argparse.ArgumentParser(prog="make compare", description=__doc__)
+    parser.add_argument("results", type=Path)
+    parser.add_argument("--keep", action="store_true", help="restore the files of what agrees")
+    args = parser.parse_args(argv)
+    results, committed = args.results.resolve(), Committed(args.results.name)
+    there = {path.relative_to(results) for path in results.glob("claims/*.csv")}
+    if not there or not committed.files:
+        missing = f"no results in {results}: `make figures` makes them" if not there else ""
+        print(missing or f"nothing committed to compare {results.name} with", file=sys.stderr)
+        return 0 if there else 2
+    claims = {file for file in there | committed.files if file.parent.name == "claims"}
+    names = sorted(file.stem for file in claims)
+    found = {name: compare_notebook(name, results, committed) for name in names}
+    for name in (name for name in names if found[name]):
+        print("\n  ".join([f"{name} differs from the committed results:", *found[name]]))
+    agreeing = [name for name in names if not found[name]]
+    print(f"{len(agreeing)} of {len(names)} notebooks agree with the committed results")
+    if args.keep and results == committed.folder:
+        keep_committed(agreeing, committed)
+    return int(len(agreeing) < len(names))
 
 
 if __name__ == "__main__":
-    sys.exit(compare(Path(sys.argv[1])))
+    sys.exit(main())

@@ -1,4 +1,4 @@
-"""How figures look and where they go: one style, and PNG + SVG + the CSV behind them in one call."""
+"""How figures look and where they go: one style; PNG, SVG and the CSV behind them in one call."""
 
 from __future__ import annotations
 
@@ -11,9 +11,9 @@ import pandas as pd
 import seaborn as sns
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
-from PIL import Image
 
 from paper_lib.files import replacing
+from paper_lib.results.palette import shrink
 
 PREDICTION = {"color": "black", "linestyle": "--", "linewidth": 2.0, "zorder": 5}
 """Line style of everything the model predicts; measurements are coloured and solid."""
@@ -21,7 +21,7 @@ ETA = "η = learning rate × curvature"
 
 
 def style() -> None:
-    """Set the style of every figure: colour-blind-safe, despined, and legible from the back of a room."""
+    """Set the style of every figure: colour-blind-safe, despined, legible from afar."""
     sns.set_theme(context="notebook", style="ticks", palette="colorblind", font_scale=1.15)
     mpl.rcParams.update(
         {
@@ -41,35 +41,35 @@ def style() -> None:
 def save(fig: Figure, results: Path | str, name: str, data: pd.DataFrame) -> None:
     """Write <results>/figures/<name>.png, .svg and .csv.
 
-    `data` holds the numbers that the figure shows, one row a point, kept to six significant digits. The same figure
-    gives the same bytes. Raises ValueError for no data, or a name that is not letters, digits, "-" and "_".
+    `data` holds the numbers that the figure shows, one row a point, kept to six significant digits.
+    The same figure gives the same bytes. Raises ValueError for no data, or a name that is not
+    letters, digits, "-" and "_".
     """
     if not re.fullmatch(r"[\w-]+", name):
-        raise ValueError(f"figure name {name!r}: use letters, digits, '-' and '_' only, without a suffix")
+        raise ValueError(
+            f"figure name {name!r}: use letters, digits, '-' and '_' only, without a suffix"
+        )
     if data.empty:
         raise ValueError(f"figure {name!r} has no data: pass the numbers that it shows")
     _fit_title(fig)
     stem = Path(results) / "figures" / name
-    # A fixed salt and no date make the SVG's ids and header reproducible; text stays text, so it can be searched.
+    # A fixed salt and no date make the SVG's ids and header reproducible; text can be searched.
     with mpl.rc_context({"svg.hashsalt": name, "svg.fonttype": "none"}):
-        for suffix, metadata in ((".png", {"Software": None}), (".svg", {"Date": None, "Creator": None})):
+        no_date: dict[str, dict[str, None]] = {
+            ".png": {"Software": None},
+            ".svg": {"Date": None, "Creator": None},
+        }
+        for suffix, metadata in no_date.items():
             with replacing(stem.with_name(name + suffix)) as temporary:
                 fig.savefig(temporary, metadata=metadata)
                 if suffix == ".png":
-                    shrink(temporary)
+                    temporary.write_bytes(shrink(temporary.read_bytes()))
     with replacing(stem.with_name(name + ".csv")) as temporary:
         data.to_csv(temporary, index=False, float_format="%.6g", lineterminator="\n")
 
 
-def shrink(png: Path) -> None:
-    """Give a PNG a palette of 256 colours, which a figure hardly exceeds: about a third of the bytes."""
-    with Image.open(png) as image:
-        colors = image.convert("RGB").quantize(256, Image.Quantize.MEDIANCUT, dither=Image.Dither.NONE)
-    colors.save(png, "png", optimize=True)
-
-
 def _fit_title(fig: Figure) -> None:
-    """Make the figure's title smaller where it would run over the edges, as a long label of a study makes it do."""
+    """Make the title smaller where it would run over the edges, as a long label makes it do."""
     title = fig._suptitle
     if title is not None:
         room = 0.98 * fig.bbox.width / max(1, title.get_window_extent().width)
@@ -77,25 +77,28 @@ def _fit_title(fig: Figure) -> None:
 
 
 def summarize(data: pd.DataFrame, y: str, by: str | list[str]) -> pd.DataFrame:
-    """Return mean, spread (sample standard deviation) and n of column `y` over the rows that share `by`."""
+    """Return mean, spread (sample standard deviation) and n of `y` over rows that share `by`."""
     return data.groupby(by, sort=True)[y].agg(mean="mean", spread="std", n="size").reset_index()
 
 
 def band(
     ax: Axes, data: pd.DataFrame, x: str, y: str, hue: str | None = None, log: bool = False, **line
 ) -> pd.DataFrame:
-    """Draw the mean of `y` against `x` with a band of one spread either side, one line per value of `hue`.
+    """Draw the mean of `y` against `x` in a band of one spread, a line per value of `hue`.
 
-    `data` has one row per x, hue and seed. A single seed has a line and no band. With `log`, for logarithmic axes,
-    mean and spread are those of the logarithm of what is positive: no band reaches below zero. Returns what was drawn:
-    columns x, mean, spread, n (and hue), mean and spread of the logarithm with `log`.
+    `data` has one row per x, hue and seed. A single seed has a line and no band. With `log`, for
+    logarithmic axes, mean and spread are those of the logarithm of what is positive: no band
+    reaches below zero. Returns what was drawn: columns x, mean, spread, n (and hue), mean and
+    spread of the logarithm with `log`.
     """
     shown = data[data[y] > 0] if log else data
     if log:
         shown = shown.assign(**{y: np.log(shown[y])})
     back = np.exp if log else np.asarray
     summary = summarize(shown, y, [x] if hue is None else [hue, x])
-    groups = [(line.pop("label", None), summary)] if hue is None else summary.groupby(hue, sort=False)
+    groups = (
+        [(line.pop("label", None), summary)] if hue is None else summary.groupby(hue, sort=False)
+    )
     for label, group in groups:
         at, mean, spread = (group[column].to_numpy() for column in (x, "mean", "spread"))
         (drawn,) = ax.plot(at, back(mean), label=label, **line)
@@ -110,8 +113,39 @@ def predicted(ax: Axes, x: np.ndarray, y: np.ndarray, label: str = "model", **li
     ax.plot(x, y, **{**PREDICTION, "label": label, **line})
 
 
+def equality(ax: Axes, data: pd.DataFrame, x: str, y: str, hue: str | None = None) -> None:
+    """Draw `y` against `x`, a dot a row, a colour a value of `hue`, on the line of equality."""
+    groups = [(None, data)] if hue is None else data.groupby(hue, sort=False)
+    for label, group in groups:
+        ax.scatter(
+            group[x], group[y], s=45, alpha=0.8, edgecolor="white", linewidth=0.5, label=label
+        )
+    both = data[[x, y]].to_numpy()
+    ends = np.array([np.nanmin(both), np.nanmax(both)])
+    predicted(ax, ends, ends, label="equality")
+
+
+def dots(ax: Axes, data: pd.DataFrame, value: str, rows: str, hue: str | None = None) -> None:
+    """Draw `value` as a dot a seed and a bar for the mean, one line per value of `rows`.
+
+    A value of `hue` has a colour, and of several in one line each its own height.
+    """
+    names = list(dict.fromkeys(data[rows]))
+    groups = [(None, data)] if hue is None else list(data.groupby(hue, sort=False))
+    shared = data.groupby(rows)[hue].nunique().max() > 1 if hue else False
+    for i, (label, group) in enumerate(groups):
+        aside = 0.2 * (i - (len(groups) - 1) / 2) if shared else 0.0
+        at = group[rows].map(names.index) + aside
+        found = ax.scatter(group[value], at, color=f"C{i}", s=45, alpha=0.8, label=label)
+        for height, mean in group.groupby(at)[value].mean().items():
+            ax.plot(
+                [mean, mean], [height - 0.12, height + 0.12], color="black", zorder=found.zorder + 1
+            )
+    ax.set(yticks=range(len(names)), yticklabels=names, ylim=(len(names) - 0.5, -0.5))
+
+
 def annotate_n(ax: Axes, n: int, of: str = "seeds", log: bool = False) -> None:
-    """Say in the corner what bands are and on how many repetitions they stand; `log` as for `band`."""
+    """Say in the corner what bands are and how many repetitions have; `log` as for `band`."""
     ax.annotate(
         f"mean ± s.d.{' of the logarithm' if log else ''}, n = {n} {of}",
         xy=(1, 0),
