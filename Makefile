@@ -1,20 +1,33 @@
-# Start with `make help`. The logic is in paper_lib/results; this file names the tasks.
+# Start with `make help`. What a notebook depends on, how it runs and what of it is kept: scripts/, paper_lib/results.
 
 CONFIG ?= digits
 SEEDS ?=
 JOBS ?= 2
 PYTHON ?= python3
-DATA := $(or $(PAPER_DATA),data)
-RESULTS := $(or $(PAPER_RESULTS),results)
-RUNS := $(or $(PAPER_RUNS),runs)
+NOTEBOOKS := $(sort $(basename $(notdir $(wildcard notebooks/[0-9][0-9]_*.ipynb))))
+RUNS_NOTEBOOKS := $(filter figures $(NOTEBOOKS),$(MAKECMDGOALS))
 
-export PAPER_DATA := $(abspath $(DATA))
-export PAPER_RESULTS := $(abspath $(RESULTS))
-export PAPER_RUNS := $(abspath $(RUNS))
+# Settings reach commands as variables of the environment, never as text of the shell's.
+export CONFIG SEEDS JOBS TODO STAMPS PYTHON
+quoted = '$(subst ','\'',$1)'
+absolute = $(if $(filter /%,$1),$1,$(CURDIR)/$1)
+
+# What was made with uncommitted changes goes to a scratch folder, unless RESULTS or PAPER_RESULTS says where.
+# A checkout without git has nothing to differ from.
+ifeq ($(RESULTS)$(PAPER_RESULTS),)
+DIRTY := $(shell test -e .git && git status --porcelain -- . ':!results' 2>/dev/null | head -n 1)
+RESULTS := $(if $(DIRTY),.build/dirty,results)
+$(if $(and $(DIRTY),$(RUNS_NOTEBOOKS),$(if $(MAKE_RESTARTS),,first)),$(info files outside results/ differ from the commit: results go to $(RESULTS)))
+endif
+export PAPER_DATA := $(call absolute,$(or $(DATA),$(PAPER_DATA),data))
+export PAPER_RESULTS := $(call absolute,$(or $(RESULTS),$(PAPER_RESULTS)))
+export PAPER_RUNS := $(call absolute,$(or $(RUNS),$(PAPER_RUNS),runs))
 export PYTHONPATH := $(CURDIR)
+HERE := "$$PAPER_RESULTS/$$CONFIG"
+
 # Notebooks side by side share the cores; a small network cannot use two threads anyway.
 CORES := $(or $(shell getconf _NPROCESSORS_ONLN 2>/dev/null),1)
-THREADS := $(shell n=$$(( $(CORES) / $(JOBS) )); echo $$(( n > 0 ? n : 1 )))
+THREADS := $(shell n=$$(( $(CORES) / $(or $(JOBS),$(CORES)) )); echo $$(( n > 0 ? n : 1 )))
 ifeq ($(MAKELEVEL),0)
 MAKEFLAGS += $(if $(JOBS),-j$(JOBS))
 endif
@@ -25,89 +38,121 @@ ifeq ($(CONDA_DEFAULT_ENV),$(shell sed -n 's/^name: *//p' environment.yml))
 PY := python
 else
 PY := .venv/bin/python
-BUILD_ENV := $(PYTHON) paper_lib/results/environment.py build .venv
+ENV := .venv/.complete
 endif
 endif
-
-NOTEBOOKS := $(sort $(basename $(notdir $(wildcard notebooks/[0-9][0-9]_*.ipynb))))
 
 .DEFAULT_GOAL := help
-.PHONY: help env train figures $(NOTEBOOKS) compare report readme test lint bench lab refresh lock clean distclean
+.PHONY: help env train figures $(NOTEBOOKS) compare readme test unit nbval lint sizes bench lab refresh lock clean distclean
 
 help: ## list the tasks and settings
 	@awk -F ':.*## ' '/^[a-z]+:.*## / {printf "  make %-12s%s\n", $$1, $$2}' Makefile
-	@echo "  make 01_one_step run one notebook, as figures would"
+	@echo "  make 01_one_step run one notebook and publish it, as figures would"
 	@echo
-	@echo "Commands beside these: python -m paper_lib plan | train | jpegs | cooldown | bench, each with --help"
+	@echo "Commands beside these: python -m paper_lib, with --help"
 	@echo
 	@echo "Settings, as in 'make figures CONFIG=cifar10 SEEDS=\"0 1 2\"':"
 	@echo "  CONFIG=digits    preset: smoke, digits, cifar10_small, cifar10, imagenet, ... (README)"
 	@echo "  SEEDS=\"0 1 2\"    seeds, instead of the preset's own"
 	@echo "  JOBS=2           notebooks at a time, which share the cores"
-	@echo "  DATA=data        where datasets are; likewise RESULTS=results and RUNS=runs"
+	@echo "  DATA=data        where datasets are; likewise RUNS=runs and RESULTS=results, which is"
+	@echo "                   .build/dirty where files outside results/ differ from the commit"
+	@echo "  FRESH=1          figures: keep new files where they agree with the committed ones, too"
 	@echo "  PYTHON=python3   Python 3.11 or newer that .venv is built with; an activated conda environment"
 	@echo "                   made from environment.yml is used instead; PY=... names another that has everything"
 
-env: ## build .venv from environment.yml, if it is not there or out of date
-	@$(BUILD_ENV)
+env: $(ENV) ## build .venv from requirements.txt, if it is not there or out of date
 
-train: env ## train a preset's runs ahead of time (figures trains what it needs)
-	$(PY) -m paper_lib train --preset $(CONFIG) $(if $(SEEDS),--seeds "$(SEEDS)")
+# Another interpreter than .venv was built with, if one is asked for, makes it out of date too.
+BUILT_WITH := $(shell cat .venv/.complete 2>/dev/null)
+.venv/.complete: requirements.txt $(if $(filter file,$(origin PYTHON))$(filter $(PYTHON),$(BUILT_WITH)),,other-python)
+	@scripts/environment.sh "$$PYTHON"
+.PHONY: other-python
+other-python:
 
-ON := --preset $(CONFIG) $(if $(SEEDS),--seeds $(SEEDS))
+train: $(ENV) ## train a preset's runs ahead of time (figures trains what it needs)
+	@$(PY) -m paper_lib train --preset "$$CONFIG" $(if $(SEEDS),--seeds "$$SEEDS")
 
-figures: env ## run every notebook whose result is out of date, into results/CONFIG
-	@names=$$($(PY) -m paper_lib.results.notebooks outdated $(ON)) && \
-	{ test -z "$$names" || $(MAKE) --no-print-directory $$names; } && \
-	echo "$(words $(NOTEBOOKS)) notebooks are up to date in $(RESULTS)/$(CONFIG)"
+# A stamp for each notebook, in a folder for each combination of settings, lists the files it made: where one of
+# them is gone, so is the stamp. Prerequisites come from an include, which is written anew when a source changed.
+STAMPS := .build/stamps/$(shell printf '%s\n' $(foreach v,CONFIG SEEDS PAPER_DATA PAPER_RESULTS,$(call quoted,$($v))) \
+	| cksum | tr ' ' -)
+ifneq ($(RUNS_NOTEBOOKS),)
+$(shell for stamp in $(STAMPS)/*; do while read -r file; do test -e "$$file" || rm -f "$$stamp"; done \
+	< "$$stamp"; done 2>/dev/null)
+.build/dependencies.mk: scripts/dependencies.py \
+	$(shell find paper_lib/. notebooks/. -name __pycache__ -prune -o \( -type d -o -name '*.py' -o -name '*.ipynb' \) -print) | $(ENV)
+	@mkdir -p .build && $(PY) $< > $@.new && mv $@.new $@
+include .build/dependencies.mk
+endif
 
-$(NOTEBOOKS): env
-	@OMP_NUM_THREADS=$${OMP_NUM_THREADS:-$(THREADS)} $(PY) -m paper_lib.results.notebooks run $@ $(ON)
+$(NOTEBOOKS): %: $(STAMPS)/%
+$(STAMPS)/%: | $(ENV)
+	@OMP_NUM_THREADS=$${OMP_NUM_THREADS:-$(THREADS)} $(PY) -m paper_lib.results.notebooks run $* --preset "$$CONFIG" \
+	--seeds "$$SEEDS" --stamps $(STAMPS) --jobs "$$JOBS" --todo "$$TODO" --after $^
 
-compare: env ## compare results/CONFIG with what is committed, within stated tolerances
-	@$(PY) -m paper_lib.results.compare $(RESULTS)/$(CONFIG)
+# What is out of date is what make would run now; settings and data are checked before it does.
+figures: $(ENV) ## run every notebook whose result is out of date, into results/CONFIG; compare with the committed
+	@planned=$$($(MAKE) --no-print-directory -n $(NOTEBOOKS)) || exit 2; \
+	todo=$$(echo "$$planned" | sed -n 's/.*results\.notebooks run \([^ ]*\).*/\1/p'); \
+	test -z "$$todo" || { \
+	$(PY) -m paper_lib.results.notebooks begin $$todo --preset "$$CONFIG" --seeds "$$SEEDS" --stamps $(STAMPS) --jobs "$$JOBS" && \
+	TODO="$$todo" $(MAKE) --no-print-directory $$todo && \
+	{ $(PY) -m paper_lib.results.compare $(if $(FRESH),,--keep) $(HERE); test $$? -lt 2; } && \
+	$(PY) -m paper_lib.results.report $(HERE); } && \
+	echo "$(words $(NOTEBOOKS)) notebooks are up to date in" $(HERE)
 
-report: figures ## one self-contained page with every figure and verdict, and the notebooks as HTML
-	@$(PY) -m nbconvert --log-level ERROR --to html --output-dir .build/$(CONFIG)/report "$(RESULTS)/$(CONFIG)"/notebooks/*.ipynb
-	@$(PY) -m paper_lib.results.report page $(CONFIG) .build/$(CONFIG)/report/index.html
-	@echo "see .build/$(CONFIG)/report/index.html"
+compare: $(ENV) ## compare results/CONFIG with what is committed, within stated tolerances
+	@$(PY) -m paper_lib.results.compare $(HERE)
 
-readme: env ## regenerate the README's tables from results/
-	@$(PY) -m paper_lib.results.report readme
+readme: $(ENV) ## write results/CONFIG/README.md again, with every criterion
+	@$(PY) -m paper_lib.results.report $(HERE)
 
 # A folder of its own, so that the tests train for real and never touch results/ or runs/; one thread per worker.
 # Only test_cuda.py sees a GPU: what the other tests and the notebooks compare are the numbers of a CPU.
+TEST := mkdir -p .build && work=$$(mktemp -d "$(CURDIR)/.build/test.XXXXXX") && trap 'rm -rf "$$work"' EXIT && \
+	export PAPER_RUNS="$$work/runs" PAPER_RESULTS="$$work/results" OMP_NUM_THREADS=1
+UNIT := $(PY) -m pytest -q tests/test_cuda.py && CUDA_VISIBLE_DEVICES= $(PY) -m pytest -q -n 2 tests
+NBVAL := $(PY) -m paper_lib.results.notebooks smoke "$$work/notebooks" && CUDA_VISIBLE_DEVICES= \
+	$(PY) -m pytest -q -n 2 --dist loadfile --nbval-lax --nbval-current-env "$$work/notebooks"
 test: lint ## lint, unit tests, and every notebook on the smoke preset
-	@mkdir -p .build && work=$$(mktemp -d "$(CURDIR)/.build/test.XXXXXX") && trap 'rm -rf "$$work"' EXIT && \
-	export PAPER_RUNS="$$work/runs" PAPER_RESULTS="$$work/results" OMP_NUM_THREADS=1 && \
-	$(PY) -m pytest -q tests/test_cuda.py && export CUDA_VISIBLE_DEVICES= && \
-	$(PY) -m pytest -q -n 2 tests && \
-	$(PY) -m paper_lib.results.notebooks smoke "$$work/notebooks" && \
-	$(if $(NOTEBOOKS),$(PY) -m pytest -q -n 2 --dist loadfile --nbval-lax --nbval-current-env "$$work/notebooks",:)
+	@$(TEST) && $(UNIT) && $(NBVAL)
 
-lint: env ## ruff, for style and format
+unit: $(ENV) ## the unit tests alone
+	@$(TEST) && $(UNIT)
+
+nbval: $(ENV) ## the notebooks on the smoke preset alone
+	@$(TEST) && $(NBVAL)
+
+lint: $(ENV) ## ruff for style and format, import-linter for layers, mypy for types
 	$(PY) -m ruff check .
 	$(PY) -m ruff format --check .
+	$(PY) -c "from importlinter.cli import lint_imports_command as lint; lint()" --no-cache
+	$(PY) -m mypy
 
-bench: env ## time training and averaging against plain PyTorch
+sizes: $(ENV) ## lines, words and bytes of each part
+	@$(PY) scripts/sizes.py
+
+bench: $(ENV) ## time training and averaging against plain PyTorch
 	$(PY) -m benchmarks.bench
 
-lab: env ## open JupyterLab
-	$(PY) -m jupyterlab notebooks
+lab: $(ENV) ## open JupyterLab, where notebooks write into .build/lab
+	PAPER_RESULTS="$(CURDIR)/.build/lab" $(PY) -m jupyterlab notebooks
 
-refresh: env ## store the checked outputs of the notebooks again, after changing one
+refresh: $(ENV) ## store the checked outputs of the notebooks again, after changing one
 	PAPER_RESULTS="$(CURDIR)/.build/refresh" $(PY) -m paper_lib.results.notebooks refresh
 
-lock: env ## resolve the transitive pins of environment.yml again, after changing a direct one
-	$(PY) paper_lib/results/environment.py lock "$$(dirname "$$($(PY) -c 'import sys; print(sys.executable)')")/uv"
+lock: $(ENV) ## resolve requirements.in into requirements.txt again, keeping the pins that still fit
+	$(PY) -m uv pip compile --quiet --universal --python-version 3.11 --no-annotate \
+	--custom-compile-command "make lock" -o requirements.txt requirements.in
 
-FOLDERS := data notebooks paper_lib results runs tests # .DEFAULT does not see names that exist
+FOLDERS := benchmarks data notebooks paper_lib results runs scripts tests # .DEFAULT does not see names that exist
 .PHONY: $(FOLDERS)
 .DEFAULT $(FOLDERS): # a misspelled task
 	@echo "no such task: $@; see make help" >&2; exit 2
 
-clean: ## forget what is up to date, and remove caches
-	rm -rf .build .pytest_cache .ruff_cache .hypothesis *.egg-info
+clean: ## forget what is up to date, and remove caches and scratch results
+	rm -rf .build .pytest_cache .ruff_cache .mypy_cache .hypothesis *.egg-info
 	find paper_lib tests notebooks -name __pycache__ -o -name .ipynb_checkpoints | xargs rm -rf
 
 distclean: clean ## remove .venv and ./runs too (datasets, and runs kept elsewhere, stay)

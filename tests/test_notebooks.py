@@ -1,26 +1,35 @@
-"""Notebooks: the form that all of them keep, what a result depends on, and that nothing unfinished passes for done."""
+"""Notebooks: the form that all keep, and that nothing unfinished passes for a result."""
 
 import ast
+import base64
+import io
 import json
 import os
-import re
 from collections import Counter
 
 import nbformat
 import pytest
 from nbformat.v4 import new_code_cell, new_markdown_cell, new_notebook, new_output
+from PIL import Image
 
 from paper_lib.errors import ConfigError
-from paper_lib.results import environment, execution, notebooks
+from paper_lib.results import notebooks
+from paper_lib.results.notebooks import NotebookError
+from scripts import dependencies
 
 SOURCES = notebooks.sources()
 
 
-# --- the form that every notebook keeps --------------------------------------------------------------------------
+# --- the form that every notebook keeps ---------------------------------------------------------
 
 
 def parsed(cell):
-    return ast.parse(notebooks.code(cell))
+    return ast.parse(dependencies.code(cell))
+
+
+def names_in(cells):
+    trees = [parsed(cell) for cell in cells]
+    return {node.id for tree in trees for node in ast.walk(tree) if isinstance(node, ast.Name)}
 
 
 def problems(notebook):
@@ -35,21 +44,15 @@ def problems(notebook):
             ast.literal_eval(statement.value)
         except (AttributeError, ValueError):
             found.append(f"not a literal parameter: {ast.unparse(statement)}")
-    names = {node.id for node in ast.walk(parsed(parameters[0])) if isinstance(node, ast.Name)}
-    used = {
-        node.id
-        for cell in cells
-        if cell not in parameters
-        for node in ast.walk(parsed(cell))
-        if isinstance(node, ast.Name)
-    }
+    names, used = names_in(parameters), names_in(c for c in cells if c not in parameters)
     found += [f"parameter {name} is never used" for name in sorted(names - used)]
     if not {"preset", "seeds"} <= names:
         found.append("parameters must include preset and seeds")
-    checked = [cell for cell in cells if execution.CHECKED in cell.source]
+    checked = [cell for cell in cells if notebooks.CHECKED in cell.source]
+    stored = [cell for cell in cells if cell.outputs and cell not in checked]
     found += [] if checked else ["no cell whose output is checked"]
     found += [f"no stored output to check: {cell.source!r}" for cell in checked if not cell.outputs]
-    found += [f"stored output: {cell.source[:60]!r}" for cell in cells if cell.outputs and cell not in checked]
+    found += [f"stored output: {cell.source[:60]!r}" for cell in stored]
     if notebook.metadata.get("kernelspec", {}).get("name") != "python3":
         found.append("the kernel is not python3")
     return found
@@ -66,32 +69,37 @@ def test_no_function_is_defined_in_two_notebooks():
     defined = Counter()
     for path in SOURCES:
         trees = [parsed(cell) for cell in json.loads(path.read_text())["cells"]]
-        functions = (node for tree in trees for node in ast.walk(tree) if isinstance(node, ast.FunctionDef))
-        defined.update({function.name for function in functions})
-    assert [name for name, count in defined.items() if count > 1] == [], "move it to paper_lib"
+        nodes = [node for tree in trees for node in ast.walk(tree)]
+        defined.update({node.name for node in nodes if isinstance(node, ast.FunctionDef)})
+    assert [name for name, n in defined.items() if n > 1] == [], "what two need is in paper_lib"
 
 
-# --- a notebook of our own ---------------------------------------------------------------------------------------
+# --- a notebook of our own ----------------------------------------------------------------------
 
 
 def small_notebook():
-    parameters = new_code_cell('preset = "digits"\nseeds = None', metadata={"tags": ["parameters"]})
+    literals = 'preset = "digits"\nseeds = None'
+    parameters = new_code_cell(literals, metadata={"tags": ["parameters"]})
     work = new_code_cell("from paper_lib import claims\n\nprint(preset, seeds)")
-    check = new_code_cell(f"# {execution.CHECKED}\nprint(1)", outputs=[new_output("stream", name="stdout", text="1\n")])
+    one = new_output("stream", name="stdout", text="1\n")
+    check = new_code_cell(f"# {notebooks.CHECKED}\nprint(1)", outputs=[one])
     cells = [new_markdown_cell("# Small"), parameters, work, check]
-    return new_notebook(cells=cells, metadata=execution.METADATA)
+    return new_notebook(cells=cells, metadata=notebooks.METADATA)
 
 
 def test_the_small_notebook_has_no_problems():
     assert problems(small_notebook()) == []
 
 
+TWO = "preset = 'digits'\nseeds = None\n"
+
+
 @pytest.mark.parametrize(
     ("spoil", "message"),
     [
         (lambda nb: nb.cells[1].metadata.clear(), "0 cells tagged"),
-        (lambda nb: nb.cells[1].update(source="preset = 'digits'\nseeds = None\nn = 2 * 3"), "not a literal"),
-        (lambda nb: nb.cells[1].update(source="preset = 'digits'\nseeds = None\nn = 2"), "n is never used"),
+        (lambda nb: nb.cells[1].update(source=f"{TWO}n = 2 * 3"), "not a literal"),
+        (lambda nb: nb.cells[1].update(source=f"{TWO}n = 2"), "n is never used"),
         (lambda nb: nb.cells[1].update(source="preset = 'digits'"), "must include"),
         (lambda nb: nb.cells[3].update(outputs=[]), "no stored output"),
         (lambda nb: nb.cells[3].update(source="print(1)"), "no cell whose output is checked"),
@@ -105,150 +113,159 @@ def test_problems_are_found(spoil, message):
     assert any(message in problem for problem in problems(notebook))
 
 
-# --- what a result depends on ------------------------------------------------------------------------------------
-
-
-def test_imports_are_found_in_every_form():
-    lines = (
-        "import paper_lib.claims, numpy",
-        "from paper_lib import figures, errors",
-        "from paper_lib.files import lock",
-    )
-    source = "\n".join(lines)
-    assert {path.stem for path in notebooks.imported_modules(source)} == {"claims", "figures", "errors", "files"}
-
-
-def test_magics_are_not_python():
-    cell = {"cell_type": "code", "source": ["%matplotlib inline\n", "x = 1\n", "!ls"]}
-    assert notebooks.code(cell) == "x = 1"
+# --- running one: nothing unfinished passes for a result ----------------------------------------
 
 
 @pytest.fixture
 def project(tmp_path, monkeypatch):
-    """A repository of one notebook, whose execution is replaced by a function that tests may replace in turn."""
-    monkeypatch.setattr(notebooks, "SOURCES", tmp_path / "notebooks")
-    monkeypatch.setattr(notebooks, "BUILD", tmp_path / ".build")
-    monkeypatch.setattr(environment, "describe", lambda: {"commit": "abc"})
-    monkeypatch.setattr(execution, "execute", lambda source, draft, parameters: small_notebook())
+    """A repository of two notebooks, executed by `execute`, which tests may replace."""
+    for name, place in (("SOURCES", "notebooks"), ("BUILD", ".build"), ("ROOT", ".")):
+        monkeypatch.setattr(notebooks, name, tmp_path / place)
+    monkeypatch.setattr(notebooks, "describe", lambda: {"commit": "abc"})
+    monkeypatch.setattr(notebooks, "execute", execute)
     monkeypatch.setenv("PAPER_RESULTS", str(tmp_path / "results"))
+    monkeypatch.setenv("PAPER_DATA", str(tmp_path / "data"))
     (tmp_path / "notebooks").mkdir()
-    nbformat.write(small_notebook(), tmp_path / "notebooks" / "01_small.ipynb")
+    for name in ("01_small", "02_more"):
+        nbformat.write(small_notebook(), tmp_path / "notebooks" / f"{name}.ipynb")
     return tmp_path
 
 
-def task(**changes):
-    return notebooks.Task(**{"name": "01_small", "preset": "smoke", **changes})
+def execute(source, draft, parameters, figure="01_a.csv"):
+    """Act as a notebook that saves one figure and prints where."""
+    figures = notebooks.folder("results") / parameters["preset"] / "figures"
+    figures.mkdir(parents=True, exist_ok=True)
+    (figures / figure).write_text(str(parameters))
+    notebook = small_notebook()
+    printed = new_output("stream", name="stdout", text=f"saved in {figures}")
+    notebook.cells[2].outputs = [printed]
+    return notebook
 
 
-def touch(path):
-    later = path.stat().st_mtime_ns + 10**12
-    os.utime(path, ns=(later, later))
+def run(project, name="01_small", seeds=()):
+    """Run a notebook; the stamp's folder is named by the settings, as make does it."""
+    stamp = project / ".build" / str(seeds) / name
+    places = os.environ["PAPER_RESULTS"]
+    try:
+        return notebooks.run(name, "smoke", seeds, stamp, [project / f"notebooks/{name}.ipynb"])
+    finally:
+        os.environ["PAPER_RESULTS"] = places
 
 
-def test_prerequisites_follow_imports(project):
-    names = {path.name for path in notebooks.prerequisites(task().source)}
-    assert {"01_small.ipynb", "environment.yml", "claims.py", "files.py", "errors.py"} <= names
-    assert "notebooks.py" not in names
+def stamp(project):
+    return project / ".build" / "()" / "01_small"
 
 
-def test_prerequisites_follow_the_names_of_datasets():
-    names = {path.name for path in notebooks.prerequisites(notebooks.SOURCES / "01_one_step.ipynb")}
-    assert {"digits.py", "images.py", "cifar.py", "augment.py", "files.py"} <= names
+def test_a_run_publishes_all_that_was_made_and_lists_it(project):
+    assert run(project)
+    results = project / "results" / "smoke"
+    made = [results / "figures" / "01_a.csv", results / "notebooks" / "01_small.ipynb"]
+    assert stamp(project).read_text().splitlines() == [str(path) for path in made]
+    text = nbformat.read(made[1], as_version=4).cells[2].outputs[0].text
+    assert text == "saved in results/smoke/figures"
+    assert json.loads((results / "environment.json").read_text())["notebooks"] == {
+        "01_small": {"seconds": 0, "commit": "abc"}
+    }
+    run(project, "02_more")
+    recorded = json.loads((results / "environment.json").read_text())
+    assert list(recorded["notebooks"]) == ["01_small", "02_more"]
 
 
-def test_a_result_is_current_until_something_changes(project):
-    assert not task().is_current()
-    notebooks.run(task())
-    assert task().is_current()
-    assert not task(seeds=(0, 1)).is_current()
-    assert not task(preset="digits").is_current()
-    task().target.unlink()
-    assert not task().is_current()
+def test_a_figure_that_is_no_longer_made_goes(project, monkeypatch):
+    run(project)
+    monkeypatch.setattr(notebooks, "execute", lambda *args: execute(*args, figure="01_b.csv"))
+    (project / "results" / "smoke" / "figures" / "02_another.csv").touch()
+    run(project, seeds=(1,))
+    names = {path.name for path in (project / "results" / "smoke" / "figures").iterdir()}
+    assert names == {"01_b.csv", "02_another.csv"}
 
 
-def test_a_newer_notebook_is_out_of_date(project):
-    notebooks.run(task())
-    touch(task().source)
-    assert not task().is_current()
-
-
-def test_a_newer_module_is_out_of_date(project, monkeypatch):
-    module = project / "module.py"
-    module.touch()
-    monkeypatch.setattr(notebooks, "prerequisites", lambda notebook: {notebook, module})
-    notebooks.run(task())
-    assert task().is_current()
-    touch(module)
-    assert not task().is_current()
+def test_what_another_process_just_made_is_not_made_again(project, monkeypatch):
+    run(project)
+    monkeypatch.setattr(notebooks, "execute", None)  # calling it would fail
+    assert not run(project)
 
 
 def test_a_change_during_the_run_counts(project, monkeypatch):
-    def edited_meanwhile(source, draft, parameters):
+    source = project / "notebooks" / "01_small.ipynb"
+
+    def edited_meanwhile(*args):
         source.write_text(source.read_text() + "\n")
-        return small_notebook()
+        return execute(*args)
 
-    monkeypatch.setattr(execution, "execute", edited_meanwhile)
-    os.utime(task().source, (0, 0))
-    notebooks.run(task())
-    assert not task().is_current()
-
-
-def test_going_back_to_earlier_seeds_reruns(project):
-    notebooks.run(task(seeds=(0,)))
-    notebooks.run(task(seeds=(0, 1)))
-    assert not task(seeds=(0,)).is_current()
+    monkeypatch.setattr(notebooks, "execute", edited_meanwhile)
+    run(project)
+    assert stamp(project).stat().st_mtime_ns < source.stat().st_mtime_ns
+    assert run(project)
 
 
 @pytest.mark.parametrize("error", [KeyboardInterrupt, OSError])
-def test_an_interrupted_run_leaves_the_old_result_and_stays_out_of_date(project, monkeypatch, error):
-    notebooks.run(task())
-    before = task().target.read_bytes()
-    touch(task().source)
+def test_an_interrupted_run_leaves_the_old_result_and_no_new_stamp(project, monkeypatch, error):
+    run(project)
+    results = project / "results" / "smoke"
+    before = {path: path.read_bytes() for path in results.rglob("*.*") if path.is_file()}
 
-    def interrupted(source, draft, parameters):
+    def interrupted(*args):
+        execute(*args)
         raise error
 
-    monkeypatch.setattr(execution, "execute", interrupted)
+    monkeypatch.setattr(notebooks, "execute", interrupted)
     with pytest.raises(error):
-        notebooks.run(task())
-    assert task().target.read_bytes() == before
-    assert not task().is_current()
+        run(project, seeds=(1,))
+    assert {path: path.read_bytes() for path in before} == before
+    assert not (project / ".build" / "(1,)" / "01_small").exists()
 
 
-def test_a_current_result_is_not_run_again(project, monkeypatch):
-    notebooks.run(task())
-    monkeypatch.setattr(execution, "execute", None)  # calling it would fail
-    notebooks.run(task())
+# --- what is said -------------------------------------------------------------------------------
 
 
-def test_environment_json_keeps_each_notebooks_time(project):
-    nbformat.write(small_notebook(), project / "notebooks" / "02_more.ipynb")
-    notebooks.run(task(name="02_more"))
-    notebooks.run(task())
-    recorded = json.loads((project / "results" / "smoke" / "environment.json").read_text())
-    assert list(recorded["notebooks"]) == ["01_small", "02_more"]
-    assert recorded["notebooks"]["01_small"] == {"seconds": 0, "commit": "abc"}
+def test_settings_and_data_are_checked_before_anything_runs(project, capsys):
+    words = ["01_small", "--stamps", str(project / ".build"), "--jobs", "2"]
+    for settings, message in (
+        (["--preset", "smokey"], "did you mean 'smoke'"),
+        (["--preset", "smoke", "--seeds", "1 1"], "seeds"),
+        (["--preset", "smoke", "--seeds", "a"], 'SEEDS="0 1 2"'),
+        (["--preset", "cifar10_small"], "no notebook can run on cifar10_small"),
+    ):
+        assert notebooks.main(["begin", *words, *settings]) == 2
+        error = capsys.readouterr().err
+        assert message in error and error.count("\n") == 1
+    with pytest.raises(ConfigError):
+        notebooks.run("01_small", "smokey", (), project / "stamp", [])
 
 
-def test_what_cannot_work_is_said_before_anything_runs():
-    with pytest.raises(ConfigError, match="did you mean 'smoke'"):
-        task(preset="smokey")
-    with pytest.raises(ConfigError, match="seeds"):
-        task(seeds=(1, 1))
+def test_how_many_are_done_and_the_minutes_that_others_take(project, capsys):
+    todo = ["01_small", "02_more", "03_last"]
+    (project / "a").mkdir()
+    assert notebooks.remaining("digits", todo, project / "a", 2) == ""  # nothing is committed
+    path = project / "results" / "digits" / "environment.json"
+    path.parent.mkdir(parents=True)
+    path.write_text(json.dumps({"notebooks": {name: {"seconds": 120} for name in todo}}))
+    assert notebooks.remaining("digits", todo, project / "a", 2) == ", about 3 min left"
+    (project / "a" / "01_small").touch()
+    assert notebooks.remaining("digits", todo, project / "a", 2) == ", 1 of 3, about 2 min left"
 
 
-def test_command_line(project, capsys):
-    assert notebooks.main(["outdated", "--preset", "smoke"]) == 0
-    assert capsys.readouterr().out == "01_small\n"
-    assert notebooks.main(["run", "--preset", "smoke", "--seeds", "0", "1"]) == 0
-    assert task(seeds=(0, 1)).is_current()
-    assert notebooks.main(["outdated", "--preset", "digitz"]) == 2
-    error = capsys.readouterr().err
-    assert error.count("\n") == 1
-    assert re.search("digitz.*smoke, digits, cifar10", error)
+def test_a_log_gets_a_line_a_minute_with_the_notebooks_name(capsys, monkeypatch):
+    now = [0.0]
+    monkeypatch.setattr(notebooks.time, "monotonic", lambda: now[0])
+    log = notebooks.Progress("01_small")
+    for second in range(0, 130, 5):
+        now[0] = float(second)
+        log.write(f"\r train {second}\r")
+    log.flush()
+    expected = "01_small: train 0\n01_small: train 60\n01_small: train 120\n"
+    assert capsys.readouterr().err == expected
 
 
-# --- what of an execution is kept --------------------------------------------------------------------------------
+# --- what of an execution is kept ---------------------------------------------------------------
+
+
+def picture():
+    """A PNG as matplotlib gives it, with an alpha channel."""
+    image, raw = Image.linear_gradient("L").convert("RGBA"), io.BytesIO()
+    image.save(raw, "png", compress_level=0)
+    return base64.b64encode(raw.getvalue()).decode()
 
 
 def executed_notebook():
@@ -261,69 +278,72 @@ def executed_notebook():
         new_output("stream", name="stderr", text="50 %"),
         new_output("display_data", data=widget),
         new_output("stream", name="stdout", text=f"{notebooks.ROOT}/results/x"),
+        new_output("display_data", data={"image/png": picture()}),
     ]
-    notebook.cells.insert(2, new_code_cell("preset = 'smoke'", metadata={"tags": ["injected-parameters"]}))
+    injected = new_code_cell("preset = 'smoke'", metadata={"tags": ["injected-parameters"]})
+    notebook.cells.insert(2, injected)
     for count, code_cell in enumerate(notebook.cells[1:], start=1):
         code_cell.execution_count = count
     return notebook
 
 
 def test_published_notebooks_hold_no_times_progress_or_machine_paths():
-    kept = execution.publishable(executed_notebook())
+    kept = notebooks.publishable(executed_notebook(), {str(notebooks.ROOT): "."})
     nbformat.validate(kept)
-    assert kept.metadata == execution.METADATA
-    assert [output.get("text") for output in kept.cells[3].outputs] == ["./results/x"]
-    assert kept.cells[3].metadata == {}
-    assert kept.cells[1].metadata == {"tags": ["parameters"]}
-    text = nbformat.writes(kept)
-    assert "/somewhere" not in text
-    assert text == nbformat.writes(execution.publishable(executed_notebook_with_ids_of(kept)))
-
-
-def executed_notebook_with_ids_of(other):
-    """The same execution again: papermill gives the cell that it injects another random id every time."""
-    notebook = executed_notebook()
-    for cell, known in zip(notebook.cells, other.cells, strict=True):
+    assert kept.metadata == notebooks.METADATA
+    text, image = kept.cells[3].outputs
+    assert text.text == "./results/x"
+    assert len(image.data["image/png"]) < len(picture()) / 3
+    assert kept.cells[3].metadata == {} and kept.cells[1].metadata == {"tags": ["parameters"]}
+    again = executed_notebook()  # papermill gives the cell that it injects another random id
+    for cell, known in zip(again.cells, kept.cells, strict=True):
         if "injected-parameters" not in cell.metadata.get("tags", []):
             cell.id = known.id
-    return notebook
+    same = nbformat.writes(notebooks.publishable(again, {str(notebooks.ROOT): "."}))
+    assert nbformat.writes(kept) == same and "/somewhere" not in same
+
+
+def test_a_path_is_not_replaced_inside_pictures(monkeypatch):
+    notebook, raw = small_notebook(), picture()
+    svg = "<svg>/a</svg>"
+    data = {"image/png": raw, "image/svg+xml": svg, "text/plain": "/a"}
+    notebook.cells[2].outputs = [new_output("display_data", data=data)]
+    monkeypatch.setattr(notebooks, "shrink", lambda png: png)
+    (kept,) = notebooks.publishable(notebook, {"/a": ".", raw[100:110]: "x"}).cells[2].outputs
+    assert kept.data == {"image/png": raw, "image/svg+xml": svg, "text/plain": "."}
 
 
 def test_refreshing_stores_the_outputs_of_checked_cells_only():
-    executed = executed_notebook()
-    source = small_notebook()
-    for cell, ran in zip(source.cells, [cell for i, cell in enumerate(executed.cells) if i != 2], strict=True):
-        cell.id = ran.id
+    executed, source = executed_notebook(), small_notebook()
+    ran = [cell for cell in executed.cells if cell.source != "preset = 'smoke'"]
+    for cell, known in zip(source.cells, ran, strict=True):
+        cell.id = known.id
     source.cells[3].outputs = []
-    stored = execution.with_checked_outputs(source, executed)
+    stored = notebooks.with_checked_outputs(source, executed)
     assert [bool(cell.get("outputs")) for cell in stored.cells] == [False, False, False, True]
     assert problems(stored) == []
 
 
-def test_smoke_copies_keep_stored_outputs(tmp_path):
-    source = tmp_path / "01_small.ipynb"
-    nbformat.write(small_notebook(), source)
-    execution.write_smoke(source, tmp_path / "copies")
-    copy = nbformat.read(tmp_path / "copies" / source.name, as_version=4)
+def test_a_real_execution_smoke_copies_and_a_failure(project, monkeypatch):
+    monkeypatch.undo()
+    monkeypatch.setattr(notebooks, "SOURCES", project / "notebooks")
+    source = project / "notebooks" / "01_small.ipynb"
+    notebooks.write_smoke(project / "copies")
+    copy = nbformat.read(project / "copies" / source.name, as_version=4)
     assert 'preset = "smoke"' in copy.cells[2].source
     assert copy.cells[-1].outputs[0].text == "1\n"
 
-
-def test_a_real_execution_with_papermill(tmp_path):
-    source = tmp_path / "01_small.ipynb"
     notebook = small_notebook()
-    notebook.cells[2].source = "import sys\n\nprint('half way', file=sys.stderr)\nprint(preset, seeds)"
+    notebook.cells[2].source = "import sys\nprint('half', file=sys.stderr)\nprint(preset, seeds)"
+    notebook.cells[3].source = "1 / 0"
     nbformat.write(notebook, source)
-    executed = execution.execute(source, tmp_path / "out" / "x.ipynb", {"preset": "smoke", "seeds": [3]})
-    execution.publish(executed, tmp_path / "published.ipynb")
-    published = nbformat.read(tmp_path / "published.ipynb", as_version=4)
-    assert [output.text for output in published.cells[3].outputs] == ["smoke [3]\n"]
-
-
-def test_a_failing_notebook_names_its_error(tmp_path):
-    source = tmp_path / "01_small.ipynb"
-    notebook = small_notebook()
-    notebook.cells[2].source = "1 / 0"
-    nbformat.write(notebook, source)
-    with pytest.raises(execution.ExecutionError, match="ZeroDivisionError"):
-        execution.execute(source, tmp_path / "x.ipynb", {})
+    draft = project / "out" / "x.ipynb"
+    with pytest.raises(
+        NotebookError, match=r"(?s)01_small failed, see .*ZeroDivisionError"
+    ) as error:
+        notebooks.execute(source, draft, {"preset": "smoke", "seeds": [3]})
+    assert str(draft) in str(error.value)
+    notebooks.publish(nbformat.read(draft, as_version=4), project / "published.ipynb", {})
+    published = nbformat.read(project / "published.ipynb", as_version=4)
+    cell = next(cell for cell in published.cells if "half" in cell.source)
+    assert [output.text for output in cell.outputs] == ["smoke [3]\n"]

@@ -5,7 +5,7 @@ import re
 import subprocess
 import sys
 
-from paper_lib.results.environment import ROOT
+from paper_lib.results import ROOT
 
 
 def example(heading: str) -> str:

@@ -1,35 +1,44 @@
-"""Which notebooks are out of date, and running those: `python -m paper_lib.results.notebooks`, as the Makefile calls it.
+"""Run notebooks, publish what they make, and say how far it is: what the Makefile calls.
 
-Only files that nobody commits say what is up to date, so that a fresh clone runs everything. Papermill is imported
-where something runs, not before: finding that nothing is to be done takes a fraction of a second.
+make decides what is out of date, from what scripts/dependencies.py says of each notebook and from
+stamps in .build, which nobody commits: a fresh clone runs everything.
 """
 
 from __future__ import annotations
 
 import argparse
-import ast
+import base64
 import json
 import os
+import platform
+import re
+import shutil
 import sys
 import time
 from collections.abc import Sequence
-from dataclasses import dataclass
+from importlib import metadata
 from pathlib import Path
 from typing import Any
 
-from paper_lib.results import environment
-from paper_lib.files import folder
-from paper_lib.results.environment import ROOT
-from paper_lib.files import lock, replacing
-from paper_lib.presets import study
-from paper_lib.errors import ConfigError
+import nbformat
+import papermill
+from nbformat import NotebookNode
+from papermill import PapermillExecutionError
 
-SOURCES = ROOT / "notebooks"
-BUILD = ROOT / ".build"
+from paper_lib.errors import ConfigError, require
+from paper_lib.files import folder, lock, replacing
+from paper_lib.presets import study
+from paper_lib.results import ROOT, git
+from paper_lib.results.palette import shrink
+
+SOURCES, BUILD = ROOT / "notebooks", ROOT / ".build"
+CHECKED = "NBVAL_CHECK_OUTPUT"  # the comment that makes nbval compare an output with the stored one
+KERNEL = {"display_name": "Python 3", "language": "python", "name": "python3"}
+METADATA = {"kernelspec": KERNEL, "language_info": {"name": "python"}}
 
 
 class NotebookError(ValueError):
-    """A notebook that does not run to its end."""
+    """A notebook that does not run to its end, or cannot have its data."""
 
 
 def sources() -> list[Path]:
@@ -37,139 +46,229 @@ def sources() -> list[Path]:
     return sorted(SOURCES.glob("[0-9][0-9]_*.ipynb"))
 
 
-def code(cell: dict[str, Any]) -> str:
-    """Return a code cell as plain Python, without IPython's magics; "" for any other cell."""
-    lines = "".join(cell["source"]).splitlines() if cell["cell_type"] == "code" else []
-    return "\n".join(line for line in lines if not line.lstrip().startswith(("%", "!")))
+class Progress:
+    """Where a notebook's stderr goes: to a terminal as it comes, into a log a line a minute."""
+
+    def __init__(self, name: str) -> None:
+        self.name, self.next = name, 0.0
+
+    def write(self, text: str) -> None:
+        """Take a piece of it."""
+        lines = [line.strip() for line in re.split(r"[\r\n]", text) if line.strip()]
+        if sys.stderr.isatty():
+            sys.stderr.write(text)
+        elif lines and time.monotonic() >= self.next:
+            print(f"{self.name}: {lines[-1]}", file=sys.stderr, flush=True)
+            self.next = time.monotonic() + 60
+
+    def flush(self) -> None:
+        """Show what was taken."""
+        sys.stderr.flush()
 
 
-def imported_modules(source: str) -> set[Path]:
-    """Return the files of paper_lib that a piece of Python imports itself, by statements or by names in strings."""
-    names, by_string = [], "import_module" in source
-    for node in ast.walk(ast.parse(source)):
-        if by_string and isinstance(node, ast.Constant) and str(node.value).isidentifier():
-            names.append(f"paper_lib.data.{node.value}")
-        elif isinstance(node, ast.Import):
-            names += [alias.name for alias in node.names]
-        elif isinstance(node, ast.ImportFrom) and node.module:
-            names += [node.module, *(f"{node.module}.{alias.name}" for alias in node.names)]
-    places = [ROOT / name.replace(".", "/") for name in names if name.startswith("paper_lib.")]
-    paths = [file for place in places for file in (place.with_suffix(".py"), place / "__init__.py")]
-    return {path for path in paths if path.exists()}
+def execute(source: Path, output: Path, parameters: dict[str, Any], **options: Any) -> NotebookNode:
+    """Run a notebook in its own folder; what ran is left in `output`.
 
-
-def prerequisites(notebook: Path) -> set[Path]:
-    """Return the files that a notebook's result depends on: itself, the pins, and all it imports, transitively."""
-    cells = json.loads(notebook.read_text())["cells"]
-    pending = imported_modules("\n".join(code(cell) for cell in cells))
-    found = {notebook, environment.PINS}
-    while pending:
-        module = pending.pop()
-        found.add(module)
-        pending |= imported_modules(module.read_text()) - found
-    return found
-
-
-@dataclass(frozen=True)
-class Task:
-    """One notebook on one preset; `seeds` () stands for the preset's own. ConfigError if they cannot work."""
-
-    name: str
-    preset: str
-    seeds: tuple[int, ...] = ()
-
-    def __post_init__(self) -> None:
-        study(**self.parameters)
-
-    @property
-    def parameters(self) -> dict[str, Any]:
-        """What the notebook's parameters cell is given."""
-        return {"preset": self.preset, **({"seeds": list(self.seeds)} if self.seeds else {})}
-
-    @property
-    def source(self) -> Path:
-        """The notebook that people edit."""
-        return SOURCES / f"{self.name}.ipynb"
-
-    @property
-    def results(self) -> Path:
-        """The preset's results."""
-        return folder("results").resolve() / self.preset
-
-    @property
-    def target(self) -> Path:
-        """The executed notebook, committed for readers."""
-        return self.results / "notebooks" / self.source.name
-
-    @property
-    def stamp(self) -> Path:
-        """The uncommitted file whose content says how the target was made, and whose time says from what state."""
-        return BUILD / self.preset / f"{self.name}.json"
-
-    @property
-    def settings(self) -> dict[str, Any]:
-        """What, besides files, the result depends on."""
-        return {**self.parameters, "results": str(self.results), "data": str(folder("data").resolve())}
-
-    def is_current(self) -> bool:
-        """Whether the target was made with these settings after the last change of everything it depends on."""
-        if not (self.target.exists() and self.stamp.exists()):
-            return False
-        newest = max(path.stat().st_mtime_ns for path in prerequisites(self.source))
-        return json.loads(self.stamp.read_text()) == self.settings and self.stamp.stat().st_mtime_ns >= newest
-
-
-def run(task: Task) -> None:
-    """Execute a notebook into results/<preset>/notebooks unless that is current.
-
-    Nothing is taken for finished before it is: the result moves into place whole, then the stamp, dated when the
-    run began, since what changed meanwhile it may not have seen. Two that want the same notebook run it once.
     Raises NotebookError with the failing cell and its traceback.
     """
-    with lock(task.stamp):
-        if task.is_current():
-            return
-        from paper_lib.results import execution
+    output.parent.mkdir(parents=True, exist_ok=True)
+    options |= {"progress_bar": False, "kernel_name": "python3", "cwd": source.parent}
+    options |= {"extra_arguments": ["--log-level=ERROR"], "stderr_file": Progress(source.stem)}
+    try:
+        return papermill.execute_notebook(source, output, parameters, **options)
+    except PapermillExecutionError as error:
+        raise NotebookError(f"{source.stem} failed, see {output}\n{error}") from error
 
-        print(f"{task.name}: running on {task.preset}", flush=True)
+
+def run(name: str, preset: str, seeds: Sequence[int], stamp: Path, after: Sequence[Path]) -> bool:
+    """Execute a notebook and publish all it made; False if another process just did, after `after`.
+
+    Nothing is taken for finished before it is: the notebook writes into a folder of its own, whose
+    files then replace the published ones, and last of all comes the stamp, which lists them. It is
+    dated when the run began, since what changed meanwhile it may not have seen.
+    """
+    given = {"preset": preset, **({"seeds": list(seeds)} if seeds else {})}
+    study(**given)  # raises ConfigError for what cannot work
+    draft, results = BUILD / "drafts" / preset / name, folder("results").resolve()
+    with lock(draft):
+        newest = max(path.stat().st_mtime_ns for path in after)
+        if stamp.exists() and stamp.stat().st_mtime_ns >= newest:
+            return False
+        shutil.rmtree(draft, ignore_errors=True)
         began = time.time_ns()
-        draft = task.stamp.with_suffix(".ipynb")
-        try:
-            executed = execution.execute(task.source, draft, task.parameters)
-        except execution.ExecutionError as error:
-            raise NotebookError(f"{task.name} failed, see {draft}\n{error}") from error
-        execution.publish(executed, task.target)
-        seconds = (time.time_ns() - began) / 1e9
-        record(task.results, task.name, seconds)
-        with replacing(task.stamp) as temporary:
-            temporary.write_text(json.dumps(task.settings))
+        print(f"{name}: running on {preset}", flush=True)
+        os.environ["PAPER_RESULTS"] = str(draft / "results")
+        executed = execute(SOURCES / f"{name}.ipynb", draft / f"{name}.ipynb", given)
+        published = draft / "results" / preset / "notebooks" / f"{name}.ipynb"
+        publish(executed, published, {str(draft / "results"): "results"})
+        files = move(draft / "results", results)
+        for old in set((results / preset / "figures").glob(f"{name[:2]}_*")) - set(files):
+            old.unlink()
+        record(results / preset, name, (time.time_ns() - began) / 1e9)
+        with replacing(stamp) as temporary:
+            temporary.write_text("".join(f"{file}\n" for file in files))
             os.utime(temporary, ns=(began, began))
-    print(f"{task.name}: done in {seconds:.0f} s", flush=True)
+        shutil.rmtree(draft)
+    return True
+
+
+def move(source: Path, target: Path) -> list[Path]:
+    """Copy a folder's files to where they belong, each in one step; return the new files."""
+    found = {
+        path: target / path.relative_to(source) for path in source.rglob("*") if path.is_file()
+    }
+    for path, place in found.items():
+        with replacing(place) as temporary:
+            shutil.copyfile(path, temporary)
+    return sorted(found.values())
+
+
+def publish(executed: NotebookNode, target: Path, places: dict[str, str]) -> None:
+    """Write an executed notebook as it is committed; `places` as for `publishable`."""
+    with replacing(target) as temporary:
+        nbformat.write(publishable(executed, {**places, str(ROOT): "."}), temporary)
+
+
+def publishable(notebook: NotebookNode, places: dict[str, str]) -> NotebookNode:
+    """Return a notebook without what changes from run to run or from machine to machine.
+
+    Removed: times, progress (stderr and widgets), papermill's paths and random cell id. In texts
+    the paths of `places` become its names. Pictures get a palette, a third of the bytes; they stay
+    inside, since GitHub and nbviewer show no output that links to a file.
+    """
+    notebook = nbformat.from_dict({**notebook, "metadata": METADATA})
+    for cell in notebook.cells:
+        tags = cell.metadata.get("tags", [])
+        cell.metadata = NotebookNode({"tags": tags} if tags else {})
+        cell.id = "injected-parameters" if "injected-parameters" in tags else cell.id
+        cell.source = _published(cell.source, "", places)
+        if cell.cell_type == "code":
+            shown = [output for output in cell.outputs if not _is_progress(output)]
+            cell.outputs = _published(shown, "outputs", places)
+    return notebook
+
+
+def _published(value: Any, key: str, places: dict[str, str]) -> Any:
+    """A text or an output with paths replaced, except in pictures, which become smaller."""
+    if isinstance(value, dict):
+        return NotebookNode({name: _published(part, name, places) for name, part in value.items()})
+    if isinstance(value, list):
+        return [_published(part, key, places) for part in value]
+    if key == "image/png":
+        return base64.b64encode(shrink(base64.b64decode(value))).decode()
+    if isinstance(value, str) and not key.startswith("image/"):
+        for path, name in places.items():
+            value = value.replace(path, name)
+    return value
+
+
+def _is_progress(output: NotebookNode) -> bool:
+    data = output.get("data", {})
+    return output.get("name") == "stderr" or "application/vnd.jupyter.widget-view+json" in data
 
 
 def record(results: Path, name: str, seconds: float) -> None:
-    """Write results/environment.json: what the latest run was made with, and each notebook's commit and wall time."""
+    """Write environment.json: what the latest run was made with, each notebook's time."""
     path = results / "environment.json"
     with lock(path):
         notebooks = json.loads(path.read_text())["notebooks"] if path.exists() else {}
-        described = environment.describe()
+        described = describe()
         notebooks[name] = {"seconds": round(seconds), "commit": described["commit"]}
         described["notebooks"] = dict(sorted(notebooks.items()))
         with replacing(path) as temporary:
             temporary.write_text(json.dumps(described, indent=2) + "\n")
 
 
+def describe() -> dict[str, Any]:
+    """Return what a result was made with: commit, Python, packages, platform, processor, device."""
+    import torch
+
+    pinned = re.findall(r"^([\w-]+)==", (ROOT / "requirements.in").read_text(), re.MULTILINE)
+    found = {package.name.lower(): package.version for package in metadata.distributions()}
+    info = Path("/proc/cpuinfo").read_text() if Path("/proc/cpuinfo").exists() else ""
+    processor = re.search(r"^model name\s*: (.+)$", info, re.MULTILINE)
+    return {
+        "commit": commit(),
+        "python": platform.python_version(),
+        "platform": f"{platform.system()} {platform.machine()}",
+        "processor": processor[1] if processor else platform.processor() or platform.machine(),
+        "cores": os.cpu_count(),
+        "device": torch.cuda.get_device_name() if torch.cuda.is_available() else "cpu",
+        "packages": {name: found[name] for name in pinned if name in found},
+    }
+
+
+def commit() -> str:
+    """Return the commit, "+" where files outside results/ differ; "unknown" without git."""
+    head = git("rev-parse", "HEAD").decode()[:12]
+    changed = git("status", "--porcelain", "--", ".", ":!results")
+    return head + "+" * bool(changed) if head else "unknown"
+
+
+def begin(preset: str, seeds: Sequence[int], todo: Sequence[str], stamps: Path, jobs: int) -> None:
+    """Check settings and data before anything runs, forget old stamps, say how long it will take.
+
+    Raises ConfigError for settings that cannot work and NotebookError for data that are missing.
+    """
+    config = study(preset, seeds=list(seeds)).run
+    from paper_lib.data import load
+
+    options = {"held_out": config.held_out, "image_size": config.image_size or None}
+    try:
+        load(config.data, folder("data"), **options)
+    except (ValueError, OSError) as error:
+        raise NotebookError(f"no notebook can run on {preset}: {error}") from error
+    for name in todo:
+        (stamps / name).unlink(missing_ok=True)
+    left = remaining(preset, todo, stamps, jobs)
+    print(f"{len(todo)} notebooks to run, into {folder('results') / preset}{left}", flush=True)
+
+
+def remaining(preset: str, todo: Sequence[str], stamps: Path, jobs: int) -> str:
+    """How many are done, and the minutes that others take by the times of the committed results."""
+    left = [name for name in todo if not (stamps / name).exists()]
+    done = f", {len(todo) - len(left)} of {len(todo)}" if len(left) < len(todo) else ""
+    path = ROOT / "results" / preset / "environment.json"
+    times = json.loads(path.read_text())["notebooks"] if path.exists() else {}
+    if not left or not set(left) <= set(times):
+        return done
+    minutes = sum(times[name]["seconds"] for name in left) / min(jobs, len(left)) / 60
+    return f"{done}, about {max(1, round(minutes))} min left"
+
+
+def write_smoke(into: Path) -> None:
+    """Write copies on the smoke preset with their stored outputs kept, for nbval to check."""
+    into.mkdir(parents=True, exist_ok=True)
+    for source in sources():
+        execute(source, into / source.name, {"preset": "smoke"}, prepare_only=True)
+
+
+def refresh(source: Path) -> None:
+    """Run a notebook on the smoke preset and store the outputs of its checked cells, no others."""
+    executed = execute(source, BUILD / "refresh" / source.name, {"preset": "smoke"})
+    stored = with_checked_outputs(nbformat.read(source, as_version=4), executed)
+    publish(stored, source, {})
+
+
+def with_checked_outputs(source: NotebookNode, executed: NotebookNode) -> NotebookNode:
+    """Return `source` with the outputs that its checked cells had when they ran, no others."""
+    ran = {cell.id: cell for cell in executed.cells}
+    for cell in (cell for cell in source.cells if cell.cell_type == "code"):
+        checked = CHECKED in cell.source
+        cell.outputs = ran[cell.id].outputs if checked else []
+        cell.execution_count = ran[cell.id].execution_count if checked else None  # nbval wants it
+    return source
+
+
 def main(argv: Sequence[str] | None = None) -> int:
-    """Run a command; return the exit code (2 for settings that cannot work and for a notebook that fails)."""
-    parser = argparse.ArgumentParser(prog="python -m paper_lib.results.notebooks", description=__doc__)
-    commands = parser.add_subparsers(dest="command", required=True)
-    for command, what in (("outdated", "print the names of those out of date"), ("run", "run those out of date")):
-        settings = commands.add_parser(command, help=what)
-        settings.add_argument("names", nargs="*", help="default: all")
-        settings.add_argument("--preset", required=True)
-        settings.add_argument("--seeds", type=int, nargs="+", default=[])
-    commands.add_parser("smoke", help="write copies on the smoke preset, for nbval").add_argument("into", type=Path)
-    commands.add_parser("refresh", help="store the checked outputs").add_argument("names", nargs="*")
+    """Run a command; return 2 for what cannot work and for a notebook that fails."""
+    parser = argparse.ArgumentParser(prog="make", description=__doc__)
+    parser.add_argument("command", choices=["begin", "run", "smoke", "refresh"])
+    parser.add_argument("names", nargs="*")
+    for option in ("--preset", "--seeds", "--jobs", "--todo"):
+        parser.add_argument(option, default="")
+    parser.add_argument("--stamps", type=Path)
+    parser.add_argument("--after", type=Path, nargs="*")
     args = parser.parse_args(argv)
     try:
         carry_out(args)
@@ -184,24 +283,22 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 def carry_out(args: argparse.Namespace) -> None:
     """Run one command."""
-    if args.command in ("outdated", "run"):
-        study(args.preset)  # an unknown preset is an error even where there are no notebooks
-        names = args.names or [path.stem for path in sources()]
-        for task in [Task(name, args.preset, tuple(args.seeds)) for name in names]:
-            if args.command == "run":
-                run(task)
-            elif not task.is_current():
-                print(task.name)
-        return
-    from paper_lib.results import execution
-
+    words, jobs = args.seeds.replace(",", " ").split(), int(args.jobs or 1)
+    require(all(map(str.isdigit, words)), "SEEDS", args.seeds, 'write numbers, as in SEEDS="0 1 2"')
+    seeds = [int(word) for word in words]
+    if args.command == "begin":
+        begin(args.preset, seeds, args.names, args.stamps, jobs)
+    for name in args.names if args.command == "run" else []:
+        began = time.monotonic()
+        if run(name, args.preset, seeds, args.stamps / name, args.after):
+            left = remaining(args.preset, args.todo.split(), args.stamps, jobs)
+            print(f"{name}: done in {time.monotonic() - began:.0f} s{left}", flush=True)
     if args.command == "smoke":
-        for source in sources():
-            execution.write_smoke(source, args.into)
-    else:
+        write_smoke(Path(args.names[0]))
+    if args.command == "refresh":
         for source in sources():
             if not args.names or source.stem in args.names:
-                execution.refresh(source, BUILD / "refresh")
+                refresh(source)
 
 
 if __name__ == "__main__":
