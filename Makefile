@@ -131,7 +131,7 @@ lint: $(ENV) ## ruff for style and format, import-linter for layers, mypy for ty
 	$(PY) -m mypy
 
 sizes: $(ENV) ## lines, words and bytes of each part
-	@$(PY) scripts/sizes.py
+	@$(PY) -m scripts.sizes
 
 bench: $(ENV) ## time training and averaging against plain PyTorch
 	$(PY) -m benchmarks.bench

@@ -107,22 +107,20 @@ class Ledger:
         )
         _require(all(entry.measured is None for entry in self._entries.values()), late)
         ((kind, bounds),) = criterion.items()
+        stated = None if predicted is None else _values(predicted)
         low, high = _bounds(kind, np.atleast_1d(bounds).astype(float).tolist())
-        self._entries[quantity] = _Entry(claim, quantity, kind, low, high, _values(predicted))
+        self._entries[quantity] = _Entry(claim, quantity, kind, low, high, stated)
 
     def measure(
         self, quantity: str, values: Values, predicted: Values | None = None, reason: str = ""
     ) -> None:
         """Record a value per seed; `predicted` is one, or one per seed; `reason` is a failure's."""
         check_names([quantity], list(self._entries), "quantity")
-        entry, measured, given = self._entries[quantity], _values(values), _values(predicted)
-        _require(
-            entry.measured is None, f"{quantity!r} is measured twice: give all seeds in one call"
-        )
-        if given is not None:
-            _require(
-                entry.predicted is None, f"{quantity!r} already has a prediction: give no other"
-            )
+        entry, measured = self._entries[quantity], _values(values)
+        _require(entry.measured is None, f"{quantity!r} is measured twice: give all seeds at once")
+        if predicted is not None:
+            given = _values(predicted)
+            _require(entry.predicted is None, f"{quantity!r} already has a prediction: give one")
             sizes = f"{given.size} predictions for {measured.size} seeds"
             _require(given.size in (1, measured.size), f"{quantity!r}: {sizes}")
             entry.predicted = given
@@ -236,11 +234,8 @@ def with_spread(mean: float, spread: float) -> str:
     return " ± ".join(f"{value:.{max(decimals, 0)}f}" for value in rounded)
 
 
-def _values(values: Values | None) -> np.ndarray | None:
+def _values(values: Values) -> np.ndarray:
     """One float or several as a float64 array, shape (n,)."""
-    if values is None:
-        return None
     array = np.atleast_1d(np.asarray(values, dtype=np.float64))
-    if array.ndim != 1:
-        raise LedgerError(f"values of shape {array.shape}: give one number per seed")
+    _require(array.ndim == 1, f"values of shape {array.shape}: give one number per seed")
     return array

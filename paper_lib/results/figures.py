@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 from pathlib import Path
+from typing import Any
 
 import matplotlib as mpl
 import numpy as np
@@ -70,7 +71,7 @@ def save(fig: Figure, results: Path | str, name: str, data: pd.DataFrame) -> Non
 
 def _fit_title(fig: Figure) -> None:
     """Make the title smaller where it would run over the edges, as a long label makes it do."""
-    title = fig._suptitle
+    title = getattr(fig, "_suptitle", None)
     if title is not None:
         room = 0.98 * fig.bbox.width / max(1, title.get_window_extent().width)
         title.set_fontsize(title.get_fontsize() * min(1, room))
@@ -82,7 +83,13 @@ def summarize(data: pd.DataFrame, y: str, by: str | list[str]) -> pd.DataFrame:
 
 
 def band(
-    ax: Axes, data: pd.DataFrame, x: str, y: str, hue: str | None = None, log: bool = False, **line
+    ax: Axes,
+    data: pd.DataFrame,
+    x: str,
+    y: str,
+    hue: str | None = None,
+    log: bool = False,
+    **line: Any,
 ) -> pd.DataFrame:
     """Draw the mean of `y` against `x` in a band of one spread, a line per value of `hue`.
 
@@ -108,7 +115,7 @@ def band(
     return summary
 
 
-def predicted(ax: Axes, x: np.ndarray, y: np.ndarray, label: str = "model", **line) -> None:
+def predicted(ax: Axes, x: np.ndarray, y: np.ndarray, label: str = "model", **line: Any) -> None:
     """Draw what the model predicts, y(x), in its own style (dashed black)."""
     ax.plot(x, y, **{**PREDICTION, "label": label, **line})
 
