@@ -1,4 +1,4 @@
-"""`make bench`: what this library costs against what a user would otherwise write, both timed in the same run."""
+"""`make bench`: what this library costs against what a user would otherwise write, in one run."""
 
 from __future__ import annotations
 
@@ -39,17 +39,23 @@ def empty_run_cache() -> Iterator[None]:
         yield
 
 
+def plain_network(config: RunConfig, dataset: Dataset) -> torch.nn.Module:
+    """The network of a run as a plain module, freshly initialized."""
+    shape = (dataset.shape[0], dataset.n_classes)
+    return networks.build(config.model, *shape, config.width, config.norm).to(dataset.device)
+
+
 def plain_loop(config: RunConfig, dataset: Dataset) -> None:
-    """Train as a tutorial would: DataLoader, torch.optim.SGD, one module, default threads, nothing recorded."""
+    """Train as a tutorial would: DataLoader, torch.optim.SGD, default threads, nothing recorded."""
     torch.manual_seed(config.seed)
-    net = networks.build(config.model, dataset.shape[0], dataset.n_classes, config.width, config.norm).to(
-        dataset.device
-    )
-    optimizer = torch.optim.SGD(net.parameters(), config.lr, config.momentum, weight_decay=config.weight_decay)
+    net, decay = plain_network(config, dataset), config.weight_decay
+    optimizer = torch.optim.SGD(net.parameters(), config.lr, config.momentum, weight_decay=decay)
+    bfloat16 = config.precision == "bfloat16"
     x, y = dataset.batch(0, dataset.sizes["train"], 0)
     loader = DataLoader(TensorDataset(x.cpu(), y.cpu()), config.batch_size, shuffle=True)
-    for x, y in itertools.islice(itertools.chain.from_iterable(itertools.repeat(loader)), config.steps):
-        with torch.autocast(dataset.device.type, torch.bfloat16, enabled=config.precision == "bfloat16"):
+    batches = itertools.chain.from_iterable(itertools.repeat(loader))
+    for x, y in itertools.islice(batches, config.steps):
+        with torch.autocast(dataset.device.type, torch.bfloat16, enabled=bfloat16):
             loss = F.cross_entropy(net(x.to(dataset.device)), y.to(dataset.device))
         optimizer.zero_grad()
         loss.backward()
@@ -57,14 +63,16 @@ def plain_loop(config: RunConfig, dataset: Dataset) -> None:
 
 
 def single_runs() -> Iterator[tuple[RunConfig, Dataset]]:
-    """Runs that are timed alone: one on the digits and, on a GPU, one of the preset cifar10 on random images."""
+    """Runs that are timed alone: one on the digits; on a GPU, one as cifar10 on random images."""
     config = study("digits", steps=STEPS, record="").run
     yield config, runs.load_dataset(config)
     device = data.default_device()
     if device.type == "cuda":
-        x, y = torch.randint(256, (50_000, 3, 32, 32), dtype=torch.uint8), torch.randint(10, (50_000,))
+        x = torch.randint(256, (50_000, 3, 32, 32), dtype=torch.uint8)
+        y = torch.randint(10, (50_000,))
         images, labels = {"train": x, "test": x[:100]}, {"train": y, "test": y[:100]}
-        random = dataset_module.TensorDataset("random", images, labels, 10, augment=FlipCrop(4), content="random")
+        options = {"augment": FlipCrop(4), "content": "random"}
+        random = dataset_module.TensorDataset("random", images, labels, 10, **options)
         yield study("cifar10", steps=STEPS, record="").run, random.to(device)
 
 
@@ -72,14 +80,14 @@ def training() -> Iterator[dict]:
     """train_seeds against one plain loop per seed, and the cost of keeping every iterate."""
     config = study("digits", steps=STEPS, record="").run
     dataset, n = runs.load_dataset(config), STEPS * len(SEEDS)
-    plain = sum(seconds(lambda seed=seed: plain_loop(config.replace(seed=seed), dataset)) for seed in SEEDS)
+    plain = seconds(lambda: [plain_loop(config.replace(seed=seed), dataset) for seed in SEEDS])
     with empty_run_cache():
         ours = seconds(lambda: runs.train_seeds(config, SEEDS))
-        yield row(
-            f"train {len(SEEDS)} seeds, {STEPS} steps", n / ours, n / plain, "steps/s", "plain DataLoader + SGD loops"
-        )
+        what = f"train {len(SEEDS)} seeds, {STEPS} steps"
+        yield row(what, n / ours, n / plain, "steps/s", "plain DataLoader + SGD loops")
         recorded = seconds(lambda: runs.train_seeds(config.replace(record=f"0-{STEPS}"), SEEDS))
-    yield row("the same, every iterate recorded", n / recorded, n / ours, "steps/s", "training without recording")
+    what = "the same, every iterate recorded"
+    yield row(what, n / recorded, n / ours, "steps/s", "training without recording")
 
 
 def matrix_rate(device: torch.device, dtype: torch.dtype) -> float:
@@ -98,7 +106,7 @@ def step_flops(config: RunConfig, dataset: Dataset) -> int:
 
 
 def one_run(config: RunConfig, dataset: Dataset) -> Iterator[dict]:
-    """One run alone, in images/s, against its floor (its FLOPs at the measured matrix rate) and a plain loop."""
+    """One run alone, in images/s, against its floor (FLOPs at the matrix rate) and a plain loop."""
     dtype = torch.bfloat16 if config.precision == "bfloat16" else torch.float32
     with threads(config.threads):
         floor = config.batch_size * matrix_rate(dataset.device, dtype) / step_flops(config, dataset)
@@ -112,13 +120,15 @@ def one_run(config: RunConfig, dataset: Dataset) -> Iterator[dict]:
 
 def title(config: RunConfig) -> str:
     """What a row says of a run."""
-    return f"train {config.model}, width {config.width}, batch {config.batch_size}, {config.precision}"
+    c = config
+    return f"train {c.model}, width {c.width}, batch {c.batch_size}, {c.precision}"
 
 
-def naive_losses(config: RunConfig, dataset: Dataset, states: list[dict], x: torch.Tensor, y: torch.Tensor) -> None:
+def naive_losses(
+    net: torch.nn.Module, states: list[dict], x: torch.Tensor, y: torch.Tensor
+) -> None:
     """One load_state_dict per snapshot, one forward pass per batch."""
-    net = networks.build(config.model, dataset.shape[0], dataset.n_classes, config.width, config.norm)
-    net.to(dataset.device).train()
+    net.train()
     with torch.no_grad():
         for state in states:
             net.load_state_dict(state, strict=False)  # flat models drop BatchNorm's batch counters
@@ -132,13 +142,14 @@ def probing(n_snapshots: int = 40, n_batches: int = 32) -> Iterator[dict]:
     dataset = runs.load_dataset(config)
     with empty_run_cache():
         run = runs.obtain(config)
-        net = runs.network(run, dataset)
+        net = run.network()
         x, y = probe.fixed_batches(dataset, n_batches, config.batch_size, 0)
         states = []
         for weights in run.weights:
             net.weights.copy_(torch.from_numpy(np.array(weights)))
             states.append({name: value.clone() for name, value in net.module.state_dict().items()})
-        naive = seconds(lambda: naive_losses(config, dataset, states, x, y))
+        plain = plain_network(config, dataset)
+        naive = seconds(lambda: naive_losses(plain, states, x, y))
         ours = seconds(lambda: probe.losses(net, run.weights, x, y))
     n = n_snapshots * n_batches
     what = f"losses of {n_batches} batches at {n_snapshots} snapshots"
@@ -146,7 +157,7 @@ def probing(n_snapshots: int = 40, n_batches: int = 32) -> Iterator[dict]:
 
 
 def averages(n_snapshots: int = 1000, width: int = 16) -> Iterator[dict]:
-    """averaging.average of a whole window against a copy of it, and against AveragedModel.update_parameters."""
+    """vectors.average of a whole window against a copy of it, and against torch's AveragedModel."""
     net = networks.build("resnet8", 1, 10, width)
     n_weights = sum(p.numel() for p in net.parameters())
     trajectory = np.random.default_rng(0).normal(size=(n_snapshots, n_weights)).astype(np.float32)
@@ -159,27 +170,35 @@ def averages(n_snapshots: int = 1000, width: int = 16) -> Iterator[dict]:
     size = trajectory.nbytes / 1e9
     what = f"EMA of {n_snapshots} snapshots of {n_weights:,} weights"
     yield row(what, size / ours, size / copied, "GB/s", "a copy of the snapshots")
-    yield row(what, n_snapshots / ours, n_snapshots / update, "snapshots/s", "torch.optim.swa_utils.AveragedModel")
+    other = "torch.optim.swa_utils.AveragedModel"
+    yield row(what, n_snapshots / ours, n_snapshots / update, "snapshots/s", other)
 
 
 def row(what: str, ours: float, other: float, unit: str, against: str) -> dict:
     """One line of the table."""
-    return {"what": what, "ours": ours, "other": other, "unit": unit, "against": against, "ratio": ours / other}
+    rates = {"ours": ours, "other": other, "ratio": ours / other}
+    return {"what": what, "unit": unit, "against": against, **rates}
 
 
 def print_rows(rows: Iterable[dict]) -> None:
     """Print the table, each row when it has been measured."""
     line = "{what:<51} {ours:>12} {other:>12} {ratio:>8}  {unit:<11}  {against}"
-    print(line.format(what="", ours="ours", other="other", ratio="ratio", unit="", against="other is"))
+    head = {name: name for name in ("ours", "other", "ratio")}
+    print(line.format(what="", unit="", against="other is", **head))
     for one in rows:
         numbers = {name: f"{one[name]:,.2f}" for name in ("ours", "other", "ratio")}
         print(line.format(**one | numbers), flush=True)
 
 
 def main() -> None:
-    """Run all benchmarks, and print the table and where the steps of single runs spend their time."""
+    """Run all benchmarks; print the table, and where the steps of single runs spend their time."""
     print(f"{os.cpu_count()} cores, torch {torch.__version__}, {data.default_device()}")
     alone = list(single_runs())
-    print_rows(itertools.chain(*itertools.starmap(one_run, alone), training(), probing(), averages()))
+    others = training(), probing(), averages()
+    print_rows(itertools.chain(*itertools.starmap(one_run, alone), *others))
     for config, dataset in alone:
         print(f"\n{title(config)}: {profile_step(config, dataset)}")
+
+
+if __name__ == "__main__":
+    main()

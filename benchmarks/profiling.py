@@ -1,4 +1,4 @@
-"""Where the time of a training step goes, operator by operator: the reason for its distance from the floor."""
+"""Where the time of a training step goes, operator by operator: why it is above the floor."""
 
 from __future__ import annotations
 
@@ -24,9 +24,9 @@ STEPS = 10  # to warm up, to time, and to profile
 class Profile:
     """One training step, averaged over several; times in milliseconds.
 
-    wall: time of a step without the profiler.  busy: of it, time that the GPU works; on a CPU the time of all
-    operators, profiled.  operators: operator, ms (self time: of its kernels on a GPU) and share of `busy`, the most
-    expensive first.  kernels: launched on a GPU, None on a CPU.
+    wall: time of a step without the profiler.  busy: of it, time that the GPU works; on a CPU the
+    time of all operators, profiled.  operators: operator, ms (self time: of its kernels on a GPU)
+    and share of `busy`, the most expensive first.  kernels: launched on a GPU, None on a CPU.
     """
 
     wall: float
@@ -35,11 +35,12 @@ class Profile:
     kernels: float | None
 
     def __str__(self) -> str:
-        gpu = (
-            "" if self.kernels is None else f", {self.kernels:.0f} kernels, which keep the GPU busy {self.busy:.2f} ms"
-        )
+        gpu = ""
+        if self.kernels is not None:
+            gpu = f", {self.kernels:.0f} kernels, which keep the GPU busy {self.busy:.2f} ms"
         formats = {"ms": "{:.3f}".format, "share": "{:.0%}".format}
-        return f"{self.wall:.2f} ms a step{gpu}\n" + self.operators.to_string(index=False, formatters=formats)
+        table = self.operators.to_string(index=False, formatters=formats)
+        return f"{self.wall:.2f} ms a step{gpu}\n{table}"
 
 
 def profile_step(config: RunConfig, dataset: Dataset, top: int = 8) -> Profile:
@@ -57,7 +58,8 @@ def profile_step(config: RunConfig, dataset: Dataset, top: int = 8) -> Profile:
         work = [e for e in events if e.device_type == DeviceType.CUDA]
         kernels = sum(e.count for e in work if not e.key.startswith(("Memcpy", "Memset"))) / STEPS
         # Of the rest, events of the CUDA runtime may be credited with kernels too.
-        times = {e.key: e.self_device_time_total / unit for e in events if e.key.startswith("aten::")}
+        operators = [e for e in events if e.key.startswith("aten::")]
+        times = {e.key: e.self_device_time_total / unit for e in operators}
         busy = sum(e.self_device_time_total for e in work) / unit
     else:
         kernels, times = None, {e.key: e.self_cpu_time_total / unit for e in events}

@@ -53,11 +53,41 @@ def test_a_band_for_a_logarithmic_axis_never_reaches_zero(ax):
     data = pd.DataFrame({"x": [0, 1, 1, 1, 1], "y": [0.0, 1.0, 10.0, 1000.0, 0.0]})
     summary = figures.band(ax, data, "x", "y", log=True)
     (line,) = ax.lines
-    np.testing.assert_allclose(line.get_xydata(), [[1, 10 ** (4 / 3)]])  # what is not positive is left out
+    np.testing.assert_allclose(
+        line.get_xydata(), [[1, 10 ** (4 / 3)]]
+    )  # what is not positive is left out
     factor = np.std(np.log([1, 10, 1000]), ddof=1)
     drawn = ax.collections[0].get_paths()[0].vertices[:, 1]
-    np.testing.assert_allclose([drawn.min(), drawn.max()], 10 ** (4 / 3) * np.exp([-factor, factor]))
+    np.testing.assert_allclose(
+        [drawn.min(), drawn.max()], 10 ** (4 / 3) * np.exp([-factor, factor])
+    )
     assert summary.n.tolist() == [3]
+
+
+def test_equality_has_a_dot_a_row_and_a_line_through_all_of_them(ax, data):
+    table = pd.DataFrame({"a": [1.0, 2.0, 3.0], "b": [1.5, 2.5, 0.5], "kind": list("xyx")})
+    figures.equality(ax, table, "a", "b", hue="kind")
+    assert [len(dots.get_offsets()) for dots in ax.collections] == [2, 1]
+    assert [dots.get_label() for dots in ax.collections] == ["x", "y"]
+    (line,) = ax.lines
+    np.testing.assert_allclose(line.get_xydata(), [[0.5, 0.5], [3, 3]])
+    assert line.get_linestyle() == "--"
+
+
+def test_dots_has_a_dot_a_seed_and_the_mean_of_each_row(ax):
+    table = pd.DataFrame({"y": [1.0, 3.0, 4.0], "name": ["EMA", "EMA", "last"]})
+    figures.dots(ax, table, "y", "name")
+    np.testing.assert_allclose(ax.collections[0].get_offsets(), [[1, 0], [3, 0], [4, 1]])
+    assert [line.get_xdata()[0] for line in ax.lines] == [2, 4]
+    assert [label.get_text() for label in ax.get_yticklabels()] == ["EMA", "last"]
+
+
+@pytest.mark.parametrize(("names", "heights"), [("aabb", {0, 1}), ("abab", {-0.1, 0.1, 0.9, 1.1})])
+def test_dots_of_several_hues_in_one_row_stand_apart(ax, names, heights):
+    table = pd.DataFrame({"y": range(4), "name": list(names), "hue": list("ssrr")})
+    figures.dots(ax, table, "y", "name", hue="hue")
+    drawn = np.concatenate([dots.get_offsets()[:, 1] for dots in ax.collections])
+    assert {round(float(height), 6) for height in drawn} == heights
 
 
 def test_annotate_n(ax):

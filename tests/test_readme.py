@@ -11,7 +11,9 @@ from paper_lib.results import ROOT
 def example(heading: str) -> str:
     """The one fenced block of Python under a heading of README.md."""
     section = re.split(r"^#+ (.+)$", (ROOT / "README.md").read_text(), flags=re.M)
-    blocks = re.findall(r"^```python\n(.*?)^```", section[section.index(heading) + 1], flags=re.M | re.S)
+    blocks = re.findall(
+        r"^```python\n(.*?)^```", section[section.index(heading) + 1], flags=re.M | re.S
+    )
     assert len(blocks) == 1, f"{len(blocks)} Python blocks under {heading!r}"
     return blocks[0]
 
@@ -25,7 +27,11 @@ def run(code, folder):
         "OMP_NUM_THREADS": "1",
     }
     ran = subprocess.run(
-        [sys.executable, "-c", code], cwd=folder, env=os.environ | places, capture_output=True, text=True
+        [sys.executable, "-c", code],
+        cwd=folder,
+        env=os.environ | places,
+        capture_output=True,
+        text=True,
     )
     assert ran.returncode == 0, ran.stderr
     return ran.stdout
@@ -40,7 +46,10 @@ def test_probe_your_own_network_makes_its_figure_in_at_most_15_lines(tmp_path):
 
 
 def test_a_cooldown_from_your_own_checkpoints_beats_the_last_one(tmp_path):
-    printed = run("import torch; torch.manual_seed(0)\n" + example("A cooldown from your own checkpoints"), tmp_path)
+    printed = run(
+        "import torch; torch.manual_seed(0)\n" + example("A cooldown from your own checkpoints"),
+        tmp_path,
+    )
     last, cooled = (float(number) for number in re.findall(r"0\.\d+", printed))
     assert cooled > last
     assert len(list((tmp_path / "checkpoints").iterdir())) == 20

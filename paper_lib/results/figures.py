@@ -115,7 +115,9 @@ def band(
     return summary
 
 
-def predicted(ax: Axes, x: np.ndarray, y: np.ndarray, label: str = "model", **line: Any) -> None:
+def predicted(
+    ax: Axes, x: np.ndarray, y: np.ndarray, label: str | None = "model", **line: Any
+) -> None:
     """Draw what the model predicts, y(x), in its own style (dashed black)."""
     ax.plot(x, y, **{**PREDICTION, "label": label, **line})
 
@@ -124,9 +126,8 @@ def equality(ax: Axes, data: pd.DataFrame, x: str, y: str, hue: str | None = Non
     """Draw `y` against `x`, a dot a row, a colour a value of `hue`, on the line of equality."""
     groups = [(None, data)] if hue is None else data.groupby(hue, sort=False)
     for label, group in groups:
-        ax.scatter(
-            group[x], group[y], s=45, alpha=0.8, edgecolor="white", linewidth=0.5, label=label
-        )
+        style = {"s": 45, "alpha": 0.8, "edgecolor": "white", "linewidth": 0.5}
+        ax.scatter(group[x], group[y], label=label, **style)
     both = data[[x, y]].to_numpy()
     ends = np.array([np.nanmin(both), np.nanmax(both)])
     predicted(ax, ends, ends, label="equality")
