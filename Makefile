@@ -8,7 +8,7 @@ NOTEBOOKS := $(sort $(basename $(notdir $(wildcard notebooks/[0-9][0-9]_*.ipynb)
 RUNS_NOTEBOOKS := $(filter figures $(NOTEBOOKS),$(MAKECMDGOALS))
 
 # Settings reach commands as variables of the environment, never as text of the shell's.
-export CONFIG SEEDS JOBS TODO STAMPS PYTHON
+export CONFIG SEEDS JOBS TODO PYTHON
 quoted = '$(subst ','\'',$1)'
 absolute = $(if $(filter /%,$1),$1,$(CURDIR)/$1)
 

@@ -1,4 +1,4 @@
-"""Print the block of Python under a heading of a README: `readme_example.py README.md HEADING`."""
+"""Print the block of Python under a heading of a page: `readme_example.py PAGE.md HEADING`."""
 
 import re
 import sys

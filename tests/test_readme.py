@@ -1,4 +1,4 @@
-"""The README's example for a reader's own network runs as it is printed."""
+"""The examples for a reader's own network and training loop run as they are printed."""
 
 import os
 import re
@@ -6,16 +6,12 @@ import subprocess
 import sys
 
 from paper_lib.results import ROOT
+from scripts import readme_example
 
 
 def example(heading: str) -> str:
-    """The one fenced block of Python under a heading of README.md."""
-    section = re.split(r"^#+ (.+)$", (ROOT / "README.md").read_text(), flags=re.M)
-    blocks = re.findall(
-        r"^```python\n(.*?)^```", section[section.index(heading) + 1], flags=re.M | re.S
-    )
-    assert len(blocks) == 1, f"{len(blocks)} Python blocks under {heading!r}"
-    return blocks[0]
+    """The one fenced block of Python under a heading of docs/your-own.md."""
+    return readme_example.example((ROOT / "docs" / "your-own.md").read_text(), heading)
 
 
 def run(code, folder):
