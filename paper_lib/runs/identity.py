@@ -142,8 +142,10 @@ def _of_class(cls: type) -> list[Any]:
     if _of_library(cls):
         return [name]
     # Python's own attributes, such as the number of a class's first line, say nothing of what it does.
-    own = {k: v for k, v in vars(cls).items() if inspect.isfunction(v) or not k.startswith("__")}
-    return [cls.__qualname__, _plain(own)]
+    # Sorted, as a class is that was sent to another process.
+    own = sorted(vars(cls).items())
+    kept = {k: v for k, v in own if inspect.isfunction(v) or not k.startswith("__")}
+    return [cls.__qualname__, _plain(kept)]
 
 
 def _of_library(thing: Any) -> bool:

@@ -20,7 +20,7 @@ from paper_lib import data, files
 from paper_lib.config import RunConfig, Study, check_seeds
 from paper_lib.data import Dataset
 from paper_lib.errors import ConfigError, require
-from paper_lib.runs import budget, workers
+from paper_lib.runs import budget, parallel
 from paper_lib.runs.identity import average_vectors, learning_rates, run_key
 from paper_lib.runs.store import Recorder, Run
 from paper_lib.training import distributed, loop
@@ -59,7 +59,6 @@ def train_all(
     Side by side means in worker processes, on every GPU there is; processes that torchrun started
     share each run.
     """
-    own = net is not None or (dataset is not None and not _is_registered(dataset, configs))
 
     def absent(some: Sequence[RunConfig]) -> list[RunConfig]:
         return distributed.share([c for c in some if not run_folder(c, dataset, net).exists()])
@@ -69,19 +68,49 @@ def train_all(
         if not missing:
             continue
         with _progress(missing, net is not None, progress and distributed.first()) as report:
-            if own or len(missing) == 1 or distributed.active():
+            if len(missing) == 1 or distributed.active():
                 for c in missing:
                     obtain(c, dataset, net, report)
             else:
-                for c in missing:
-                    _begin(c, None, None)  # a parent that kept too little: say so here
-                workers.train_parallel([(c, run_folder(c)) for c in missing], report)
+                _train_side_by_side(missing, dataset, net, report)
     found = [_run(c, dataset, net) for c in configs]
     for run in found:
         if distributed.first() and run.diverged:
             at = f"(lr = {run.config.lr}) diverged at step {run.status['diverged_at']}"
             warnings.warn(f"the run {run.folder.name} {at}", stacklevel=2)
     return found
+
+
+def _train_side_by_side(
+    configs: Sequence[RunConfig], dataset: Dataset | None, net: NetFactory | None, report: Report
+) -> None:
+    """Train runs in worker processes, which load a registered dataset and are sent any other."""
+    for c in configs:
+        _begin(c, dataset, net)  # a parent that kept too little: say so here
+    folders = [run_folder(c, dataset, net) for c in configs]
+    own, device = None, "cpu"
+    if dataset is not None and not _is_registered(dataset, configs):
+        own, device = dataset.to("cpu"), dataset.device.type
+    function = functools.partial(_obtain_in_worker, own, device, net)
+    jobs = list(zip(configs, folders, strict=True))
+    parallel.side_by_side(function, jobs, parallel.slots(configs), report)
+
+
+def _obtain_in_worker(
+    dataset: Dataset | None,
+    device: str,
+    net: NetFactory | None,
+    job: tuple[RunConfig, Path],
+    report: Report,
+) -> None:
+    """Train a run whose folder is the one that the caller expects."""
+    config, folder = job
+    dataset = None if dataset is None else dataset.to(device)
+    if run_folder(config, dataset, net) != folder:
+        raise parallel.WorkerError(
+            "the code or data changed since this session began: restart it (or its kernel)"
+        )
+    obtain(config, dataset, net, report)
 
 
 def branch_all(parents: Sequence[Run], configs: Sequence[RunConfig]) -> list[Run]:
