@@ -29,7 +29,8 @@ from paper_lib.training.loop import Report, State
 
 
 def train(study: Study, config: RunConfig, progress: bool = True) -> list[Run]:
-    """The runs of a config for every seed of a study, on the study's own data and network if any."""
+    """The runs of a config for every seed of a study, on the study's own data and network if any.
+    """
     return train_seeds(config, study.seeds, study.dataset, study.net, progress)
 
 
@@ -45,7 +46,9 @@ def train_seeds(
     `dataset` and `net` (a function or class without arguments that makes an nn.Module) bring a
     user's own.
     """
-    return train_all([config.replace(seed=seed) for seed in check_seeds(seeds)], dataset, net, progress)
+    return train_all(
+        [config.replace(seed=seed) for seed in check_seeds(seeds)], dataset, net, progress
+    )
 
 
 def train_all(
@@ -88,12 +91,16 @@ def _train_side_by_side(
     for c in configs:
         _begin(c, dataset, net)  # a parent that kept too little: say so here
     folders = [run_folder(c, dataset, net) for c in configs]
-    own, device = None, "cpu"
-    if dataset is not None and not _is_registered(dataset, configs):
-        own, device = dataset.to("cpu"), dataset.device.type
-    function = functools.partial(_obtain_in_worker, own, device, net)
+    function = functools.partial(_obtain_in_worker, *carried(dataset, configs), net)
     jobs = list(zip(configs, folders, strict=True))
     parallel.side_by_side(function, jobs, parallel.slots(configs), report)
+
+
+def carried(dataset: Dataset | None, configs: Sequence[RunConfig]) -> tuple[Dataset | None, str]:
+    """What a worker is sent of a dataset, None for one that it can load, and the device to use."""
+    if dataset is None or _is_registered(dataset, configs):
+        return None, "cpu"
+    return dataset.to("cpu"), dataset.device.type
 
 
 def _obtain_in_worker(
@@ -193,7 +200,9 @@ def _run(config: RunConfig, dataset: Dataset | None, net: NetFactory | None) -> 
 
 
 def _check_network(dataset: Dataset, net: NetFactory | None) -> None:
-    """ConfigError for a network in place of the function that makes it, or none where one is needed."""
+    """ConfigError for a network in place of the function that makes it, or none where one is
+    needed.
+    """
     if net is None:
         allowed = "the networks of paper_lib take (channels, height, width): give your own as net="
         require(len(dataset.shape) == 3, "shape of an image", dataset.shape, allowed)
