@@ -24,10 +24,10 @@ def train(preset: str, **settings: str) -> None:
     """Train the runs that a preset's notebooks share; torchrun's processes train each together."""
     chosen = study(preset, settings)
     from paper_lib import data, runs
-    from paper_lib.runs import budget, workers
+    from paper_lib.runs import budget, parallel
     from paper_lib.training import distributed
 
-    failures = data.DataError, runs.DivergedError, runs.SnapshotError, workers.WorkerError
+    failures = data.DataError, runs.DivergedError, runs.SnapshotError, parallel.WorkerError
     try:
         with distributed.processes():
             for name, config in budget.shared_runs(chosen).items():

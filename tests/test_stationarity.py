@@ -1,6 +1,7 @@
-"""The test on quadratics: closed forms against simulation, fast paths against step-by-step references."""
+"""The test on quadratics: closed forms against simulation, fast paths against step-by-step
+references.
+"""
 
-import matplotlib.pyplot as plt
 import numpy as np
 import pytest
 from hypothesis import given, settings
@@ -18,7 +19,7 @@ def simulated(memory, steps=4000, seeds=20, **changes):
     return g, stationarity.statistic(g, memory)
 
 
-# --- closed forms ------------------------------------------------------------------------------------------------
+# --- closed forms ---------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("memory", [0.0, 0.5, 0.9])
@@ -30,10 +31,14 @@ def test_opposition_sums_the_cosines_of_gradients_at_all_lags(memory):
 
 @pytest.mark.parametrize("memory", [0.0, 0.8])
 def test_at_the_edge_the_statistic_is_zero_and_without_a_slope_it_is_the_opposition(memory):
-    at_edge, flat = (simulated(memory, slope=s)[1] for s in (stationarity.edge(SPECTRUM, memory), 0.0))
+    at_edge, flat = (
+        simulated(memory, slope=s)[1] for s in (stationarity.edge(SPECTRUM, memory), 0.0)
+    )
     tolerance = 4 * at_edge[:, 50:].mean(1).std() / np.sqrt(20)
     assert at_edge[:, 50:].mean() == pytest.approx(0, abs=tolerance)
-    assert flat[:, 50:].mean() == pytest.approx(-stationarity.opposition(SPECTRUM, memory), abs=tolerance)
+    assert flat[:, 50:].mean() == pytest.approx(
+        -stationarity.opposition(SPECTRUM, memory), abs=tolerance
+    )
 
 
 @pytest.mark.parametrize("memory", [0.0, 0.5, 0.9])
@@ -45,11 +50,14 @@ def test_signal(memory):
 
 def test_a_memory_of_q_raises_the_signal_from_eta_to_its_root():
     eta, many = 0.01, 10_000
-    signals = [stationarity.signal(np.full(many, eta), memory) / np.sqrt(many) for memory in (0.0, 1 - eta, 0.999999)]
+    signals = [
+        stationarity.signal(np.full(many, eta), memory) / np.sqrt(many)
+        for memory in (0.0, 1 - eta, 0.999999)
+    ]
     assert signals == pytest.approx([eta / 2, np.sqrt(eta) / 2, np.sqrt(eta / 2)], rel=0.01)
 
 
-# --- simulation and replay ---------------------------------------------------------------------------------------
+# --- simulation and replay ------------------------------------------------------------------------
 
 
 def test_runs_start_stationary_at_their_distance():
@@ -76,7 +84,9 @@ def test_replay_is_the_test_step_by_step(seed, mean, block, n):
     test = StationarityTest(0.1, block)
     expected = [window for value in values if (window := test.add(value))]
     found = stationarity.replay(values, 0.1, block)
-    assert [(w.end, w.steps, w.stationary) for w in found] == [(w.end, w.steps, w.stationary) for w in expected]
+    assert [(w.end, w.steps, w.stationary) for w in found] == [
+        (w.end, w.steps, w.stationary) for w in expected
+    ]
     assert [w.t for w in found] == pytest.approx([w.t for w in expected])
 
 
@@ -86,61 +96,3 @@ def test_first_stops():
     assert stationarity.sign_test(values, burn_in=2).tolist() == [2, 6]
     falling = np.concatenate([np.ones(16), -1 - 0.01 * np.arange(16)])
     assert stationarity.first_alarm(np.stack([falling, np.ones(32)]), 0.05, 2).tolist() == [32, 32]
-
-
-# --- measurements ------------------------------------------------------------------------------------------------
-
-
-def test_false_alarms_grow_with_alpha_and_every_spectrum_is_there():
-    table = stationarity.measure_false_alarms(0.5, (0.01, 0.3), steps=800, seeds=5, repetitions=1)
-    rates = table.pivot(index="spectrum", columns="alpha", values="rate")
-    assert set(rates.index) == set(stationarity.SPECTRA)
-    assert (rates[0.3] > rates[0.01]).all()
-
-
-def test_spectra_of_one_size_have_draws_of_their_own(monkeypatch):
-    monkeypatch.setattr(stationarity, "SPECTRA", {"some": SPECTRUM, "others": SPECTRUM})
-    table = stationarity.measure_false_alarms(0.5, (0.2,), steps=3200, seeds=10, repetitions=1)
-    some, others = table.rate
-    assert some != others
-    assert some == pytest.approx(others, abs=0.1)
-
-
-def test_a_strict_test_stops_few_descending_runs_and_the_sign_test_does_not_know_alpha():
-    strict, loose = (
-        stationarity.measure_stopped(0.5, alpha, n_windows=5, seeds=10, repetitions=2) for alpha in (1e-4, 0.4)
-    )
-    strict, loose = (table.pivot_table(index="rule", columns="spectrum", values="share") for table in (strict, loose))
-    assert set(loose.columns) == set(stationarity.SPECTRA)
-    assert (strict.loc["sign test"] == loose.loc["sign test"]).all()
-    assert strict.loc["test"].mean() < 0.05 < 0.3 < loose.loc["test"].mean()
-
-
-def test_stopped_runs_are_counted_as_plain_loops_count_them(monkeypatch):
-    monkeypatch.setattr(stationarity, "SPECTRA", {"one": SPECTRUM})
-    table = stationarity.measure_stopped(0.5, 0.4, n_windows=4, seeds=10, repetitions=1).set_index("rule")
-    slope = np.sqrt(2) * stationarity.edge(SPECTRUM, 0.5)
-    n = 4 * 8 * 8
-    g = stationarity.gradients(np.random.default_rng([0, 0]), SPECTRUM, n + 1, 10, slope=slope)
-    stopped = []
-    for run in g:
-        monitor = Monitor(0.5, alpha=0.4)
-        stopped.append(any([monitor.observe(gradient) for gradient in run.T]))
-    assert table.share["test"] == np.mean(stopped)
-
-
-def test_the_signal_is_drawn_for_as_many_directions_as_were_simulated():
-    table = stationarity.measure_signal([0.1, 0.5], [0.0], directions=4, steps=200, seeds=2, repetitions=1)
-    fig, ax = plt.subplots()
-    stationarity.plot_signal(ax, table)
-    drawn = ax.lines[-1].get_ydata()
-    assert [drawn[0], drawn[-1]] == pytest.approx(table.predicted.tolist())
-    plt.close(fig)
-
-
-def test_pflugs_delay_grows_with_the_square_of_the_distance_and_the_tests_does_not():
-    table = stationarity.measure_delays(0.8, 0.05, [10, 20], steps=3000, seeds=5, repetitions=1)
-    test, sign = (table[table.rule == rule] for rule in ("test", "sign test"))
-    assert sign.delay.to_numpy() == pytest.approx(sign.predicted.to_numpy(), rel=0.25)
-    assert sign.delay.iloc[1] > 3 * sign.delay.iloc[0]
-    assert test.delay.iloc[1] < 1.5 * test.delay.iloc[0]

@@ -1,17 +1,20 @@
-"""Watched runs: the same steps as recorded ones, alarms that lower, averages and laws against plain references."""
+"""Watched runs: the same steps as recorded ones, alarms that lower, averages and laws against plain
+references.
+"""
 
 import numpy as np
-import pandas as pd
 import pytest
 import torch
 
 from paper_lib import config, data, presets, runs
 from paper_lib.averaging.monitor import Averages, Monitor, StationarityTest
 from paper_lib.errors import ConfigError
-from paper_lib.experiments import gains, methods, stationarity, watching
+from paper_lib.experiments import stationarity, watching
 from paper_lib.training import loop
 
-SETTINGS = config.RunConfig(data="mine", lr=0.3, batch_size=16, steps=150, record="0-150", weight_decay=0.01)
+SETTINGS = config.RunConfig(
+    data="mine", lr=0.3, batch_size=16, steps=150, record="0-150", weight_decay=0.01
+)
 
 
 def net():
@@ -35,10 +38,12 @@ def recorded(dataset, tmp_path_factory):
 
 def watch(dataset, settings=SETTINGS, monitor=None, factor=1.0, memories=(0.0, 0.9)):
     fresh = loop.initial_model(settings, dataset, net)
-    return methods.watch(settings, dataset, fresh, monitor or Monitor(0.5), factor, Averages(memories))
+    return watching.watch(
+        settings, dataset, fresh, monitor or Monitor(0.5), factor, Averages(memories)
+    )
 
 
-# --- loops -------------------------------------------------------------------------------------------------------
+# --- loops ----------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("momentum", [0.0, 0.9])
@@ -52,13 +57,17 @@ def test_watching_changes_nothing(dataset, momentum, tmp_path, monkeypatch):
     assert np.all(watched.lr == 0.3)
 
 
-@pytest.mark.parametrize("change", [{"schedule": "cosine"}, {"schedule": (1.0,) * 150}, {"perturbation": 0.1}])
+@pytest.mark.parametrize(
+    "change", [{"schedule": "cosine"}, {"schedule": (1.0,) * 150}, {"perturbation": 0.1}]
+)
 def test_only_plain_runs_at_a_constant_learning_rate_are_watched(dataset, change):
     settings = SETTINGS.replace(**change)
     with pytest.raises(ConfigError, match=next(iter(change))):
         watch(dataset, settings)
     with pytest.raises(ConfigError, match=next(iter(change))):
-        methods.schedule_free(settings, dataset, loop.initial_model(settings, dataset, net), 0.5, 0.9)
+        watching.schedule_free(
+            settings, dataset, loop.initial_model(settings, dataset, net), 0.5, 0.9
+        )
 
 
 def test_a_branch_is_not_watched(dataset):
@@ -97,19 +106,21 @@ def test_windows_carry_the_step_at_which_they_ended(dataset):
     watched = watch(dataset, monitor=Monitor(0.0, alpha=0.4))
     steps = np.array(list(watched.windows))
     lengths = np.array([w.steps for w in watched.windows.values()])
-    fresh = np.array([True, *(w.stationary for w in watched.windows.values())][:-1])  # the first gradient is no value
+    fresh = np.array(
+        [True, *(w.stationary for w in watched.windows.values())][:-1]
+    )  # the first gradient is no value
     assert np.array_equal(np.diff([-1, *steps]), lengths + fresh)
     assert watched.alarms == [step for step, w in watched.windows.items() if w.stationary]
-    table = watching.windows_table([watched])
-    assert table.step.tolist() == steps.tolist() and table.stationary.sum() == len(watched.alarms)
 
 
 def test_schedule_free_is_the_package_on_the_networks_own_parameters(dataset):
     import schedulefree
 
     fresh, plain = (loop.initial_model(SETTINGS, dataset, net) for _ in range(2))
-    found = methods.schedule_free(SETTINGS, dataset, fresh, lr=0.5, momentum=0.9)
-    optimizer = schedulefree.SGDScheduleFree(plain.parameters, lr=0.5, momentum=0.9, weight_decay=0.01)
+    found = watching.schedule_free(SETTINGS, dataset, fresh, lr=0.5, momentum=0.9)
+    optimizer = schedulefree.SGDScheduleFree(
+        plain.parameters, lr=0.5, momentum=0.9, weight_decay=0.01
+    )
     optimizer.train()
     for x, y in dataset.stream(0, SETTINGS.steps, SETTINGS.batch_size, SETTINGS.stream):
         plain.backward(loop.batch_loss(plain, x, y, SETTINGS))
@@ -118,15 +129,18 @@ def test_schedule_free_is_the_package_on_the_networks_own_parameters(dataset):
     assert found == pytest.approx(plain.weights.numpy(), abs=1e-5)
 
 
-# --- tables ------------------------------------------------------------------------------------------------------
+# --- tables ---------------------------------------------------------------------------------------
 
 
 def test_fixed_schedules_leave_the_warm_up_late_and_end_with_it(monkeypatch):
-    monkeypatch.setattr(runs, "train_all", lambda configs: configs)
+    monkeypatch.setattr(watching, "train_all", lambda configs, dataset, net: configs)
     study = presets.study("smoke", seeds=(0, 1), steps=10)
     configs = watching.train_fixed(study)
     assert list(configs) == ["constant", "step", "linear", "cosine"]
-    assert all([c.seed for c in each] == [0, 1] and {c.steps for c in each} == {10} for each in configs.values())
+    assert all(
+        [c.seed for c in each] == [0, 1] and {c.steps for c in each} == {10}
+        for each in configs.values()
+    )
     assert [each[0].start for each in configs.values()] == [0, 7, 6, 0]
     assert runs.learning_rates(configs["step"][0]) == pytest.approx([0.1] * 3)
     assert runs.learning_rates(configs["linear"][0]) == pytest.approx([1, 0.75, 0.5, 0.25])
@@ -135,21 +149,19 @@ def test_fixed_schedules_leave_the_warm_up_late_and_end_with_it(monkeypatch):
 def test_fixed_schedules_branch_with_their_momentum(dataset, tmp_path, monkeypatch):
     monkeypatch.setenv("PAPER_RUNS", str(tmp_path))
     train_all = runs.train_all
-    monkeypatch.setattr(runs, "train_all", lambda configs: train_all(configs, dataset, net, progress=False))
-    study = presets.study("smoke", seeds=(0,), steps=10, momentum=0.9, lr=0.05)
+    settings = {"seeds": (0,), "momentum": 0.9, "record": "0-10", "batch_size": 16}
+    study = presets.own(dataset, net, lr=0.05, steps=10, **settings)
     trained = {name: run for name, (run,) in watching.train_fixed(study).items()}
     assert trained["constant"].config.checkpoints == (6, 7)
     for name, at in {"step": 7, "linear": 6}.items():
         first = trained[name].config.parent.replace(steps=at + 1, record="", checkpoints=())
-        (expected,) = train_all([first], dataset, net, progress=False)  # its last step is the branch's first but for lr
-        (branch,) = train_all([trained[name].config.replace(steps=at + 1, schedule=(1.0,))], dataset, net, False)
+        (expected,) = train_all(
+            [first], dataset, net, progress=False
+        )  # its last step is the branch's first but for lr
+        (branch,) = train_all(
+            [trained[name].config.replace(steps=at + 1, schedule=(1.0,))], dataset, net, False
+        )
         assert np.array_equal(branch.state()["weights"], expected.state()["weights"])
-
-
-def test_difference_pairs_the_seeds():
-    rows = [("a", 1, 5.0), ("b", 0, 1.0), ("a", 0, 3.0), ("b", 1, 2.0)]
-    table = pd.DataFrame(rows, columns=["method", "seed", "test_loss"])
-    assert watching.difference(table, "test_loss", "a", "b").tolist() == [2.0, 3.0]
 
 
 def test_loss_at_the_alarm_compares_windows_of_one_length(dataset):
@@ -157,16 +169,16 @@ def test_loss_at_the_alarm_compares_windows_of_one_length(dataset):
     at = watched.alarms[0]
     n = watched.windows[at].steps
     expected = watched.loss[at - n : at].mean() / watched.loss[-n:].mean()
-    assert watching.loss_at_alarm(watched) == pytest.approx(expected)
+    assert watched.loss_at_alarm() == pytest.approx(expected)
     never = watch(dataset, SETTINGS.replace(steps=5, record=""))
-    assert np.isnan(watching.loss_at_alarm(never))
+    assert np.isnan(never.loss_at_alarm())
 
 
-# --- laws --------------------------------------------------------------------------------------------------------
+# --- laws -----------------------------------------------------------------------------------------
 
 
 def test_measured_gains_are_those_of_averages_made_by_hand(dataset, recorded):
-    table = gains.measure_gains(recorded, dataset, 100, [0.9], n_points=1, n_batches=2, model=net)
+    table = watching.measure_gains(recorded, 100, [0.9], n_points=1, n_batches=2)
     assert table.seed.tolist() == [0, 1]
     x = np.array(recorded[0].window(100, 125), np.float64)  # the one point: half of the way
     average = x[:10].mean(0)
@@ -177,13 +189,15 @@ def test_measured_gains_are_those_of_averages_made_by_hand(dataset, recorded):
     for weights in (x[-1], average):
         fresh.weights.copy_(torch.from_numpy(weights))
         batches = dataset.batches(2, 16, 0, "held")
-        loss = np.mean([loop.batch_loss(fresh, *pair, SETTINGS).item() for pair in zip(*batches, strict=True)])
+        loss = np.mean(
+            [loop.batch_loss(fresh, *pair, SETTINGS).item() for pair in zip(*batches, strict=True)]
+        )
         losses.append(loss + 0.005 * weights @ weights)
     assert table.measured[0] == pytest.approx(losses[0] - losses[1], abs=1e-5)
 
 
 def test_velocity_is_the_last_step_and_the_prediction_a_full_gradient(dataset, recorded):
-    table = gains.measure_velocity(recorded[:1], dataset, 50, n_points=3, n_batches=4, model=net)
+    table = watching.measure_velocity(recorded[:1], 50, n_points=3, n_batches=4)
     x = np.array(recorded[0].window(50, 150), np.float64)
     g = (x[:-1] - x[1:]) / 0.3
     assert table.used[0] == pytest.approx(np.mean(np.sum(g[1:] * g[:-1], axis=1)), rel=1e-3)
@@ -205,4 +219,4 @@ def test_t_of_a_run_is_that_of_a_monitor_with_one_window(recorded):
     values = stationarity.statistic(g.T, 0.5)
     test = StationarityTest(block=len(values) // 8)
     (window,) = (window for value in values if (window := test.add(value)))
-    assert gains.t_of_run(run, 100, 0.5, 0.05) == pytest.approx(window.t, rel=1e-3)
+    assert watching.t_of_run(run, 100, 0.5, 0.05) == pytest.approx(window.t, rel=1e-3)

@@ -96,7 +96,8 @@ def _is_text(node: ast.stmt) -> bool:
 
 
 def _syntax(value: Any) -> Any:
-    """A syntax tree as nested lists, without empty fields: which there are depends on the Python."""
+    """A syntax tree as nested lists, without empty fields: which there are depends on the Python.
+    """
     if isinstance(value, ast.AST):
         fields = ast.iter_fields(value)
         kept = [(name, _syntax(field)) for name, field in fields if field not in (None, [])]
@@ -125,7 +126,8 @@ def of_network(net: nn.Module) -> str:
 
 
 def _of_module(module: nn.Module) -> list[Any]:
-    """Sources of its class and hooks, and its own attributes; a module of torch has the latter two."""
+    """Sources of its class and hooks, and its own attributes; a module of torch has the latter two.
+    """
     bookkeeping = vars(nn.Module())  # some of it counts what happened in this process
     own = {k: _plain(v) for k, v in vars(module).items() if k not in bookkeeping}
     hooks = [
@@ -141,9 +143,11 @@ def _of_class(cls: type) -> list[Any]:
     name = f"{cls.__module__}.{cls.__qualname__}"
     if _of_library(cls):
         return [name]
-    # Python's own attributes, such as the number of a class's first line, say nothing of what it does.
-    own = {k: v for k, v in vars(cls).items() if inspect.isfunction(v) or not k.startswith("__")}
-    return [cls.__qualname__, _plain(own)]
+    # Python's own attributes, such as the number of a class's first line, say nothing of what it
+    # does. Sorted, as a class is that was sent to another process.
+    own = sorted(vars(cls).items())
+    kept = {k: v for k, v in own if inspect.isfunction(v) or not k.startswith("__")}
+    return [cls.__qualname__, _plain(kept)]
 
 
 def _of_library(thing: Any) -> bool:

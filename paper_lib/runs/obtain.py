@@ -20,7 +20,7 @@ from paper_lib import data, files
 from paper_lib.config import RunConfig, Study, check_seeds
 from paper_lib.data import Dataset
 from paper_lib.errors import ConfigError, require
-from paper_lib.runs import budget, workers
+from paper_lib.runs import budget, parallel
 from paper_lib.runs.identity import average_vectors, learning_rates, run_key
 from paper_lib.runs.store import Recorder, Run
 from paper_lib.training import distributed, loop
@@ -29,7 +29,8 @@ from paper_lib.training.loop import Report, State
 
 
 def train(study: Study, config: RunConfig, progress: bool = True) -> list[Run]:
-    """The runs of a config for every seed of a study, on the study's own data and network if any."""
+    """The runs of a config for every seed of a study, on the study's own data and network if any.
+    """
     return train_seeds(config, study.seeds, study.dataset, study.net, progress)
 
 
@@ -45,7 +46,9 @@ def train_seeds(
     `dataset` and `net` (a function or class without arguments that makes an nn.Module) bring a
     user's own.
     """
-    return train_all([config.replace(seed=seed) for seed in check_seeds(seeds)], dataset, net, progress)
+    return train_all(
+        [config.replace(seed=seed) for seed in check_seeds(seeds)], dataset, net, progress
+    )
 
 
 def train_all(
@@ -59,7 +62,6 @@ def train_all(
     Side by side means in worker processes, on every GPU there is; processes that torchrun started
     share each run.
     """
-    own = net is not None or (dataset is not None and not _is_registered(dataset, configs))
 
     def absent(some: Sequence[RunConfig]) -> list[RunConfig]:
         return distributed.share([c for c in some if not run_folder(c, dataset, net).exists()])
@@ -69,19 +71,53 @@ def train_all(
         if not missing:
             continue
         with _progress(missing, net is not None, progress and distributed.first()) as report:
-            if own or len(missing) == 1 or distributed.active():
+            if len(missing) == 1 or distributed.active():
                 for c in missing:
                     obtain(c, dataset, net, report)
             else:
-                for c in missing:
-                    _begin(c, None, None)  # a parent that kept too little: say so here
-                workers.train_parallel([(c, run_folder(c)) for c in missing], report)
+                _train_side_by_side(missing, dataset, net, report)
     found = [_run(c, dataset, net) for c in configs]
     for run in found:
         if distributed.first() and run.diverged:
             at = f"(lr = {run.config.lr}) diverged at step {run.status['diverged_at']}"
             warnings.warn(f"the run {run.folder.name} {at}", stacklevel=2)
     return found
+
+
+def _train_side_by_side(
+    configs: Sequence[RunConfig], dataset: Dataset | None, net: NetFactory | None, report: Report
+) -> None:
+    """Train runs in worker processes, which load a registered dataset and are sent any other."""
+    for c in configs:
+        _begin(c, dataset, net)  # a parent that kept too little: say so here
+    folders = [run_folder(c, dataset, net) for c in configs]
+    function = functools.partial(_obtain_in_worker, *carried(dataset, configs), net)
+    jobs = list(zip(configs, folders, strict=True))
+    parallel.side_by_side(function, jobs, parallel.slots(configs), report)
+
+
+def carried(dataset: Dataset | None, configs: Sequence[RunConfig]) -> tuple[Dataset | None, str]:
+    """What a worker is sent of a dataset, None for one that it can load, and the device to use."""
+    if dataset is None or _is_registered(dataset, configs):
+        return None, "cpu"
+    return dataset.to("cpu"), dataset.device.type
+
+
+def _obtain_in_worker(
+    dataset: Dataset | None,
+    device: str,
+    net: NetFactory | None,
+    job: tuple[RunConfig, Path],
+    report: Report,
+) -> None:
+    """Train a run whose folder is the one that the caller expects."""
+    config, folder = job
+    dataset = None if dataset is None else dataset.to(device)
+    if run_folder(config, dataset, net) != folder:
+        raise parallel.WorkerError(
+            "the code or data changed since this session began: restart it (or its kernel)"
+        )
+    obtain(config, dataset, net, report)
 
 
 def branch_all(parents: Sequence[Run], configs: Sequence[RunConfig]) -> list[Run]:
@@ -164,7 +200,9 @@ def _run(config: RunConfig, dataset: Dataset | None, net: NetFactory | None) -> 
 
 
 def _check_network(dataset: Dataset, net: NetFactory | None) -> None:
-    """ConfigError for a network in place of the function that makes it, or none where one is needed."""
+    """ConfigError for a network in place of the function that makes it, or none where one is
+    needed.
+    """
     if net is None:
         allowed = "the networks of paper_lib take (channels, height, width): give your own as net="
         require(len(dataset.shape) == 3, "shape of an image", dataset.shape, allowed)

@@ -163,7 +163,8 @@ class Run:
         return v[before:] - momentum * v[: len(v) - before], v[before:]
 
     def average(self, a: np.ndarray) -> np.ndarray:
-        """The average a @ X over all iterates x_start..x_steps, a (steps - start + 1,), (P,) float32.
+        """The average a @ X over all iterates x_start..x_steps, a (steps - start + 1,), (P,)
+        float32.
 
         As it was accumulated during training where the run's settings name it, else from the
         snapshots. Raises SnapshotError where one that it weighs was not kept, DivergedError for a
