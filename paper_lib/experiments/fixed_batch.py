@@ -1,4 +1,8 @@
-"""Claim C1: the loss of one fixed batch along a trajectory, and the dip that its own step leaves."""
+"""Follow the loss of one fixed batch along a trajectory (claim C1).
+
+`around` and `dip` show the dip that the batch's own step leaves, `history` the whole run, and
+`convexity` tests the inequalities of a convex function between points of a path.
+"""
 
 from __future__ import annotations
 
@@ -7,55 +11,44 @@ from collections.abc import Sequence
 
 import numpy as np
 import pandas as pd
-import seaborn as sns
-from matplotlib.axes import Axes
 from scipy.optimize import nnls
+from torch import Tensor
 from tqdm import tqdm
 
-from paper_lib import runs
-from paper_lib.data import Dataset
 from paper_lib.errors import require
 from paper_lib.probing import derivatives, probe
-from paper_lib.results import figures
 from paper_lib.runs import Run
-from paper_lib.training.flat import NetFactory
+from paper_lib.training.flat import FlatModel
 
-# --- the window around a batch's own step -----------------------------------------------------------------------
+# --- the window around a batch's own step -------------------------------------------------------
 
 
 def around(
-    trajectories: Sequence[Run],
-    dataset: Dataset,
-    at: Sequence[int],
-    before: int,
-    after: int,
-    model: NetFactory | None = None,
-    n_held: int = 4,
+    runs: Sequence[Run], at: Sequence[int], before: int, after: int, n_held: int = 4
 ) -> pd.DataFrame:
     """Follow the batch of each step t in `at` from x_{t - before} to x_{t + after}.
 
-    Returns one row per seed, batch (named by t) and offset s: `own`, the batch's loss at x_{t+s} (its own step leads
-    from offset 0 to 1), and what the model predicts from gradients at x_t alone. If all batches share a Hessian, own
-    and held-out loss differ by a linear function; if the held-out loss is stationary, then on average
-    `predicted` = own(0) + (g_own - g_held) . (x_{t+s} - x_t), with g_held the mean over n_held held-out batches.
-    `bend_own` and `bend_held` are what both losses gain over the own step beyond first order: equal in the model.
-    Raises ValueError for an empty window, SnapshotError where the run did not keep it.
+    Returns one row per seed, batch (named by t) and offset s: `own`, the batch's loss at x_{t+s}
+    (its own step leads from offset 0 to 1), and what the model predicts from gradients at x_t
+    alone. If all batches share a Hessian, own and held-out loss differ by a linear function; if the
+    held-out loss is stationary, then on average `predicted` = own(0) + (g_own - g_held) . (x_{t+s}
+    - x_t), with g_held the mean over n_held held-out batches. `bend_own` and `bend_held` are what
+    both losses gain over the own step beyond first order: equal in the model. All are in nats.
+    Raises ConfigError for an empty window, SnapshotError where the run did not keep it.
     """
-    require(before >= 0 and after >= 1, "window", (-before, after), "it is empty: before >= 0 and after >= 1")
+    allowed = "it is empty: before >= 0 and after >= 1"
+    require(before >= 0 and after >= 1, "window", (-before, after), allowed)
     require(len(at) > 0, "at", list(at), "name at least one step whose batch to follow")
-    tables = []
-    nets = {run: runs.network(run, dataset, model) for run in trajectories}
-    for run, t in tqdm([(run, int(t)) for run in trajectories for t in at], desc="around the own step"):
-        own = dataset.batches([t], run.config.batch_size, run.config.stream)
-        held = run.held(t, n_held)
+
+    def follow(run: Run, net: FlatModel, t: int) -> pd.DataFrame:
+        own, held = run.batches([t]), run.held(t, n_held)
         window, start = run.window(t - before, t + after), np.array(run.at(t))
-        g_own, g_held = (
-            derivatives.gradients(nets[run], start, *own)[0],
-            derivatives.mean_gradient(nets[run], start, *held),
-        )
-        away = [(row - start).astype(np.float64) for row in window]  # its products with a gradient nearly cancel
-        loss = probe.losses(nets[run], window, *own)[:, 0].astype(np.float64)
-        beside = probe.losses(nets[run], window[before : before + 2], *held).mean(1)
+        g_own = derivatives.gradients(net, start, *own)[0]
+        g_held = derivatives.mean_gradient(net, start, *held)
+        # in float64, as their products with a gradient nearly cancel
+        away = [(row - start).astype(np.float64) for row in window]
+        loss = probe.losses(net, window, *own)[:, 0].astype(np.float64)
+        beside = probe.losses(net, window[before : before + 2], *held).mean(1)
         columns = {
             "offset": np.arange(-before, after + 1),
             "own": loss,
@@ -63,37 +56,39 @@ def around(
             "bend_own": loss[before + 1] - loss[before] - np.dot(g_own, away[before + 1]),
             "bend_held": beside[1] - beside[0] - np.dot(g_held, away[before + 1]),
         }
-        tables.append(pd.DataFrame(columns).assign(seed=run.config.seed, batch=t))
-    return pd.concat(tables, ignore_index=True)
+        return pd.DataFrame(columns)
+
+    table = probe.per_run(runs, at, follow, "around the own step")
+    return table.rename(columns={"step": "batch"})
 
 
 def dip(table: pd.DataFrame) -> pd.DataFrame:
-    """How far a batch's loss lies below its level before its own step, one row per seed and offset s >= 1.
+    """How far a batch's loss lies below its level before its own step: a row per seed, offset >= 1.
 
-    Means over batches: `dip` measured and `predicted` (nats), `level` = mean own loss over offsets <= 0, `k` = s - 1.
+    Means over batches: `dip` measured and `predicted` (nats), `level` = mean own loss over offsets
+    <= 0, `k` = offset - 1.
     """
     level = table.query("offset <= 0").groupby("seed").own.mean().rename("level")
-    means = table.query("offset >= 1").groupby(["seed", "offset"])[["own", "predicted"]].mean().reset_index()
-    means = means.join(level, on="seed")
     start = table.query("offset == 0").groupby("seed").own.mean().rename("start")
-    predicted = means.join(start, on="seed").start - means.predicted  # the prediction starts from the loss at x_t
-    return means.assign(dip=means.level - means.own, predicted=predicted, k=means.offset - 1).drop(columns="own")
-
-
-def bend_ratio(table: pd.DataFrame) -> pd.Series:
-    """Curvature over the own step, own batch's relative to held-out batches', one value per seed; 1 in the model."""
-    means = table.query("offset == 0").groupby("seed")[["bend_own", "bend_held"]].mean()
-    return means.bend_own / means.bend_held
+    after = table.query("offset >= 1").groupby(["seed", "offset"])[["own", "predicted"]].mean()
+    means = after.reset_index().join(level, on="seed")
+    # the prediction starts from the loss at x_t
+    predicted = means.join(start, on="seed").start - means.predicted
+    found = means.assign(dip=means.level - means.own, predicted=predicted, k=means.offset - 1)
+    return found.drop(columns="own")
 
 
 def fit_mixture(dips: np.ndarray, n_rates: int) -> tuple[np.ndarray, np.ndarray]:
-    """Least-squares fit of dips[k] = sum_j a_j q_j^k with a_j >= 0: (a, q), each (n_rates,), q descending.
+    """Least-squares fit of dips[k] = sum_j a_j q_j^k, a_j >= 0: (a, q), each (n_rates,), q falling.
 
-    The model's dip (theory: 2 eta s2 q^k in each direction) is such a mixture over curvatures, q = 1 - lr h.
+    The model's dip (theory: 2 eta s2 q^k in each direction) is such a mixture over curvatures,
+    q = 1 - lr h. Raises ConfigError for fewer than 2 n_rates + 1 dips.
     """
-    require(len(dips) > 2 * n_rates, "dips", len(dips), f"{n_rates} rate(s) need more than {2 * n_rates} values")
+    allowed = f"{n_rates} rate(s) need more than {2 * n_rates} values"
+    require(len(dips) > 2 * n_rates, "dips", len(dips), allowed)
     k, best = np.arange(len(dips)), (np.inf,)
-    for taus in itertools.combinations(np.geomspace(3 * len(dips), 0.3, 60), n_rates):  # decay times in steps
+    decay_times = np.geomspace(3 * len(dips), 0.3, 60)  # in steps
+    for taus in itertools.combinations(decay_times, n_rates):
         q = np.exp(-1 / np.array(taus))
         amplitudes, error = nnls(q[None, :] ** k[:, None], dips)
         if error < best[0]:
@@ -101,67 +96,101 @@ def fit_mixture(dips: np.ndarray, n_rates: int) -> tuple[np.ndarray, np.ndarray]
     return best[1], best[2]
 
 
-# --- the whole run ----------------------------------------------------------------------------------------------
+# --- the whole run ------------------------------------------------------------------------------
 
 
 def history(
-    trajectories: Sequence[Run],
-    dataset: Dataset,
-    batches: Sequence[int],
-    steps: Sequence[int] | None = None,
-    split: str = "train",
-    model: NetFactory | None = None,
+    runs: Sequence[Run], batches: Sequence[int], steps: Sequence[int] | None = None
 ) -> pd.DataFrame:
-    """Loss of fixed batches at the snapshots `steps` (default: all): rows (seed, batch, step, loss)."""
+    """Loss of fixed batches at the snapshots `steps` (default: all), in nats.
+
+    Rows (step, batch, loss, seed); batches are named by the steps that use them.
+    Raises SnapshotError for snapshots that were not kept.
+    """
     tables = []
-    for run in trajectories:
-        found = run.steps if steps is None else np.asarray(steps)
-        stacked = dataset.batches(batches, run.config.batch_size, run.config.stream, split)
-        losses = probe.losses(
-            runs.network(run, dataset, model), run.weights[run.rows(found)], *stacked, progress=f"whole run, {split}"
-        )
-        index = pd.MultiIndex.from_product([found, batches], names=["step", "batch"])
-        tables.append(pd.DataFrame({"loss": losses.ravel()}, index=index).reset_index().assign(seed=run.config.seed))
+    for run in runs:
+        kept = run.steps if steps is None else np.asarray(steps)
+        weights = run.weights[run.rows(kept)]
+        losses = probe.losses(run.network(), weights, *run.batches(batches), progress="whole run")
+        index = pd.MultiIndex.from_product([kept, batches], names=["step", "batch"])
+        table = pd.DataFrame({"loss": losses.ravel()}, index=index).reset_index()
+        tables.append(table.assign(seed=run.config.seed))
     return pd.concat(tables, ignore_index=True)
 
 
-# --- figures ----------------------------------------------------------------------------------------------------
+# --- convexity between points of a path ---------------------------------------------------------
+
+NOISE = 1e-5  # nats: float32 losses of order 1 are good to about 1e-6; less is no violation
 
 
-def plot_window(ax: Axes, table: pd.DataFrame) -> None:
-    """Own loss against the offset from the batch's own step: mean and spread over seeds, and the prediction."""
-    means = table.groupby(["seed", "offset"])[["own", "predicted"]].mean().reset_index()
-    figures.band(ax, means, "offset", "own", label="measured", color=sns.color_palette()[1])
-    after = means.query("offset >= 0").groupby("offset").predicted.mean()
-    figures.predicted(ax, after.index, after, label="model, from gradients at 0")
-    ax.axvline(0, color="0.6", linewidth=1.5, linestyle=":")
-    ax.set(xlabel="steps since the batch's own step begins", ylabel="loss of the batch (nats)")
-    ax.legend(loc="lower right", fontsize="small", bbox_to_anchor=(1, 0.06))
+def along(run: Run, first: int, last: int, n: int = 9) -> np.ndarray:
+    """n iterates from x_first to x_last, (n, P), about equally far apart in time.
+
+    Raises ConfigError for an empty window, SnapshotError for iterates that were not kept.
+    """
+    allowed = "it is empty: the last step must come after the first"
+    require(last > first, "window", (first, last), allowed)
+    steps = np.unique(np.linspace(first, last, n).round().astype(int))
+    return np.array(run.weights[run.rows(steps)])
 
 
-def plot_forgetting(ax: Axes, table: pd.DataFrame) -> None:
-    """The dip against steps since the own step on logarithmic axes, with fitted mixtures of one and two rates."""
-    found = dip(table)
-    figures.band(ax, found, "offset", "dip", label="measured", color=sns.color_palette()[1])
-    mean = found.groupby("offset")[["dip", "predicted"]].mean()
-    figures.predicted(ax, mean.index, mean.predicted, label="model, from gradients at 0")
-    for n_rates, color in ((1, "0.6"), (2, sns.color_palette()[2])):
-        amplitudes, q = fit_mixture(mean.dip.to_numpy(), n_rates)
-        curve = (q[None, :] ** np.arange(len(mean))[:, None]) @ amplitudes
-        times = " and ".join(f"{-1 / np.log(rate):.0f}" for rate in q[::-1])
-        ax.plot(mean.index, curve, color=color, label=f"fit: decay time {times} steps")
-    ax.set(xscale="log", xlabel="steps since the batch's own step", ylabel="dip below the earlier level (nats)")
-    ax.legend(loc="upper right", fontsize="small")
+def random_path(points: np.ndarray, seed: int = 0) -> np.ndarray:
+    """A path with the start and the step lengths of `points`, (n, P), but random directions."""
+    shape = len(points) - 1, points.shape[1]
+    steps = np.random.default_rng(seed).standard_normal(shape).astype(np.float32)
+    lengths = np.linalg.norm(np.diff(points, axis=0), axis=1) / np.linalg.norm(steps, axis=1)
+    return np.concatenate([points[:1], points[0] + np.cumsum(lengths[:, None] * steps, axis=0)])
 
 
-def plot_history(ax: Axes, means: pd.DataFrame, examples: pd.DataFrame) -> None:
-    """Losses over the whole run: mean over batches and seeds (`history`), and single batches, own steps marked."""
-    by_seed = means.groupby(["seed", "step"]).loss.mean().reset_index()
-    for (batch, one), color in zip(examples.groupby("batch"), sns.color_palette()[1:], strict=False):
-        one = one.sort_values("step")
-        ax.plot(one.step, one.loss, color=color, linewidth=0.9, label=f"batch of step {batch}")
-        own = one.query("step == @batch + 1")
-        ax.plot(own.step, own.loss, "v", color=color, markersize=8, markeredgecolor="white")
-    figures.band(ax, by_seed, "step", "loss", label="mean over batches", color="black")
-    ax.set(xlabel="step of the run", ylabel="loss of the batch (nats)", ylim=(0, None))
-    ax.legend(loc="upper right", fontsize="small")
+def segment(start: np.ndarray, end: np.ndarray, n: int = 9) -> np.ndarray:
+    """n points on the straight line between two weight vectors, both included, (n, P)."""
+    return start + np.linspace(0, 1, n, dtype=np.float32)[:, None] * (end - start)
+
+
+def convexity(
+    runs: Sequence[Run],
+    paths: Sequence[np.ndarray],
+    batches: Sequence[int],
+    split: str = "train",
+    path: str = "",
+) -> pd.DataFrame:
+    """`excesses` of each run's batches on its own path, with columns seed and path.
+
+    `paths` has one array (n, P) per run; `split` "train" or "held" says whose batches.
+    """
+    tables = []
+    for run, points in zip(tqdm(runs, desc=f"convexity, {path}"), paths, strict=True):
+        c = run.config
+        stacked = run.dataset.batches(batches, c.batch_size, c.stream, split)
+        tables.append(excesses(run.network(), points, *stacked).assign(seed=c.seed, path=path))
+    return pd.concat(tables, ignore_index=True)
+
+
+def excesses(net: FlatModel, points: np.ndarray, x: Tensor, y: Tensor) -> pd.DataFrame:
+    """By how much each pair of points, (n, P), violates convexity of each batch's loss, if above 0.
+
+    Rows (i, j, batch) with `midpoint` = l((x_i + x_j)/2) - (l(x_i) + l(x_j))/2 and `tangent`, the
+    larger of l(x_i) + g(x_i) . (x_j - x_i) - l(x_j) and the same with i and j exchanged, in nats;
+    `distance` = |x_i - x_j|.
+    """
+    n, n_batches = len(points), len(x)
+    i, j = np.triu_indices(n, 1)
+    at = probe.losses(net, points, x, y)
+    slopes = np.empty((n, n, n_batches))  # g_k(x_i) . (x_j - x_i)
+    for a in range(n):
+        away = points - points[a]
+        for k, gradient in enumerate(derivatives.each_gradient(net, points[a], x, y)):
+            slopes[a, :, k] = away @ gradient
+    pairs = zip(i, j, strict=True)
+    middle = np.stack([probe.losses(net, (points[a] + points[b]) / 2, x, y) for a, b in pairs])
+    tangent = np.maximum(at[i] + slopes[i, j] - at[j], at[j] + slopes[j, i] - at[i])
+    return pd.DataFrame(
+        {
+            "i": np.repeat(i, n_batches),
+            "j": np.repeat(j, n_batches),
+            "batch": np.tile(np.arange(n_batches), len(i)),
+            "distance": np.repeat(np.linalg.norm(points[i] - points[j], axis=1), n_batches),
+            "midpoint": (middle - (at[i] + at[j]) / 2).ravel(),
+            "tangent": tangent.ravel(),
+        }
+    )
