@@ -18,10 +18,16 @@ def folder(kind: str) -> Path:
     """Return where `kind` ("data", "results" or "runs") lives.
 
     It is $PAPER_<KIND>, or a folder of that name in the working directory, or at the top of the
-    checkout of this repository that the working directory is in.
+    checkout of this repository that the working directory is in; there, results go to
+    .build/scratch, so that a notebook run by hand never touches those that are committed.
     """
     named = os.environ.get(f"PAPER_{kind.upper()}")
-    return Path(named) if named else (_checkout() or Path.cwd()) / kind
+    if named:
+        return Path(named)
+    checkout = _checkout()
+    if checkout and kind == "results":
+        return checkout / ".build" / "scratch"
+    return (checkout or Path.cwd()) / kind
 
 
 def _checkout() -> Path | None:

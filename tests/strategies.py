@@ -20,6 +20,10 @@ def averages(draw, min_n: int = 2, max_n: int = 60) -> np.ndarray:
     return a / a.sum()
 
 
-def etas(shape: tuple[int, ...], low: float = 0.01, high: float = 1.0) -> st.SearchStrategy[np.ndarray]:
+def etas(
+    shape: tuple[int, ...], low: float = 0.01, high: float = 1.0
+) -> st.SearchStrategy[np.ndarray]:
     """Random eta, uniform in its logarithm."""
-    return seeds.map(lambda s: np.exp(np.random.default_rng(s).uniform(np.log(low), np.log(high), shape)))
+    return seeds.map(
+        lambda s: np.exp(np.random.default_rng(s).uniform(np.log(low), np.log(high), shape))
+    )

@@ -1,4 +1,6 @@
-"""Known faults, as strict expected failures: whoever mends one is told to make its test a plain one."""
+"""Known faults, as strict expected failures: whoever mends one is told to make its test a plain
+one.
+"""
 
 import numpy as np
 import pytest

@@ -1,6 +1,8 @@
-"""What only a GPU can show, and skipped without one: the same bits again, no trace of TF32, company on one device.
+"""What only a GPU can show, and skipped without one: the same bits again, no trace of TF32, company
+on one device.
 
-The network and the images are large enough for cuDNN to use tensor cores, so that TF32 would be seen.
+The network and the images are large enough for cuDNN to use tensor cores, so that TF32 would be
+seen.
 """
 
 import contextlib
@@ -50,12 +52,21 @@ def own_folder(tmp_path, monkeypatch):
 
 @pytest.fixture(scope="module")
 def images():
-    """Three classes of 16 x 16 noise of different brightness, as bytes on the CPU, cropped and flipped."""
+    """Three classes of 16 x 16 noise of different brightness, as bytes on the CPU, cropped and
+    flipped.
+    """
     rng = np.random.default_rng(0)
     y = rng.integers(0, 3, 512)
-    x = torch.from_numpy((rng.integers(0, 128, (512, 3, 16, 16)) + 16 * y[:, None, None, None]).astype(np.uint8))
-    splits = {"train": x, "test": x[:40]}, {"train": torch.from_numpy(y), "test": torch.from_numpy(y[:40])}
-    return TensorDataset("noise", *splits, 3, held_out=32, mean=(0.3,) * 3, std=(0.15,) * 3, augment=FlipCrop(2))
+    x = torch.from_numpy(
+        (rng.integers(0, 128, (512, 3, 16, 16)) + 16 * y[:, None, None, None]).astype(np.uint8)
+    )
+    splits = (
+        {"train": x, "test": x[:40]},
+        {"train": torch.from_numpy(y), "test": torch.from_numpy(y[:40])},
+    )
+    return TensorDataset(
+        "noise", *splits, 3, held_out=32, mean=(0.3,) * 3, std=(0.15,) * 3, augment=FlipCrop(2)
+    )
 
 
 def assert_same_run(one, other):
@@ -67,7 +78,11 @@ def assert_same_run(one, other):
 
 def test_batches_and_initial_weights_are_those_of_the_cpu_bit_for_bit(images):
     there = images.to(DEVICE)
-    pairs = [[d.batch(step, 32, 1, split) for d in (there, images)] for step in (0, 20) for split in ("train", "held")]
+    pairs = [
+        [d.batch(step, 32, 1, split) for d in (there, images)]
+        for step in (0, 20)
+        for split in ("train", "held")
+    ]
     pairs += zip(there.evaluation("test", 16), images.evaluation("test", 16), strict=True)
     for found, expected in pairs:
         assert found[0].device.type == DEVICE.type
@@ -79,14 +94,23 @@ def test_batches_and_initial_weights_are_those_of_the_cpu_bit_for_bit(images):
 @pytest.mark.parametrize("case", ["dropout", "float32", "bfloat16"])
 def test_an_interrupted_run_goes_on_to_the_same_bits(case, images, monkeypatch, tmp_path):
     if case == "dropout":
-        config, dataset, model = SMALL.replace(momentum=0.5), small_data().to(DEVICE), lambda: SmallNet(0.5)
+        config, dataset, model = (
+            SMALL.replace(momentum=0.5),
+            small_data().to(DEVICE),
+            lambda: SmallNet(0.5),
+        )
     else:
         config, dataset, model = CONFIG.replace(precision=case), images.to(DEVICE), None
     whole = runs.obtain(config, dataset, model)
     monkeypatch.setenv("PAPER_RUNS", str(tmp_path / "interrupted"))
-    resumed = interrupted(lambda report: runs.obtain(config, dataset, model, report), monkeypatch, at=20, chunk=5)
+    resumed = interrupted(
+        lambda report: runs.obtain(config, dataset, model, report), monkeypatch, at=20, chunk=5
+    )
     assert_same_run(whole, resumed)
-    assert whole.status["device"] == torch.cuda.get_device_name() and whole.loss[-5:].mean() < whole.loss[0]
+    assert (
+        whole.status["device"] == torch.cuda.get_device_name()
+        and whole.loss[-5:].mean() < whole.loss[0]
+    )
 
 
 def every_probe(net, dataset, weights):
@@ -110,12 +134,18 @@ def test_probes_find_what_they_find_on_the_cpu(images):
     there = images.to(DEVICE)
     net, on_cpu = loop.initial_model(CONFIG, there), loop.initial_model(CONFIG, images)
     weights = on_cpu.weights.numpy().copy()
-    for found, exact in zip(every_probe(net, there, weights), every_probe(on_cpu, images, weights), strict=True):
-        assert np.linalg.norm(found - exact) < 1e-4 * np.linalg.norm(exact)  # TF32 would be off by 1e-3
+    for found, exact in zip(
+        every_probe(net, there, weights), every_probe(on_cpu, images, weights), strict=True
+    ):
+        assert np.linalg.norm(found - exact) < 1e-4 * np.linalg.norm(
+            exact
+        )  # TF32 would be off by 1e-3
 
 
 @pytest.mark.parametrize("users", USERS)
-def test_neither_probing_nor_settings_of_the_user_move_a_run_or_a_probe(users, images, monkeypatch, tmp_path):
+def test_neither_probing_nor_settings_of_the_user_move_a_run_or_a_probe(
+    users, images, monkeypatch, tmp_path
+):
     monkeypatch.setattr(loop, "CHUNK", 10)
     there = images.to(DEVICE)
     net, run = loop.initial_model(CONFIG, there), runs.obtain(CONFIG, there)
@@ -123,12 +153,18 @@ def test_neither_probing_nor_settings_of_the_user_move_a_run_or_a_probe(users, i
     monkeypatch.setenv("PAPER_RUNS", str(tmp_path / "probed"))
     found = []
     with chosen(USERS[users]):
-        probed = runs.obtain(CONFIG, there, report=lambda *_: found.append(every_probe(net, there, run.weights[-1])))
+        probed = runs.obtain(
+            CONFIG, there, report=lambda *_: found.append(every_probe(net, there, run.weights[-1]))
+        )
     assert_same_run(probed, run)
-    assert len(found) == 4 and all(np.array_equal(*pair) for one in found for pair in zip(one, expected, strict=True))
+    assert len(found) == 4 and all(
+        np.array_equal(*pair) for one in found for pair in zip(one, expected, strict=True)
+    )
 
 
-@pytest.mark.skipif(torch.cuda.is_available() and torch.cuda.get_device_capability() < (8, 0), reason="needs TF32")
+@pytest.mark.skipif(
+    torch.cuda.is_available() and torch.cuda.get_device_capability() < (8, 0), reason="needs TF32"
+)
 def test_tf32_would_be_seen(images):
     there = images.to(DEVICE)
     net, (x, _) = loop.initial_model(CONFIG, there), there.batch(0, 32, 0)
@@ -142,7 +178,12 @@ def test_bfloat16_trains_within_the_spread_of_the_seeds(images):
     there, ends = images.to(DEVICE), []
     for precision in ("float32", "bfloat16"):
         config = CONFIG.replace(precision=precision, record="")
-        ends.append([run.loss[-10:].mean() for run in runs.train_seeds(config, (0, 1, 2, 3), there, progress=False)])
+        ends.append(
+            [
+                run.loss[-10:].mean()
+                for run in runs.train_seeds(config, (0, 1, 2, 3), there, progress=False)
+            ]
+        )
     exact, reduced = np.array(ends)
     assert not np.array_equal(exact, reduced)
     assert abs(exact.mean() - reduced.mean()) < exact.std(ddof=1)
@@ -150,7 +191,9 @@ def test_bfloat16_trains_within_the_spread_of_the_seeds(images):
 
 def test_a_compiled_run_has_the_losses_of_an_eager_one():
     there, config = small_data().to(DEVICE), SMALL.replace(steps=20, record="20")
-    eager, compiled = (runs.obtain(config.replace(compile=c), there, SmallNet) for c in (False, True))
+    eager, compiled = (
+        runs.obtain(config.replace(compile=c), there, SmallNet) for c in (False, True)
+    )
     np.testing.assert_allclose(compiled.loss, eager.loss, rtol=1e-3)
 
 
@@ -169,7 +212,9 @@ def test_out_of_memory_names_the_settings_to_lower(images):
     total = torch.cuda.get_device_properties(DEVICE).total_memory
     torch.cuda.set_per_process_memory_fraction((torch.cuda.memory_reserved() + 2**27) / total)
     try:
-        with pytest.raises(MemoryError, match="of width 64 with batches of 448 in float32 .*: lower `batch_size`"):
+        with pytest.raises(
+            MemoryError, match="of width 64 with batches of 448 in float32 .*: lower `batch_size`"
+        ):
             runs.obtain(CONFIG.replace(width=64, batch_size=448), there)
     finally:
         torch.cuda.set_per_process_memory_fraction(1.0)
@@ -177,4 +222,6 @@ def test_out_of_memory_names_the_settings_to_lower(images):
 
 def test_a_profile_counts_the_kernels_of_a_step(images):
     found = profiling.profile_step(CONFIG, images.to(DEVICE), top=1000)
-    assert found.kernels > 50 and 0.5 < found.operators.share.sum() < 1.01  # the rest: kernels that no operator names
+    assert (
+        found.kernels > 50 and 0.5 < found.operators.share.sum() < 1.01
+    )  # the rest: kernels that no operator names

@@ -1,4 +1,5 @@
-"""Several processes under torchrun: the trajectory of one process, also after a worker was killed."""
+"""Several processes under torchrun: the trajectory of one process, also after a worker was killed.
+"""
 
 import textwrap
 
@@ -12,7 +13,9 @@ from paper_lib.__main__ import main
 from paper_lib.runs import Run
 from paper_lib.training import distributed
 
-CONFIG = SMALL.replace(lr=0.05, momentum=0.5, averages=("EMA 0.9", "uniform 10"), steps=30, record="0-30")
+CONFIG = SMALL.replace(
+    lr=0.05, momentum=0.5, averages=("EMA 0.9", "uniform 10"), steps=30, record="0-30"
+)
 
 # A parent, its branch, and one run in which the second process dies at step 15 when it is told to.
 JOB = textwrap.dedent(
@@ -37,12 +40,12 @@ JOB = textwrap.dedent(
         assert distributed.active()
         run = runs.obtain(CONFIG, small_data(), SmallNet, report)
         if sys.argv[1] == "resume":
-            runs.obtain(CONFIG.branch(5, record="35"), small_data(), SmallNet)
-            assert runs.obtain(CONFIG.replace(lr=1e30, weight_decay=0.1), small_data(), SmallNet).diverged
+            runs.obtain(CONFIG.branch(5, record="35"), small_data(), SmallNet) assert
+            runs.obtain(CONFIG.replace(lr=1e30, weight_decay=0.1), small_data(), SmallNet).diverged
         assert run.status["processes"] == 2  # it is there for every process
-    # A thread of gloo that outlives its group can end the process by SIGABRT while Python is finalized.
-    tasks = pathlib.Path("/proc/self/task").glob("*/comm")
-    assert not [name for name in (task.read_text() for task in tasks) if "gloo" in name]
+    # A thread of gloo that outlives its group can end the process by SIGABRT while Python is
+    finalized. tasks = pathlib.Path("/proc/self/task").glob("*/comm") assert not [name for name in
+    (task.read_text() for task in tasks) if "gloo" in name]
     """
 )
 
@@ -60,16 +63,31 @@ def test_two_processes_take_the_path_of_one_and_resume_when_one_is_killed(own_fo
     (own_folder / "job.py").write_text(JOB)
     killed = torchrun(str(own_folder / "job.py"), "die")
     folder = own_folder / "two" / alone.folder.name
-    assert killed.returncode != 0 and not folder.exists() and folder.with_name(folder.name + ".part").exists()
+    assert (
+        killed.returncode != 0
+        and not folder.exists()
+        and folder.with_name(folder.name + ".part").exists()
+    )
     resumed = torchrun(str(own_folder / "job.py"), "resume")
     assert resumed.returncode == 0, resumed.stderr
-    assert resumed.stdout.split()[:2] in (["report", "10"], ["report", "15"])  # it did not start again
+    assert resumed.stdout.split()[:2] in (
+        ["report", "10"],
+        ["report", "15"],
+    )  # it did not start again
     together = Run(folder, small_data(), SmallNet)
     assert together.status["processes"] == 2
-    for name in ("weights", "buffers", "loss"):  # BatchNorm included: its statistics are those of the global batch
-        np.testing.assert_allclose(getattr(together, name), getattr(alone, name), rtol=1e-4, atol=2e-6)
+    for name in (
+        "weights",
+        "buffers",
+        "loss",
+    ):  # BatchNorm included: its statistics are those of the global batch
+        np.testing.assert_allclose(
+            getattr(together, name), getattr(alone, name), rtol=1e-4, atol=2e-6
+        )
     n = CONFIG.steps + 1
-    np.testing.assert_allclose(together.average(np.ones(n) / n), alone.average(np.ones(n) / n), rtol=1e-4, atol=2e-6)
+    np.testing.assert_allclose(
+        together.average(np.ones(n) / n), alone.average(np.ones(n) / n), rtol=1e-4, atol=2e-6
+    )
     np.testing.assert_allclose(together._averages, alone._averages, rtol=1e-4, atol=2e-6)
     other = Run(folder.with_name(branch.folder.name), small_data(), SmallNet)
     np.testing.assert_allclose(other.at(35), branch.at(35), rtol=1e-4, atol=2e-6)
@@ -83,14 +101,35 @@ def test_a_process_that_fails_ends_them_all(own_folder):
 
 
 def test_a_preset_trains_under_torchrun(own_folder, capsys):
-    words = ["--preset", "smoke", "--steps", "6", "--window", "3", "--horizon", "4", "--decay", "3", "--seeds", "0"]
+    words = [
+        "--preset",
+        "smoke",
+        "--steps",
+        "6",
+        "--window",
+        "3",
+        "--horizon",
+        "4",
+        "--decay",
+        "3",
+        "--seeds",
+        "0",
+    ]
     done = torchrun("-m", "paper_lib", "train", *words)
     assert done.returncode == 0, done.stderr
     kinds = [line.split(" seed 0: ")[0].strip() for line in done.stdout.splitlines()]
-    assert kinds == ["warm-up", "window", "averages", "lr / 2", "decay"]  # said once, by the first process
+    assert kinds == [
+        "warm-up",
+        "window",
+        "averages",
+        "lr / 2",
+        "decay",
+    ]  # said once, by the first process
     found = {path.name for path in (own_folder / "one").glob("digits-*")}
     assert main(["train", *words]) == 0  # one process finds what two have trained
-    assert {path.name for path in (own_folder / "one").glob("digits-*")} == found and len(found) == 5
+    assert {path.name for path in (own_folder / "one").glob("digits-*")} == found and len(
+        found
+    ) == 5
 
 
 def test_a_batch_that_cannot_be_shared_is_refused(own_folder, monkeypatch):
@@ -106,8 +145,12 @@ def test_alone_nothing_is_shared():
 
 
 def test_synchronized_statistics_are_torchs_in_one_process(tmp_path):
-    """Forward, backward and running statistics, with and without affine parameters, also in evaluation mode."""
-    torch.distributed.init_process_group("gloo", init_method=f"file://{tmp_path}/rendezvous", rank=0, world_size=1)
+    """Forward, backward and running statistics, with and without affine parameters, also in
+    evaluation mode.
+    """
+    torch.distributed.init_process_group(
+        "gloo", init_method=f"file://{tmp_path}/rendezvous", rank=0, world_size=1
+    )
     try:
         for affine, shape in ((True, (6, 3, 4, 4)), (False, (6, 3))):
             kind = torch.nn.BatchNorm2d if len(shape) == 4 else torch.nn.BatchNorm1d

@@ -1,4 +1,6 @@
-"""What stands for code: the same in every process and Python version, another wherever a number could be another."""
+"""What stands for code: the same in every process and Python version, another wherever a number
+could be another.
+"""
 
 import ast
 import functools
@@ -24,7 +26,13 @@ def of_source(folder, source):
 def test_comments_and_docstrings_change_nothing_but_code_does(tmp_path):
     plain = of_source(tmp_path, "def f(): return 1  # why")
     assert plain == of_source(tmp_path, '"""Doc."""\ndef f():\n    "Doc."\n    return 1')
-    others = ["def f(): return 2", "def f(): return None", "def f(): return", "def g(): return 1", "def f(x): return 1"]
+    others = [
+        "def f(): return 2",
+        "def f(): return None",
+        "def f(): return",
+        "def g(): return 1",
+        "def f(x): return 1",
+    ]
     assert len({plain, *(of_source(tmp_path, other) for other in others)}) == 6
 
 
@@ -88,7 +96,9 @@ SOURCE = textwrap.dedent(
 
 
 def of_network(source):
-    """The hash of a network that was defined as in a notebook's cell: in no file, but Python knows its lines."""
+    """The hash of a network that was defined as in a notebook's cell: in no file, but Python knows
+    its lines.
+    """
     namespace, name = {"__name__": "__main__"}, f"<cell {zlib.crc32(source.encode())}>"
     linecache.cache[name] = (len(source), None, source.splitlines(keepends=True), name)
     exec(compile(source, name, "exec"), namespace)
@@ -123,14 +133,18 @@ def test_whatever_changes_a_network_changes_its_hash(old, new):
 def test_a_network_that_is_defined_again_keeps_its_hash():
     assert of_network(SOURCE) == of_network("\n# a comment\n" + SOURCE)
     hooked = SOURCE.replace("self.part, ", "self.register_forward_hook(print)\n        self.part, ")
-    assert of_network(hooked) == of_network(hooked)  # though torch numbers hooks through the process
+    assert of_network(hooked) == of_network(
+        hooked
+    )  # though torch numbers hooks through the process
 
 
 def test_another_process_finds_the_same_hash():
     code = "import test_identity as t; print(t.of_network(t.SOURCE))"
     environment = {**os.environ, "PYTHONPATH": os.pathsep.join(sys.path), "PYTHONHASHSEED": "1"}
     command = [sys.executable, "-c", code]
-    found = subprocess.run(command, env=environment, capture_output=True, text=True, check=True).stdout
+    found = subprocess.run(
+        command, env=environment, capture_output=True, text=True, check=True
+    ).stdout
     assert found.strip() == of_network(SOURCE)
 
 

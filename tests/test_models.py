@@ -17,16 +17,22 @@ def parameters(module: nn.Module) -> int:
 
 
 @pytest.mark.parametrize("norm", ["batch", "group", "none"])
-@pytest.mark.parametrize(("name", "width"), [("resnet8", 8), ("resnet20", 4), ("resnet18_cifar", 4)])
+@pytest.mark.parametrize(
+    ("name", "width"), [("resnet8", 8), ("resnet20", 4), ("resnet18_cifar", 4)]
+)
 def test_networks_map_images_to_logits(name, width, norm):
     net = networks.build(name, 3, 7, width, norm)
     assert net(torch.randn(2, 3, 16, 16)).shape == (2, 7)
 
 
 def test_sizes_are_the_published_ones():
-    assert parameters(networks.build("resnet20", 3, 10, 16)) == pytest.approx(0.27e6, rel=0.02)  # He et al., table 6
+    assert parameters(networks.build("resnet20", 3, 10, 16)) == pytest.approx(
+        0.27e6, rel=0.02
+    )  # He et al., table 6
     assert parameters(networks.build("resnet56", 3, 10, 16)) == pytest.approx(0.85e6, rel=0.02)
-    assert parameters(networks.build("resnet18_cifar", 3, 10, 64)) == pytest.approx(11.17e6, rel=0.01)
+    assert parameters(networks.build("resnet18_cifar", 3, 10, 64)) == pytest.approx(
+        11.17e6, rel=0.01
+    )
     assert parameters(networks.build("resnet50", 3, 1000)) == pytest.approx(25.6e6, rel=0.01)
 
 
@@ -37,8 +43,12 @@ def test_unknown_networks_are_refused(name):
 
 
 def test_running_statistics_without_a_momentum_are_refused():
-    net = nn.Sequential(nn.Conv2d(1, 2, 3), nn.BatchNorm2d(2, momentum=None))  # would need a count of batches
-    with pytest.raises(ConfigError, match=r"momentum of the layer '1', a BatchNorm2d, = None .* such as torch's"):
+    net = nn.Sequential(
+        nn.Conv2d(1, 2, 3), nn.BatchNorm2d(2, momentum=None)
+    )  # would need a count of batches
+    with pytest.raises(
+        ConfigError, match=r"momentum of the layer '1', a BatchNorm2d, = None .* such as torch's"
+    ):
         FlatModel(net)
 
 
@@ -51,7 +61,9 @@ def test_torchvision_networks_say_what_they_need():
 def test_torchvision_networks_without_normalization_start_with_blocks_that_do_nothing(name, kept):
     net = networks.build(name, 3, 10, norm="none")
     assert not [m for m in net.modules() if isinstance(m, nn.BatchNorm2d | nn.GroupNorm)]
-    blocks = [block for stage in (net.layer1, net.layer2, net.layer3, net.layer4) for block in stage]
+    blocks = [
+        block for stage in (net.layer1, net.layer2, net.layer3, net.layer4) for block in stage
+    ]
     same = [block for block in blocks if block.downsample is None]
     x = torch.rand(1, same[0].conv1.in_channels, 4, 4)
     assert len(blocks) == kept and torch.equal(same[0](x), x)

@@ -1,4 +1,6 @@
-"""Reduced precision belongs to training alone: bfloat16 trains as float32 does, and no probe is moved by it."""
+"""Reduced precision belongs to training alone: bfloat16 trains as float32 does, and no probe is
+moved by it.
+"""
 
 import os
 
@@ -24,7 +26,9 @@ def own_folder(tmp_path, monkeypatch):
 def pair():
     """Runs in float32 and in bfloat16, per seed."""
     return [
-        runs.train_seeds(SMALL.replace(precision=precision, steps=80, record="80"), SEEDS, small_data(), SmallNet)
+        runs.train_seeds(
+            SMALL.replace(precision=precision, steps=80, record="80"), SEEDS, small_data(), SmallNet
+        )
         for precision in ("float32", "bfloat16")
     ]
 
@@ -45,8 +49,13 @@ def test_probes_do_not_know_how_a_run_was_trained(pair):
     net = SmallNet().double()
     copy = flat.FlatModel(SmallNet())
     copy.weights.copy_(torch.from_numpy(np.array(weights)))
-    net.load_state_dict({name: value.double() for name, value in copy.module.state_dict().items()}, strict=False)
-    exact = [torch.nn.functional.cross_entropy(net(xs.double()), ys).item() for xs, ys in zip(x, y, strict=True)]
+    net.load_state_dict(
+        {name: value.double() for name, value in copy.module.state_dict().items()}, strict=False
+    )
+    exact = [
+        torch.nn.functional.cross_entropy(net(xs.double()), ys).item()
+        for xs, ys in zip(x, y, strict=True)
+    ]
     np.testing.assert_allclose(found[0], exact, rtol=1e-5)  # bfloat16 or TF32 would be off by 1e-3
 
 

@@ -23,7 +23,11 @@ class Net(nn.Module):
     def __init__(self, norm: nn.Module | None = None, activation: nn.Module | None = None):
         super().__init__()
         self.body = nn.Sequential(
-            nn.Conv2d(1, 6, 3), norm or nn.BatchNorm2d(6), activation or nn.ReLU(), nn.Flatten(), nn.Dropout(0.5)
+            nn.Conv2d(1, 6, 3),
+            norm or nn.BatchNorm2d(6),
+            activation or nn.ReLU(),
+            nn.Flatten(),
+            nn.Dropout(0.5),
         )
         self.head = nn.Linear(6 * 4, 3)
 
@@ -44,16 +48,24 @@ def batches(k: int = 5, size: int = 8) -> tuple[torch.Tensor, torch.Tensor]:
 
 def points(net: FlatModel, n: int = 3) -> np.ndarray:
     rng = np.random.default_rng(0)
-    return net.weights.numpy() + 0.3 * rng.standard_normal((n, net.weights.numel())).astype(np.float32)
+    return net.weights.numpy() + 0.3 * rng.standard_normal((n, net.weights.numel())).astype(
+        np.float32
+    )
 
 
-def losses_reference(net: FlatModel, weights: np.ndarray, x: torch.Tensor, y: torch.Tensor) -> np.ndarray:
-    """What `probe.losses` computes with batch statistics, one batch and one forward pass at a time: slow and plain."""
+def losses_reference(
+    net: FlatModel, weights: np.ndarray, x: torch.Tensor, y: torch.Tensor
+) -> np.ndarray:
+    """What `probe.losses` computes with batch statistics, one batch and one forward pass at a time:
+    slow and plain.
+    """
     found = np.empty((len(weights), len(x)), np.float32)
     with probe.probing(net, None), torch.no_grad():
         for i, row in enumerate(weights):
             probe.load(net, row, None)
-            found[i] = [F.cross_entropy(net.forward(xs), ys).item() for xs, ys in zip(x, y, strict=True)]
+            found[i] = [
+                F.cross_entropy(net.forward(xs), ys).item() for xs, ys in zip(x, y, strict=True)
+            ]
     return found
 
 
@@ -154,7 +166,9 @@ def test_losses_with_buffers_do_not_depend_on_the_rest_of_the_batch():
     regrouped = probe.losses(net, weights, x.flatten(0, 1)[:, None], y.flatten()[:, None], buffers)
     np.testing.assert_allclose(each, regrouped.reshape(3, 5, 8).mean(2), rtol=2e-5)
     np.testing.assert_allclose(each[2], probe.losses(net, weights[2], x, y, buffers[2]), rtol=1e-6)
-    assert np.abs(each - probe.losses(net, weights, x, y)).max() > 1e-3  # batch statistics are another thing
+    assert (
+        np.abs(each - probe.losses(net, weights, x, y)).max() > 1e-3
+    )  # batch statistics are another thing
 
 
 def all_probes(net: FlatModel) -> None:
@@ -184,7 +198,9 @@ def test_probes_leave_no_trace(train):
     rates = [m.momentum for m in net.module.modules() if isinstance(m, nn.BatchNorm2d)]
     before = [v.clone() for v in (net.weights, net.grad, net.buffers, torch.get_rng_state())]
     all_probes(net)
-    for old, new in zip(before, (net.weights, net.grad, net.buffers, torch.get_rng_state()), strict=True):
+    for old, new in zip(
+        before, (net.weights, net.grad, net.buffers, torch.get_rng_state()), strict=True
+    ):
         assert torch.equal(old, new)
     assert [m.training for m in net.module.modules()] == modes
     assert [m.momentum for m in net.module.modules() if isinstance(m, nn.BatchNorm2d)] == rates
@@ -197,7 +213,9 @@ def test_training_gives_the_same_bits_with_and_without_probes():
         net.module.train()
         x, y = batches(4)
         for xs, ys in zip(x, y, strict=True):
-            net.backward(F.cross_entropy(net.forward(xs), ys))  # dropout draws from the global generator
+            net.backward(
+                F.cross_entropy(net.forward(xs), ys)
+            )  # dropout draws from the global generator
             net.weights.add_(net.grad, alpha=-0.1)
             if probing:
                 all_probes(net)
@@ -208,7 +226,9 @@ def test_training_gives_the_same_bits_with_and_without_probes():
 
 def test_a_recorded_run_has_the_same_bits_with_probes_between_its_batches(tmp_path, monkeypatch):
     dataset = data.from_tensors(
-        *(t.flatten(0, 1) for t in batches(20)), *(t.flatten(0, 1) for t in batches(2)), device="cpu"
+        *(t.flatten(0, 1) for t in batches(20)),
+        *(t.flatten(0, 1) for t in batches(2)),
+        device="cpu",
     )
     config = RunConfig(data="tensors", batch_size=8, lr=0.1, steps=4, record="0-4", held_out=0)
 
@@ -246,10 +266,14 @@ def test_sums_and_inner_products_agree_with_stored_gradients(samples, monkeypatc
     weights = points(net)[0]
     stored = derivatives.gradients(net, weights, x, y)
     monkeypatch.setitem(probe.SAMPLES_AT_ONCE, "cpu", samples)
-    np.testing.assert_allclose(derivatives.mean_gradient(net, weights, x, y), stored.mean(0), atol=1e-6)
+    np.testing.assert_allclose(
+        derivatives.mean_gradient(net, weights, x, y), stored.mean(0), atol=1e-6
+    )
     for kept in (1, 2, 5):  # gradients that the memory holds
         monkeypatch.setattr(derivatives, "GRAM_BYTES", 4 * kept * net.weights.numel())
-        np.testing.assert_allclose(derivatives.gram(net, weights, x, y), stored @ stored.T, rtol=1e-5)
+        np.testing.assert_allclose(
+            derivatives.gram(net, weights, x, y), stored @ stored.T, rtol=1e-5
+        )
 
 
 @pytest.mark.parametrize("frozen", [False, True])
@@ -262,7 +286,9 @@ def test_hessian_products_are_differences_of_gradients(frozen):
     step = np.float32(2e-3)
     ahead = derivatives.gradients(net, weights + step * direction, x, y, buffers)
     behind = derivatives.gradients(net, weights - step * direction, x, y, buffers)
-    np.testing.assert_allclose(exact, (ahead - behind) / (2 * step), atol=0.01 * np.abs(exact).max())
+    np.testing.assert_allclose(
+        exact, (ahead - behind) / (2 * step), atol=0.01 * np.abs(exact).max()
+    )
     along = derivatives.curvature(net, weights, direction, x, y, buffers)
     np.testing.assert_allclose(along, exact @ direction / (direction @ direction), rtol=1e-5)
 
@@ -274,7 +300,9 @@ def test_statistics_are_those_of_update_bn():
     found = probe.statistics(net, weights, x)
     plain = make()
     plain.weights.copy_(torch.from_numpy(weights))
-    plain.module.body[1].num_batches_tracked = torch.tensor(0)  # FlatModel has it removed; update_bn counts with it
+    plain.module.body[1].num_batches_tracked = torch.tensor(
+        0
+    )  # FlatModel has it removed; update_bn counts with it
     torch.optim.swa_utils.update_bn(list(x), plain.module)
     np.testing.assert_allclose(found, plain.buffers.numpy(), rtol=1e-5)
 
@@ -299,7 +327,9 @@ def test_networks_without_buffers_can_be_probed():
     weights = points(net)[0]
     buffers = probe.statistics(net, weights, x)
     assert buffers.shape == (0,)
-    np.testing.assert_array_equal(probe.losses(net, weights, x, y, buffers), probe.losses(net, weights, x, y))
+    np.testing.assert_array_equal(
+        probe.losses(net, weights, x, y, buffers), probe.losses(net, weights, x, y)
+    )
 
 
 def test_fixed_batches_are_not_those_of_a_run():
@@ -311,7 +341,9 @@ def test_fixed_batches_are_not_those_of_a_run():
     assert torch.equal(probing, probe.fixed_batches(dataset, 2, 8, seed=0)[0])
 
 
-@pytest.mark.parametrize("probing", [probe.losses, derivatives.gradients, derivatives.gram, derivatives.mean_gradient])
+@pytest.mark.parametrize(
+    "probing", [probe.losses, derivatives.gradients, derivatives.gram, derivatives.mean_gradient]
+)
 def test_what_does_not_fit_is_refused(probing):
     net = make()
     x, y = batches()

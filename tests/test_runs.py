@@ -1,4 +1,6 @@
-"""The run cache: identity, sharing between processes, and every way in which a run can be left half done."""
+"""The run cache: identity, sharing between processes, and every way in which a run can be left half
+done.
+"""
 
 import dataclasses
 import errno
@@ -28,9 +30,10 @@ def own_folder(tmp_path, monkeypatch):
 
 
 CHANGES = {
-    "data": "other", "held_out": 9, "image_size": 32, "model": "resnet14", "width": 9, "norm": "group", "batch_size": 9,
-    "lr": 0.9, "schedule": "linear", "momentum": 0.5, "weight_decay": 0.1, "steps": 41,
-    "record": "3", "checkpoints": (4,), "averages": ("EMA 0.5",), "seed": 4, "batch_seed": 4, "precision": "bfloat16",
+    "data": "other", "held_out": 9, "image_size": 32, "model": "resnet14", "width": 9,
+    "norm": "group", "batch_size": 9, "lr": 0.9, "schedule": "linear", "momentum": 0.5,
+    "weight_decay": 0.1, "steps": 41, "record": "3", "checkpoints": (4,),
+    "averages": ("EMA 0.5",), "seed": 4, "batch_seed": 4, "precision": "bfloat16",
     "compile": True, "threads": 2, "parent": SMALL, "perturbation": 0.1,
 }  # fmt: skip
 
@@ -38,7 +41,10 @@ CHANGES = {
 def test_every_setting_is_part_of_the_key():
     assert set(CHANGES) | {"start"} == {f.name for f in dataclasses.fields(RunConfig)}
     dataset = small_data()
-    keys = {name: runs.run_key(SMALL.replace(**{name: value}), dataset, None) for name, value in CHANGES.items()}
+    keys = {
+        name: runs.run_key(SMALL.replace(**{name: value}), dataset, None)
+        for name, value in CHANGES.items()
+    }
     keys["start"] = runs.run_key(SMALL.replace(parent=SMALL, start=2, record="40"), dataset, None)
     keys["nothing"] = runs.run_key(SMALL, dataset, None)
     assert len(set(keys.values())) == len(keys)
@@ -122,7 +128,9 @@ COUNTED = textwrap.dedent(
 def test_two_processes_train_a_run_once():
     environment = {**os.environ, "PYTHONPATH": os.pathsep.join(sys.path)}
     both = [
-        subprocess.Popen([sys.executable, "-c", COUNTED], env=environment, stdout=subprocess.PIPE, text=True)
+        subprocess.Popen(
+            [sys.executable, "-c", COUNTED], env=environment, stdout=subprocess.PIPE, text=True
+        )
         for _ in range(2)
     ]
     outputs = [process.communicate()[0].split() for process in both]
@@ -133,7 +141,9 @@ def test_two_processes_train_a_run_once():
 def test_a_disk_without_room_is_said_before_training(monkeypatch):
     usage = files.shutil.disk_usage("/")
     monkeypatch.setattr(files.shutil, "disk_usage", lambda path: usage._replace(free=1000))
-    with pytest.raises(OSError, match=r"recording 41 snapshots of \d+ weights \(4 bytes each\) needs 0.00 GB, but"):
+    with pytest.raises(
+        OSError, match=r"recording 41 snapshots of \d+ weights \(4 bytes each\) needs 0.00 GB, but"
+    ):
         runs.obtain(SMALL, small_data(), SmallNet)
 
 
@@ -150,12 +160,19 @@ def test_a_disk_that_fills_up_leaves_nothing_that_looks_finished(monkeypatch):
     assert runs.obtain(SMALL, small_data(), SmallNet).at(40).size  # with room again, it is trained
 
 
-@pytest.mark.parametrize("name", ["resume.npz", "weights.npy", "buffers.npy", "averages.npy", "log.npy"])
+@pytest.mark.parametrize(
+    "name", ["resume.npz", "weights.npy", "buffers.npy", "averages.npy", "log.npy"]
+)
 @pytest.mark.parametrize("kept", [3, -4])  # bytes: the first three, or all but the last four
 def test_an_interrupted_run_whose_files_are_cut_short_starts_again(monkeypatch, name, kept):
     config, done = SMALL.replace(averages=("EMA 0.5",)), []
     folder = runs.run_folder(config, small_data(), SmallNet)
-    interrupt(lambda report: runs.obtain(config, small_data(), SmallNet, report), monkeypatch, at=20, chunk=5)
+    interrupt(
+        lambda report: runs.obtain(config, small_data(), SmallNet, report),
+        monkeypatch,
+        at=20,
+        chunk=5,
+    )
     damaged = folder.with_name(folder.name + ".part") / name
     damaged.write_bytes(damaged.read_bytes()[:kept])
     runs.obtain(config, small_data(), SmallNet, lambda steps, loss, lr: done.append(steps))
@@ -177,7 +194,9 @@ def test_a_run_killed_while_it_was_being_finished_is_finished(monkeypatch):
 def test_runs_need_no_pickle(own_folder, monkeypatch):
     run = runs.obtain(SMALL.replace(momentum=0.9), small_data(), SmallNet)
     load = np.load
-    monkeypatch.setattr(np, "load", lambda *args, **kwargs: load(*args, **{**kwargs, "allow_pickle": False}))
+    monkeypatch.setattr(
+        np, "load", lambda *args, **kwargs: load(*args, **{**kwargs, "allow_pickle": False})
+    )
     fresh = Run(run.folder, run.dataset)
     assert fresh.state()["momentum"].size == fresh.weights.shape[1] and fresh.buffers.shape[0] == 41
 
@@ -197,14 +216,23 @@ def train_elsewhere():
     workers.train_parallel([job], lambda *message: None)
 
 
-IMAGES, VECTORS = small_data(), data.from_tensors(torch.randn(60, 5), torch.arange(60) % 2, torch.randn(9, 5), [0] * 9)
+IMAGES, VECTORS = (
+    small_data(),
+    data.from_tensors(torch.randn(60, 5), torch.arange(60) % 2, torch.randn(9, 5), [0] * 9),
+)
 
 
 @pytest.mark.parametrize(
     ("call", "message"),
     [
-        (lambda: runs.train_seeds(SMALL, [0], IMAGES, SmallNet()), "net = 'SmallNet' .* the function that makes"),
-        (lambda: runs.train_seeds(SMALL, [0], VECTORS), r"shape of an image = \(5,\) .* your own as net="),
+        (
+            lambda: runs.train_seeds(SMALL, [0], IMAGES, SmallNet()),
+            "net = 'SmallNet' .* the function that makes",
+        ),
+        (
+            lambda: runs.train_seeds(SMALL, [0], VECTORS),
+            r"shape of an image = \(5,\) .* your own as net=",
+        ),
         (lambda: runs.train_seeds(SMALL, None, IMAGES, SmallNet), "seeds = None .* give integers"),
     ],
 )
@@ -235,7 +263,9 @@ def test_gradients_are_read_off_the_iterates(momentum):
     np.testing.assert_allclose(v[1], g[1] + momentum * v[0], atol=1e-5)
 
 
-@pytest.mark.parametrize(("model", "title"), [(SmallNet, "1 run of your network"), (None, "1 run of resnet8")])
+@pytest.mark.parametrize(
+    ("model", "title"), [(SmallNet, "1 run of your network"), (None, "1 run of resnet8")]
+)
 def test_progress_names_the_network_and_no_rate_before_it_is_known(model, title, capsys):
     runs.train_seeds(SMALL.replace(width=1, steps=1, record=""), [0], IMAGES, model)
     printed = capsys.readouterr().err
@@ -249,5 +279,7 @@ def test_a_worker_that_fails_says_why(monkeypatch):
 
 
 def test_a_worker_that_runs_other_code_refuses():
-    with pytest.raises(RuntimeError, match="the code or data changed since this session began: restart it"):
+    with pytest.raises(
+        RuntimeError, match="the code or data changed since this session began: restart it"
+    ):
         train_elsewhere()

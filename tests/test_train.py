@@ -1,4 +1,6 @@
-"""Training: the same steps as torch's SGD, branches, divergence, and the same bits after any interruption."""
+"""Training: the same steps as torch's SGD, branches, divergence, and the same bits after any
+interruption.
+"""
 
 import os
 import subprocess
@@ -31,7 +33,9 @@ def reference(config, model=SmallNet):
     dataset = small_data()
     torch.manual_seed(config.seed)
     net = model()
-    optimizer = torch.optim.SGD(net.parameters(), config.lr, config.momentum, weight_decay=config.weight_decay)
+    optimizer = torch.optim.SGD(
+        net.parameters(), config.lr, config.momentum, weight_decay=config.weight_decay
+    )
     losses = []
     for step, factor in enumerate(schedules.factors(config.schedule, config.steps)):
         optimizer.param_groups[0]["lr"] = config.lr * factor
@@ -80,7 +84,9 @@ def test_the_record_is_what_was_asked_for():
 
 def test_missing_snapshots_say_which_exist_and_how_to_record_them():
     run = obtain(SMALL.replace(record="0-3,10-40/15"))
-    with pytest.raises(SnapshotError, match=r"no snapshot of step 5; it has 0-3,10-40/15. Record it .* '5-5'"):
+    with pytest.raises(
+        SnapshotError, match=r"no snapshot of step 5; it has 0-3,10-40/15. Record it .* '5-5'"
+    ):
         run.rows(5)
     with pytest.raises(SnapshotError, match=r"no snapshot of step 4-9"):
         run.window(3, 10)
@@ -163,7 +169,9 @@ def test_a_killed_run_goes_on_to_the_same_bits(tmp_path, monkeypatch):
     folder = runs.run_folder(config, small_data(), SmallNet)
     assert not folder.exists() and folder.with_name(folder.name + ".part").exists()
     steps_done = []
-    resumed = runs.obtain(config, small_data(), SmallNet, lambda steps, loss, lr: steps_done.append(steps))
+    resumed = runs.obtain(
+        config, small_data(), SmallNet, lambda steps, loss, lr: steps_done.append(steps)
+    )
     assert steps_done[0] == 20 and sum(steps_done) == 40  # it did not start again
     monkeypatch.setenv("PAPER_RUNS", str(tmp_path / "uninterrupted"))
     whole = obtain(config)

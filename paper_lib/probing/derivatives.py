@@ -1,5 +1,4 @@
-"""Gradients and Hessian products of batch losses; batches, weights and `buffers` are as in `probe`.
-"""
+"""Gradients and Hessian products of batch losses; arguments are as in `probe`."""
 
 from __future__ import annotations
 

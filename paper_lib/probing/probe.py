@@ -206,8 +206,7 @@ def per_run(
     measure: Callable[[Run, FlatModel, int], pd.DataFrame | dict],
     progress: str,
 ) -> pd.DataFrame:
-    """measure(run, network, step) for every run and step: its rows, or row, with `seed` and `step`.
-    """
+    """measure(run, network, step) for every run and step: its rows, with `seed` and `step`."""
     tables = []
     with tqdm(total=len(runs) * len(at), desc=progress) as bar:
         for run in runs:

@@ -165,8 +165,8 @@ def _out_of_memory(config: RunConfig, net: FlatModel) -> str:
     vectors = budget.memory_bytes(config, net.weights.numel()) / 1e9
     return (
         f"{net.device} ran out of memory training {config.model} of width {config.width} with "
-        f"batches of {distributed.part_of_batch(config.batch_size)} in {config.precision} (vectors take "
-        f"{vectors:.2f} GB, activations the rest): lower `batch_size` or `width`, use precision = "
+        f"batches of {distributed.part_of_batch(config.batch_size)} in {config.precision} (vectors "
+        f"take {vectors:.2f} GB, activations the rest): lower `batch_size` or `width`, use precision = "
         '"bfloat16", or let torchrun share each batch'
     )
 

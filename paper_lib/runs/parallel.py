@@ -129,8 +129,8 @@ def _carry(function: Callable, path: Path) -> None:
         carried = cloudpickle.dumps(function)
     except Exception as error:
         raise ConfigError(
-            f"the network or dataset cannot be sent to another process ({error}): define it without "
-            "open files, locks and the like, or train one seed at a time"
+            f"the network or dataset cannot be sent to another process ({error}): define it "
+            "without open files, locks and the like, or train one seed at a time"
         ) from error
     with path.open("wb") as file:
         pickle.dump((os.getcwd(), dict(os.environ), sys.path, cells), file)

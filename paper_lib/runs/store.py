@@ -211,14 +211,14 @@ class Run:
         if self.diverged and step >= self.status["diverged_at"]:
             raise DivergedError(
                 f"the run {self.folder.name} diverged at step {self.status['diverged_at']} with "
-                f"lr = {self.config.lr}: lower the learning rate, or use an earlier step than {step}"
+                f"lr = {self.config.lr}: lower the learning rate, or an earlier step than {step}"
             )
 
     def _missing(self, steps: np.ndarray) -> str:
         have = describe(self.steps) if len(self.steps) else "none"
         return (
-            f"the run {self.folder.name} kept no snapshot of step {describe(steps)}; it has {have}. "
-            f"Record it by adding e.g. '{steps[0]}-{steps[-1]}' to the run's `record` (an average "
+            f"the run {self.folder.name} kept no snapshot of step {describe(steps)}; it has {have}"
+            f". Record it by adding e.g. '{steps[0]}-{steps[-1]}' to the run's `record` (an average "
             "over such steps can be named in its `averages` instead)"
         )
 

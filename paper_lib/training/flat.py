@@ -14,13 +14,17 @@ NetFactory = Callable[[], nn.Module]  # a user's function or class that makes a 
 
 
 def forked_rng(device: torch.device) -> contextlib.AbstractContextManager:
-    """Give back the random states of the CPU and of this device afterwards, and touch those of no other GPU."""
+    """Give back the random states of the CPU and of this device afterwards, and touch those of no
+    other GPU.
+    """
     return torch.random.fork_rng([device] if device.type == "cuda" else [])
 
 
 @contextlib.contextmanager
 def exact_float32(device: torch.device) -> Iterator[None]:
-    """On a GPU: products and convolutions in IEEE float32, never TF32, and convolutions by repeatable algorithms."""
+    """On a GPU: products and convolutions in IEEE float32, never TF32, and convolutions by
+    repeatable algorithms.
+    """
     cudnn, blas = torch.backends.cudnn, torch.backends.cuda.matmul
     wanted = [(cudnn.conv, "fp32_precision", "ieee"), (blas, "fp32_precision", "ieee")]
     wanted += [(cudnn, "benchmark", False), (cudnn, "deterministic", True)]
@@ -52,11 +56,13 @@ def threads(n: int) -> Iterator[None]:
 class FlatModel:
     """A module whose parameters, gradients and float buffers are views into three vectors.
 
-    SGD, averaging and interpolation are then single vector operations, and a snapshot is one copy. Convolution
-    weights are stored in channels_last order whatever the device, so that vectors mean the same everywhere.
+    SGD, averaging and interpolation are then single vector operations, and a snapshot is one copy.
+    Convolution weights are stored in channels_last order whatever the device, so that vectors mean
+    the same everywhere.
 
-    weights: (P,) float32.  grad: (P,), filled by `backward`.  buffers: (Q,), e.g. BatchNorm's running statistics.
-    Raises ConfigError for a module without trainable parameters, or a BatchNorm with momentum=None.
+    weights: (P,) float32.  grad: (P,), filled by `backward`.  buffers: (Q,), e.g. BatchNorm's
+    running statistics. Raises ConfigError for a module without trainable parameters, or a BatchNorm
+    with momentum=None.
     """
 
     def __init__(self, module: nn.Module, device: torch.device | str = "cpu"):
@@ -104,7 +110,9 @@ class FlatModel:
 
     @contextlib.contextmanager
     def preserved(self, train: bool) -> Iterator[FlatModel]:
-        """Evaluate in train or eval mode at any weights; weights, gradient, buffers, modes and RNG come back."""
+        """Evaluate in train or eval mode at any weights; weights, gradient, buffers, modes and RNG
+        come back.
+        """
         modes = {sub: sub.training for sub in self.module.modules()}
         saved = [v.clone() for v in (self.weights, self.grad, self.buffers)]
         try:
@@ -119,7 +127,9 @@ class FlatModel:
 
 
 def _flatten(tensors: list[Tensor]) -> Tensor:
-    """Concatenate copies of tensors into one float32 vector, images-like 4-D ones in channels_last order."""
+    """Concatenate copies of tensors into one float32 vector, images-like 4-D ones in channels_last
+    order.
+    """
     if not tensors:
         return torch.zeros(0)
     parts = [

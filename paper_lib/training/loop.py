@@ -1,4 +1,5 @@
-"""The training loop: SGD on a flat weight vector, recorded on the way, resumable to the same bits."""
+"""The training loop: SGD on a flat weight vector, recorded on the way, resumable to the same bits.
+"""
 
 from __future__ import annotations
 
@@ -14,7 +15,6 @@ from torch import Tensor
 
 from paper_lib.config import RunConfig
 from paper_lib.data import Dataset
-from paper_lib.errors import require
 from paper_lib.training import distributed, networks
 from paper_lib.training.flat import FlatModel, NetFactory, exact_float32, forked_rng, threads
 
@@ -122,7 +122,8 @@ def _seed_step(device: torch.device, step: int, config: RunConfig) -> None:
 
 
 def set_state(net: FlatModel, state: State) -> Tensor:
-    """Put weights and buffers into the network; return the momentum, (P,), zero if there is none."""
+    """Put weights and buffers into the network; return the momentum, (P,), zero if there is none.
+    """
     net.weights.copy_(torch.from_numpy(np.array(state["weights"])))
     net.buffers.copy_(torch.from_numpy(np.array(state["buffers"])))
     if state["momentum"].size == 0:
@@ -138,7 +139,8 @@ def get_state(net: FlatModel, momentum: Tensor | None) -> State:
 
 
 def _perturbation(config: RunConfig, weights: Tensor) -> Tensor:
-    """A Gaussian direction of norm config.perturbation * |weights|, (P,), a function of the seed."""
+    """A Gaussian direction of norm config.perturbation * |weights|, (P,), a function of the seed.
+    """
     generator = torch.Generator().manual_seed(config.seed)
     direction = torch.randn(weights.numel(), generator=generator).to(weights.device)
     return direction * (config.perturbation * weights.norm() / direction.norm())
@@ -187,7 +189,8 @@ def train_run(
 
 
 class _Averages:
-    """The run's averages so far: sums of iterates, weighed by each average's vector, on the device."""
+    """The run's averages so far: sums of iterates, weighed by each average's vector, on the device.
+    """
 
     def __init__(self, vectors: np.ndarray, net: FlatModel):
         self.weighed = vectors.any(0)
@@ -201,7 +204,9 @@ class _Averages:
 
 
 class _Chunk:
-    """Losses and snapshots of up to CHUNK steps from `first` on, on the device until written together."""
+    """Losses and snapshots of up to CHUNK steps from `first` on, on the device until written
+    together.
+    """
 
     def __init__(self, first: int) -> None:
         self.first, self.diverged_at = first, None
@@ -209,7 +214,9 @@ class _Chunk:
         self.snapshots: list[tuple[int, Tensor, Tensor]] = []
 
     def write(self, recorder: Recorder, lrs: np.ndarray) -> float:
-        """Write everything; set `diverged_at` to the first step of a non-finite loss. The last loss."""
+        """Write everything; set `diverged_at` to the first step of a non-finite loss. The last
+        loss.
+        """
         losses = distributed.mean(torch.stack(self.losses)).cpu().numpy()
         recorder.write_log(self.first, losses, lrs)
         for step, weights, buffers in self.snapshots:
@@ -220,7 +227,9 @@ class _Chunk:
 
 
 class _Training:
-    """A run in progress: the network, its momentum, its averages so far, and the recorder of it all."""
+    """A run in progress: the network, its momentum, its averages so far, and the recorder of it
+    all.
+    """
 
     def __init__(
         self,
@@ -275,7 +284,9 @@ class _Training:
         return None
 
     def _save(self, step: int, clock: float) -> None:
-        """Save what a killed run goes on from, in the process that writes, where it is time for that."""
+        """Save what a killed run goes on from, in the process that writes, where it is time for
+        that.
+        """
         now = time.monotonic()
         if now < self.next_save or not distributed.first():
             return

@@ -47,8 +47,9 @@ class BasicBlock(nn.Module):
 class ResNet(nn.Module):
     """A residual network with a 3x3 stem for small images; stage i has width * 2**i channels.
 
-    Input (B, in_channels, H, W), output (B, n_classes). Without normalization each block starts as the identity
-    (its second convolution at zero), without which training at useful learning rates diverges.
+    Input (B, in_channels, H, W), output (B, n_classes). Without normalization each block starts as
+    the identity (its second convolution at zero), without which training at useful learning rates
+    diverges.
     """
 
     def __init__(
@@ -96,7 +97,9 @@ class Shift(nn.Module):
 
 
 def _torchvision(name: str, n_classes: int, norm: str) -> nn.Module:
-    """One of torchvision's networks; without normalization each block starts as the identity, as in `ResNet`."""
+    """One of torchvision's networks; without normalization each block starts as the identity, as in
+    `ResNet`.
+    """
     import torchvision  # slow to import, and only these networks need it
 
     layer = {"batch": None, "none": Shift}.get(norm, lambda channels: normalization(norm, channels))
