@@ -1,0 +1,271 @@
+"""Holds averages of a run against trained branches of it: an average's schedule, or a cooldown.
+
+Claim C6 goes from averages to schedules, claim C10 from cooldowns to averages that emulate them.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import pandas as pd
+from tqdm import tqdm
+
+from paper_lib.averaging import schedules, vectors
+from paper_lib.averaging.equivalence import to_average, to_schedule
+from paper_lib.config import RunConfig, describe
+from paper_lib.errors import check_names, require
+from paper_lib.experiments.timescales import Modes, modes
+from paper_lib.probing.evaluation import Evaluator
+from paper_lib.runs import Run, branch_all
+
+EMA_BEGINS = 0.01  # weight of the iterate with which an EMA begins: it needs no longer branch
+RECORDED = 24  # snapshots of a branch, evenly spaced in the logarithm of the steps since it began
+FIELDS = ("family", "setting", "end", "span", "eta", "stride")  # of an emulation, in a table
+POINTS = ("average", "schedule", "last")
+
+
+@dataclass(frozen=True)
+class Emulation:
+    """An average that ends at step `end` of a run, and the schedule that should end where it lies.
+
+    `family` is that of the average, and `setting` the decay of an "EMA", the window of a "uniform"
+    average or the lag of "two points": then the schedule follows from the average. Or it is the
+    name of a cooldown of schedules.COOLDOWNS, and `setting` its length: then the average follows.
+    `eta` is the lr x curvature for which the two are exact; 0 is the limit of slow directions,
+    where the schedule is the average's tail sums. Only every `stride`-th iterate, counted back from
+    `end`, is averaged. ConfigError for another family.
+    """
+
+    family: str
+    setting: float
+    end: int
+    eta: float = 0.0
+    stride: int = 1
+
+    def __post_init__(self) -> None:
+        allowed = [*vectors.FAMILIES, *schedules.COOLDOWNS]
+        check_names([self.family], allowed, "family of averages, or cooldown")
+
+    @property
+    def is_cooldown(self) -> bool:
+        """Whether the schedule is given, and the average follows from it."""
+        return self.family in schedules.COOLDOWNS
+
+    @property
+    def span(self) -> int:
+        """Steps from the first iterate of the average to `end`: what a branch costs."""
+        if self.family == "EMA":
+            return math.ceil(math.log(EMA_BEGINS) / math.log(self.setting))
+        return int(self.setting)
+
+    @property
+    def begin(self) -> int:
+        """The step at which the branch leaves the run."""
+        return self.end - self.span
+
+    @property
+    def schedule(self) -> np.ndarray:
+        """Factors (span,) of the learning rate."""
+        if self.is_cooldown:
+            return schedules.factors(self.family, self.span)
+        return to_schedule(self.weights(), self.eta)
+
+    def weights(self, momentum: float = 0.0) -> np.ndarray:
+        """The average over x_begin..x_end, (span + 1,), of a run with this momentum."""
+        if self.is_cooldown:
+            return to_average(self.schedule, self.eta, momentum)
+        return vectors.FAMILIES[self.family](self.span + 1, self.setting)
+
+    def on_snapshots(self, run: Run) -> np.ndarray:
+        """The average over the run's snapshots, (n_snapshots,).
+
+        SnapshotError unless the run kept step `end`; ConfigError unless it kept one before it.
+        """
+        back = self.end - run.steps
+        kept = run.steps[(back >= 0) & (back <= self.span) & (back % self.stride == 0)]
+        allowed = f"it leaves {len(kept)} snapshots in {self.span} steps"
+        require(len(kept) > 1, "stride", self.stride, allowed)
+        a = np.zeros(len(run.steps))
+        weights = self.weights(run.config.momentum)
+        a[run.rows([*kept[:-1], self.end])] = vectors.on_snapshots(weights, kept - self.begin)
+        return a
+
+    def branch(self, run: RunConfig, **changes: Any) -> RunConfig:
+        """The run that leaves `run` at `begin` and follows the schedule, on the same batches."""
+        schedule = self.family if self.is_cooldown else tuple(self.schedule.tolist())
+        return leave(run, self.begin, self.span, **{"schedule": schedule, **changes})
+
+
+def leave(run: RunConfig, at: int, n_steps: int, **changes: Any) -> RunConfig:
+    """The branch of `run` from step `at` on, with RECORDED snapshots, and settings changed.
+
+    At the first step of `run` it leaves the parent, which has kept its momentum.
+    """
+    steps = at + np.unique(np.geomspace(1, n_steps, RECORDED).round().astype(int))
+    parent = run.parent if at == run.start and run.parent is not None else run
+    settings = {"parent": parent, "record": describe(np.append(at, steps))}
+    return run.branch(n_steps, at=at, **{**settings, **changes})
+
+
+def sweep(family: str, settings: Sequence[float], run: RunConfig) -> list[Emulation]:
+    """Averages of a family that end where `run` does, but those that begin before it does."""
+    every = [Emulation(family, setting, run.steps) for setting in settings]
+    return [e for e in every if e.begin >= run.start]
+
+
+def early_cooldowns(
+    steps: np.ndarray, begin: int, lengths: Sequence[int], least: int = 9
+) -> list[Emulation]:
+    """Linear cooldowns between recorded steps (n,), from the first at or after `begin`.
+
+    They are at least as long as asked for, and span `least` snapshots or more; where the record
+    ends before, all that are left. ConfigError for fewer than 2.
+    """
+    steps = steps[steps >= begin]
+    name = f"number of snapshots from step {begin} on"
+    require(len(steps) > 1, name, len(steps), "a cooldown needs at least two")
+    ends = np.maximum(steps.searchsorted(np.add(steps[0], lengths)), least - 1)
+    ends = steps[np.unique(ends.clip(max=len(steps) - 1))]
+    return [Emulation("linear", int(end - steps[0]), int(end)) for end in ends]
+
+
+def train(emulations: Sequence[Emulation], runs: Sequence[Run], **changes: Any) -> list[list[Run]]:
+    """For every run, the branch of each emulation, with settings changed: what `measure` needs."""
+    configs = [e.branch(run.config, **changes) for run in runs for e in emulations]
+    branches, n = branch_all(runs, configs), len(emulations)
+    return [branches[i : i + n] for i in range(0, len(branches), n)]
+
+
+def measure(
+    emulations: Sequence[Emulation],
+    runs: Sequence[Run],
+    branches: Sequence[Sequence[Run]],
+    evaluate: Mapping[int, Evaluator],
+    points: Sequence[str] = POINTS,
+    directions: int = 0,
+) -> pd.DataFrame:
+    """Compare averages of runs with the ends of their branches (see `train`) and other points.
+
+    `points` are among average, schedule (the branch's end), last and start (the run itself at
+    `end` and at `begin`). Averages are corrected along the steepest `directions`, if any.
+
+    Returns one row per run and emulation: family, setting, end, span, eta, stride, seed; with
+    directions steep and steep_plain, the distance from the branch's end along them, with and
+    without correction; <point>_<quantity> for the quantities of `Evaluator`; noise, the sum of the
+    squared weights: the share of the noise that is left of independent iterates; the columns of
+    `geometry`.
+    """
+    rows = []
+    for i, run in enumerate(tqdm(runs, desc="averages and schedules")):
+        seed, known = run.config.seed, {}
+        a = np.stack([e.on_snapshots(run) for e in emulations])
+        averages = _averages(emulations, a, run)
+        steepest = modes(run, n_directions=directions, n_batches=4) if directions else None
+        for e, weights, average, branch in zip(emulations, a, averages, branches[i], strict=True):
+            end = branch.at(e.end)
+            row = {name: getattr(e, name) for name in FIELDS} | {"seed": seed}
+            if steepest is not None:
+                V, plain = steepest.directions, average
+                average = plain + correction(steepest, e)
+                row["steep"] = np.linalg.norm(V @ (average - end))
+                row["steep_plain"] = np.linalg.norm(V @ (plain - end))
+            at = {
+                "average": (e if directions else weights.tobytes(), average),
+                "schedule": (branch.folder, end),
+                "last": (e.end, run.at(e.end)),
+                "start": (e.begin, run.at(e.begin)),
+            }
+            for point in points:
+                key, where = at[point]
+                if key not in known:  # emulations share end points, and averages where eta differs
+                    known[key] = evaluate[seed](where)
+                row |= {f"{point}_{name}": value for name, value in known[key].items()}
+            row["noise"] = weights @ weights
+            rows.append(row | geometry(run.at(e.begin), average, end))
+    return pd.DataFrame(rows)
+
+
+def _averages(emulations: Sequence[Emulation], a: np.ndarray, run: Run) -> np.ndarray:
+    """Averages (k, P) with weights a (k, n): cooldowns, which share their end, in one pass."""
+    if all(e.is_cooldown for e in emulations):
+        return vectors.average(a, run.weights)
+    return np.stack([vectors.average(weights, run.weights) for weights in a])
+
+
+def geometry(start: np.ndarray, average: np.ndarray, end: np.ndarray) -> dict[str, float]:
+    """How an average and a branch's end lie, seen from where they start, each (P,).
+
+    moved = |average - start|, distance = |end - average|, cosine of the two displacements from
+    `start` (NaN where one did not move).
+    """
+    a, b = (np.asarray(point, np.float64) - start for point in (average, end))
+    moved, length = np.linalg.norm(a), np.linalg.norm(b)
+    cosine = float(a @ b / (moved * length)) if moved * length else math.nan
+    return {"moved": float(moved), "distance": float(np.linalg.norm(b - a)), "cosine": cosine}
+
+
+def correction(m: Modes, e: Emulation) -> np.ndarray:
+    """What moves the average to the one with the right eta along each stable direction, (P,).
+
+    ConfigError for a stride: the weights of every iterate are known, not those of some.
+    """
+    require(e.stride == 1, "stride", e.stride, "only averages of every iterate can be corrected")
+    config = m.run.config
+    eta = config.lr * m.h[m.stable, None]
+    exact = to_average(e.schedule, eta, config.momentum, signed=True)
+    iterates = m.projected[e.begin - m.first : e.end + 1 - m.first, m.stable]
+    shift = ((exact - e.weights(config.momentum)) * iterates.T).sum(1)
+    return shift.astype(np.float32) @ m.directions[m.stable]
+
+
+def follow(runs: Sequence[Run], branches: Sequence[Run]) -> pd.DataFrame:
+    """Where one branch of each run lies, against the average that emulates its schedule so far.
+
+    For a constant schedule that average is the run's own iterate. One row per run and snapshot of
+    its branch: seed, `after` (steps since branching), and the columns of `geometry`.
+    """
+    rows = []
+    for run, branch in zip(runs, branches, strict=True):
+        first, factors = branch.config.start, branch.lr / run.config.lr
+        start = np.array(run.at(first))
+        for step in branch.steps[branch.steps > first]:
+            n = int(step) - first
+            average = vectors.average(to_average(factors[:n]), run.window(first, first + n))
+            row = {"seed": run.config.seed, "after": n}
+            rows.append(row | geometry(start, average, branch.at(int(step))))
+    return pd.DataFrame(rows)
+
+
+def agreement(table: pd.DataFrame, quantity: str = "train_loss") -> pd.DataFrame:
+    """How well the schedules of a sweep follow its averages, per seed, without a free parameter.
+
+    `correlation`; `rms` difference; `spread` = the averages' range; `share` = the sum of
+    |schedule - average| as a share of the sum of |last - average|: 0 for equivalence, 1 if the
+    schedule did nothing.
+    """
+    rows = {}
+    for seed, of_seed in table.groupby("seed"):
+        average, schedule, last = (of_seed[f"{point}_{quantity}"].to_numpy() for point in POINTS)
+        gap = schedule - average
+        rows[seed] = {
+            "correlation": np.corrcoef(average, schedule)[0, 1] if len(gap) > 1 else math.nan,
+            "rms": np.sqrt(np.mean(gap**2)),
+            "spread": np.ptp(average),
+            "share": np.abs(gap).sum() / np.abs(last - average).sum(),
+        }
+    return pd.DataFrame.from_dict(rows, orient="index").rename_axis("seed")
+
+
+def missed(table: pd.DataFrame, quantity: str = "train_loss") -> pd.Series:
+    """Share of trained cooldowns' gain over no cooldown that averages miss or overshoot, per seed.
+
+    Sum of |average - schedule| over that of |last - schedule|: 0 for equivalence, 1 if averaging
+    did nothing.
+    """
+    trained = table[f"schedule_{quantity}"]
+    gap = (table[f"average_{quantity}"] - trained).abs().groupby(table.seed).sum()
+    return gap / (table[f"last_{quantity}"] - trained).abs().groupby(table.seed).sum()

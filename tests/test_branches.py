@@ -1,0 +1,295 @@
+"""Averages against branches: exact on the model where eta is known, in its limit on networks."""
+
+from types import SimpleNamespace
+
+import numpy as np
+import pandas as pd
+import pytest
+from helpers import SMALL, SmallNet, small_data
+from hypothesis import given
+from hypothesis import strategies as st
+from strategies import seeds
+
+from paper_lib import runs
+from paper_lib.config import Study
+from paper_lib.errors import ConfigError
+from paper_lib.experiments import branches
+from paper_lib.experiments.branches import Emulation
+from paper_lib.probing import evaluation
+from paper_lib.theory import simulate
+
+
+class ModelRun:
+    """SGD on the quadratic model, with the parts of a Run that comparisons read."""
+
+    def __init__(self, minima, factors=1.0, h=1.0, start=0.0, first=0, momentum=0.0, kept=None):
+        factors = np.broadcast_to(factors, minima.shape[-1])
+        x = simulate.sgd(minima, factors, h, start, momentum).T
+        kept = np.arange(len(x)) if kept is None else np.asarray(kept)
+        self.steps, self.weights, self.lr = first + kept, x[kept], factors
+        settings = {"seed": 0, "lr": 1.0, "momentum": momentum}
+        self.config = SimpleNamespace(start=first, steps=first + len(x) - 1, **settings)
+
+    def rows(self, wanted):
+        return np.searchsorted(self.steps, wanted)
+
+    def at(self, step):
+        return self.weights[self.rows(step)]
+
+    def window(self, first, last):
+        return self.weights[self.rows(first) : self.rows(last) + 1]
+
+
+def average(e, run):
+    return e.on_snapshots(run) @ run.weights
+
+
+def run_and_branch(seed, e, h, steps=80):
+    """A constant run of two directions and its branch."""
+    minima = np.random.default_rng(seed).normal(size=(2, steps))
+    run = ModelRun(minima, h=h)
+    own = minima[:, e.begin : e.end]
+    return run, ModelRun(own, e.schedule, h, run.at(e.begin), e.begin)
+
+
+AVERAGES = [("EMA", 0.9), ("EMA", 0.5), ("uniform", 25), ("two points", 1), ("two points", 30)]
+COOLDOWNS = ["linear", "cosine", "1-sqrt", "step", "polynomial"]
+
+
+@pytest.mark.parametrize(("family", "setting"), AVERAGES)
+@pytest.mark.parametrize("h", [0.02, 0.3, 1.0])
+def test_the_branch_ends_at_the_average_where_eta_is_known(family, setting, h):
+    e = Emulation(family, setting, end=70, eta=h)
+    run, branch = run_and_branch(1, e, h)
+    np.testing.assert_allclose(branch.at(70), average(e, run), atol=1e-12)
+
+
+@given(seeds, st.sampled_from(COOLDOWNS), st.floats(0.005, 0.9))
+def test_a_trained_cooldown_ends_at_its_average_where_eta_is_known(seed, name, eta):
+    e = Emulation(name, 40, 55, eta)
+    run, branch = run_and_branch(seed, e, eta, steps=60)
+    np.testing.assert_allclose(average(e, run), branch.at(55), atol=1e-10)
+
+
+def test_tail_sums_are_right_in_slow_directions_only():
+    e = Emulation("uniform", 40, end=70)
+    run, branch = run_and_branch(2, e, np.array([[1e-5], [0.5]]))
+    gap = np.abs(branch.at(70) - average(e, run)) / np.abs(average(e, run) - run.at(30))
+    assert gap[0] < 1e-3 < 1e-2 < gap[1]
+
+
+@pytest.mark.parametrize(("momentum", "eta"), [(0.0, 0.0), (0.0, 0.2), (0.9, 0.0), (0.9, 0.002)])
+@pytest.mark.parametrize("name", COOLDOWNS)
+def test_a_correction_along_known_directions_makes_averages_exact(name, momentum, eta):
+    rng = np.random.default_rng(1)
+    h, V = np.array([0.05, 0.9, 1.4]), np.linalg.qr(rng.normal(size=(5, 3)))[0].T
+    minima, e = rng.normal(size=(3, 90)), Emulation(name, 60, 90, eta)
+    run = ModelRun(minima, h=h[:, None], momentum=momentum)
+    projected = run.weights - run.weights.mean(0)
+    m = SimpleNamespace(run=run, first=0, h=h, stable=h < 2, directions=V, projected=projected)
+    lrs = np.concatenate([np.ones(30), e.schedule])  # the cooldown takes over the momentum
+    exact = simulate.sgd(minima, lrs, h[:, None], 0.0, momentum).T[-1]
+    plain = average(e, run)
+    assert np.abs(plain - exact).max() > 0.05
+    np.testing.assert_allclose(plain + V @ branches.correction(m, e), exact, atol=1e-5)
+
+
+def test_spans_and_schedules():
+    ema = Emulation("EMA", 0.9, 100)
+    assert (ema.span, ema.begin) == (44, 56)  # 0.9^44 = 0.0097
+    assert ema.weights()[0] == pytest.approx(0.9**44)
+    np.testing.assert_allclose(Emulation("uniform", 4, 100).schedule, [1, 0.75, 0.5, 0.25])
+    np.testing.assert_allclose(Emulation("two points", 3, 100).schedule, [0.5, 0.5, 0.5])
+    np.testing.assert_allclose(Emulation("linear", 4, 100).weights(), [0, *[0.25] * 4])
+
+
+def test_a_stride_counts_back_from_the_end():
+    run = ModelRun(np.zeros((1, 20)))
+    a = Emulation("linear", 10, 19, stride=4).on_snapshots(run)
+    assert np.flatnonzero(a).tolist() == [11, 15, 19] and a.sum() == pytest.approx(1)
+    thinned = ModelRun(np.zeros((1, 20)), kept=[0, 4, 11, 15, 19])
+    on_fewer = Emulation("linear", 10, 19).on_snapshots(thinned)
+    np.testing.assert_array_equal(on_fewer, [0, 0, *a[[11, 15, 19]]])
+
+
+def test_what_cannot_be_emulated_is_refused():
+    with pytest.raises(ConfigError, match="uniform"):
+        Emulation("unifrom", 4, 100)
+    with pytest.raises(ConfigError, match="it leaves 1 snapshots in 10 steps"):
+        Emulation("linear", 10, 19, stride=11).on_snapshots(ModelRun(np.zeros((1, 20))))
+    with pytest.raises(ConfigError, match="stride = 4 is not allowed: only averages of every iter"):
+        branches.correction(None, Emulation("linear", 60, 90, stride=4))
+
+
+def test_averages_that_do_not_fit_are_left_out():
+    config = SMALL.branch(30, record="40-70")
+    assert [e.setting for e in branches.sweep("uniform", [10, 30, 31], config)] == [10, 30]
+    assert all(e.end == 70 for e in branches.sweep("EMA", [0.5, 0.8], config))
+
+
+def test_a_branch_keeps_the_runs_settings_and_counts_on():
+    config = SMALL.branch(30, record="40-70", lr=0.05, batch_seed=3)
+    branch = Emulation("uniform", 10, 70).branch(config, batch_seed=4)
+    settings = (branch.start, branch.steps, branch.lr, branch.stream, branch.parent)
+    assert settings == (60, 70, 0.05, 4, config)
+    assert branch.snapshot_steps[[0, -1]].tolist() == [60, 70]
+    whole = Emulation("uniform", 30, 70).branch(config)
+    assert whole.parent == SMALL, "the parent kept its momentum, the run did not"
+
+
+def test_the_cooldown_over_a_whole_window_is_the_studys_decayed_run():
+    study = Study(preset="mine", run=SMALL, window=30, decay=30)
+    whole = Emulation("cosine", 30, 70).branch(study.stationary(), record="")
+    assert whole == study.decayed(schedule="cosine")
+    later = Emulation("cosine", 20, 70).branch(study.stationary(), record="", batch_seed=3)
+    assert (later.start, later.steps, later.stream, later.parent) == (50, 70, 3, study.stationary())
+
+
+@pytest.mark.parametrize(
+    ("steps", "expected"),
+    [
+        (range(0, 900), [(50, 100), (200, 100)]),
+        (range(0, 4001, 25), [(200, 100)]),
+        (range(0, 4001, 250), [(2000, 250)]),
+        (range(0, 1001, 250), [(750, 250)]),
+    ],
+)
+def test_early_cooldowns_span_enough_snapshots_or_all_there_are(steps, expected):
+    plan = branches.early_cooldowns(np.array(steps), 100, [50, 200], least=9)
+    assert [(e.span, e.begin, e.family, e.stride) for e in plan] == [
+        (*each, "linear", 1) for each in expected
+    ]
+
+
+def test_early_cooldowns_without_snapshots_are_refused():
+    with pytest.raises(ConfigError, match="snapshots from step 100 on = 1 is not allowed"):
+        branches.early_cooldowns(np.array([0, 50, 120]), 100, [50])
+
+
+def test_following_a_constant_branch_is_following_the_run():
+    minima = np.random.default_rng(3).normal(size=(2, 50))
+    run = ModelRun(minima, h=0.1)
+    copy = ModelRun(minima[:, 10:], h=0.1, start=run.at(10), first=10)
+    table = branches.follow([run], [copy])
+    assert table.after.tolist() == list(range(1, 41))
+    np.testing.assert_allclose(table.distance, 0, atol=1e-12)
+    np.testing.assert_allclose(table.cosine, 1)
+    disturbed = ModelRun(minima[:, 10:], h=0.1, start=run.at(10) + 1e-3, first=10)
+    forgotten = branches.follow([run], [disturbed]).distance
+    expected = 1e-3 * np.sqrt(2) * 0.9 ** np.arange(1, 41)
+    np.testing.assert_allclose(forgotten, expected, rtol=1e-6)
+
+
+def test_following_ends_at_the_comparison():
+    e = Emulation("EMA", 0.9, end=70)
+    run, branch = run_and_branch(4, e, 0.05)
+    last = branches.follow([run], [branch]).iloc[-1]
+    expected = branches.geometry(run.at(e.begin), average(e, run), branch.at(70))
+    assert {name: last[name] for name in expected} == pytest.approx(expected)
+
+
+def test_geometry():
+    right = branches.geometry(np.zeros(2), np.array([3.0, 0]), np.array([0, 4.0]))
+    assert right == {"moved": 3, "distance": 5, "cosine": 0}
+    assert np.isnan(branches.geometry(np.zeros(2), np.zeros(2), np.ones(2))["cosine"])
+
+
+def comparison(average, schedule, last, seeds=0):
+    """Training losses of several emulations, by hand."""
+    losses = {"average_train_loss": average, "schedule_train_loss": schedule}
+    return pd.DataFrame({"seed": seeds, "last_train_loss": last, **losses})
+
+
+def test_agreement():
+    averages = [0.5, 0.6, 0.7]
+    perfect = branches.agreement(comparison(averages, averages, 0.9)).loc[0]
+    assert perfect.tolist() == pytest.approx([1, 0, 0.2, 0])
+    idle = branches.agreement(comparison(averages, [0.9, 0.9 + 1e-9, 0.9], 0.9)).loc[0]
+    assert idle.share == pytest.approx(1)
+    off = branches.agreement(comparison(averages, [0.53, 0.63, 0.67], 0.9)).loc[0]
+    assert (off.rms, off.share) == pytest.approx((0.03, 0.1))
+    single = branches.agreement(comparison([0.5], [0.5], 0.9)).loc[0]
+    assert np.isnan(single.correlation)
+
+
+@pytest.mark.parametrize(
+    ("average", "expected"),
+    [(0.5, [0, 0]), ([0.48, 0.52, 0.5, 0.5], [0.1, 0]), (0.7, [1, 1])],  # misses do not cancel
+)
+def test_missed(average, expected):
+    table = comparison(average, [0.5] * 4, 0.7, seeds=[0, 0, 1, 1])
+    assert branches.missed(table).tolist() == pytest.approx(expected)
+
+
+# --- a small network with BatchNorm at a small learning rate ------------------------------------
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("PAPER_RUNS", str(tmp_path_factory.mktemp("runs")))
+        yield
+
+
+@pytest.fixture(scope="module")
+def stationary(folder):
+    config = SMALL.branch(30, record="40-70", lr=0.01)
+    return runs.train_seeds(config, [0, 1], small_data(), SmallNet)
+
+
+@pytest.fixture(scope="module")
+def measured(stationary):
+    """Averages and cooldowns, as they are and corrected along three directions."""
+    plan = branches.sweep("EMA", [0.7, 0.8], stationary[0].config) + [Emulation("uniform", 20, 70)]
+    plan += [Emulation("linear", 30, 70), Emulation("cosine", 20, 70)]
+    plan += [Emulation("cosine", 20, 70, stride=5)]
+    plan += [Emulation("step", 20, 70), Emulation("step", 20, 70, eta=0.3)]
+    trained, evaluate = branches.train(plan, stationary), evaluation.evaluators(stationary, 40)
+    points = (*branches.POINTS, "start")
+    plain = branches.measure(plan, stationary, trained, evaluate, points)
+    some = [ends[3:5] for ends in trained]
+    return plain, branches.measure(plan[3:5], stationary, some, evaluate, directions=3)
+
+
+def test_a_small_network_at_a_small_rate_ends_where_its_average_lies(measured):
+    plain, _ = measured
+    assert len(plain) == 16 and plain.seed.tolist() == [0] * 8 + [1] * 8
+    close = plain[plain.eta == 0]
+    np.testing.assert_allclose(close.average_train_loss, close.schedule_train_loss, atol=1e-3)
+    dense = close[close.stride == 1]
+    assert (dense.distance < 0.03 * dense.moved).all() and (dense.cosine > 0.999).all()
+    step = plain[plain.family == "step"].pivot(index="seed", columns="eta", values="distance")
+    assert (step[0.3] > 10 * step[0.0]).all(), "the network's own eta is far below 0.3"
+
+
+def test_points_are_those_they_name(measured, stationary):
+    plain, _ = measured
+    evaluate = evaluation.evaluators(stationary, 40)
+    row = plain.query("seed == 1 and family == 'uniform'").iloc[0]
+    for point, step in {"last": 70, "start": 50}.items():
+        assert row[f"{point}_test_loss"] == evaluate[1](stationary[1].at(step))["test_loss"]
+    assert row.noise == pytest.approx(1 / 20)
+
+
+def test_other_batches_lead_elsewhere(stationary):
+    plan, evaluate = [Emulation("EMA", 0.7, 70)], evaluation.evaluators(stationary, 40)
+    trained = branches.train(plan, stationary, batch_seed=9)
+    other = branches.measure(plan, stationary, trained, evaluate)
+    assert (other.distance > 0.2 * other.moved).all()
+
+
+def test_corrected_averages_keep_what_is_not_corrected(measured):
+    plain, corrected = measured
+    same = plain[plain.family.isin(["linear", "cosine"]) & (plain.stride == 1)]
+    np.testing.assert_array_equal(same.schedule_train_loss, corrected.schedule_train_loss)
+    elsewhere = same.distance**2 - corrected.steep_plain.to_numpy() ** 2
+    np.testing.assert_allclose(elsewhere, corrected.distance**2 - corrected.steep**2, rtol=0.02)
+    moved = np.abs(corrected.steep / corrected.steep_plain - 1)
+    assert (moved > 0.1).all(), "along the directions they move"
+
+
+def test_momentum_goes_over_into_the_branch(folder):
+    heavy = SMALL.replace(momentum=0.9, lr=0.01)
+    (run,) = runs.train_seeds(heavy.branch(10, record="40-50"), [0], small_data(), SmallNet)
+    (constant,) = runs.branch_all([run], [branches.leave(run.config, 40, 10)])
+    np.testing.assert_array_equal(constant.at(50), run.at(50))
