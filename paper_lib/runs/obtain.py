@@ -166,8 +166,8 @@ def _out_of_memory(config: RunConfig, net: FlatModel) -> str:
     return (
         f"{net.device} ran out of memory training {config.model} of width {config.width} with "
         f"batches of {distributed.part_of_batch(config.batch_size)} in {config.precision} (vectors "
-        f"take {vectors:.2f} GB, activations the rest): lower `batch_size` or `width`, use precision = "
-        '"bfloat16", or let torchrun share each batch'
+        f"take {vectors:.2f} GB, activations the rest): lower `batch_size` or `width`, use "
+        'precision = "bfloat16", or let torchrun share each batch'
     )
 
 
