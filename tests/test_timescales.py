@@ -1,4 +1,4 @@
-"""Timescales: on a quadratic network with known curvatures the method finds them, their rates and their variances."""
+"""Timescales: of a quadratic network the method finds known curvatures, rates and variances."""
 
 import numpy as np
 import pytest
@@ -8,7 +8,7 @@ from torch import nn
 from paper_lib import data
 from paper_lib.config import RunConfig
 from paper_lib.errors import ConfigError
-from paper_lib.experiments import components, timescales
+from paper_lib.experiments import timescales
 from paper_lib.probing import derivatives, hessian
 from paper_lib.theory.quadratic import autocorrelation, stationary_variance
 from paper_lib.theory.simulate import sample_minima, sgd
@@ -16,7 +16,7 @@ from paper_lib.training.flat import FlatModel
 
 
 class Bowl(nn.Module):
-    """Logits (0, z) whose cross-entropy with label 0 has, at zero weights, the Hessian 1/4 E[x x^T]."""
+    """Logits (0, z): cross-entropy with label 0 has, at zero weights, the Hessian E[x x^T] / 4."""
 
     def __init__(self, size):
         super().__init__()
@@ -29,7 +29,9 @@ class Bowl(nn.Module):
 
 def bowl_images(n):
     """Inputs (n, 10) of a bowl, that scatter less from axis to axis."""
-    return torch.from_numpy(np.random.default_rng(0).standard_normal((n, 10)) * np.linspace(2, 0.2, 10)).float()
+    return torch.from_numpy(
+        np.random.default_rng(0).standard_normal((n, 10)) * np.linspace(2, 0.2, 10)
+    ).float()
 
 
 @pytest.fixture
@@ -44,7 +46,9 @@ def bowl():
 def test_product_is_that_of_the_mean_hessian(bowl):
     net, weights, x, y, H = bowl
     d = np.random.default_rng(1).standard_normal(10)
-    np.testing.assert_allclose(derivatives.mean_hessian_product(net, weights, d, x, y), H @ d, rtol=1e-5)
+    np.testing.assert_allclose(
+        derivatives.mean_hessian_product(net, weights, d, x, y), H @ d, rtol=1e-5
+    )
 
 
 def test_top_directions_are_the_steepest_and_orthonormal(bowl):
@@ -66,11 +70,20 @@ def test_batch_statistics_are_those_of_each_batch():
     torch.manual_seed(0)
     net = FlatModel(nn.Sequential(nn.Linear(5, 4), nn.BatchNorm1d(4), nn.Tanh(), nn.Linear(4, 3)))
     x, y = torch.randn(3, 8, 5), torch.randint(3, (3, 8))
-    weights, d = net.weights.numpy().copy(), np.random.default_rng(0).standard_normal(net.weights.numel())
-    singly = [derivatives.mean_hessian_product(net, weights, d, x[k : k + 1], y[k : k + 1]) for k in range(3)]
+    weights, d = (
+        net.weights.numpy().copy(),
+        np.random.default_rng(0).standard_normal(net.weights.numel()),
+    )
+    singly = [
+        derivatives.mean_hessian_product(net, weights, d, x[k : k + 1], y[k : k + 1])
+        for k in range(3)
+    ]
     before = net.buffers.clone()
     np.testing.assert_allclose(
-        derivatives.mean_hessian_product(net, weights, d, x, y), np.mean(singly, 0), rtol=1e-4, atol=1e-6
+        derivatives.mean_hessian_product(net, weights, d, x, y),
+        np.mean(singly, 0),
+        rtol=1e-4,
+        atol=1e-6,
     )
     assert torch.equal(net.buffers, before)
 
@@ -90,71 +103,94 @@ def test_autocorrelation_against_the_model():
 
 
 class Run:
-    """What `Modes` reads of a run."""
+    """What `Modes` reads of a run, whose network is a bowl."""
 
-    def __init__(self, weights, lr, momentum=0.0, batch_size=8):
-        self.weights = weights
+    def __init__(self, weights, lr, dataset=None, momentum=0.0, batch_size=8):
+        self.weights, self.dataset = weights, dataset
         self.config = RunConfig(
-            lr=lr, momentum=momentum, batch_size=batch_size, steps=len(weights) - 1, norm="none", weight_decay=0.01
+            lr=lr,
+            momentum=momentum,
+            batch_size=batch_size,
+            steps=len(weights) - 1,
+            norm="none",
+            weight_decay=0.01,
         )
 
     def window(self, first, last):
         return self.weights[first : last + 1]
 
+    def network(self):
+        return FlatModel(Bowl(10))
+
 
 def model_modes(steps=20_000):
-    """Modes of the model itself: three directions, and a fourth that is unstable and must be left out."""
+    """Modes of the model itself: three directions, and a fourth, unstable, to be left out."""
     eta, s2, lr = np.array([1.2, 0.6, 0.25]), 2.0, 0.5
     X = np.pad(simulated(eta, steps, s2), ((0, 0), (0, 1)))
     h = np.append(eta, -0.1) / lr
-    return timescales.Modes(Run(X, lr), 0, X.mean(0), np.eye(4), h, h**2 * s2, h**2 * s2, X - X.mean(0))
+    return timescales.Modes(
+        Run(X, lr), 0, X.mean(0), np.eye(4), h, h**2 * s2, h**2 * s2, X - X.mean(0)
+    )
 
 
 def test_predictions_hold_for_the_model():
-    table = timescales.measure([model_modes()])
+    m = model_modes()
+    table = timescales.measure([m])
     assert table.direction.tolist() == [0, 1, 2]
     np.testing.assert_allclose(table.rho, table.rho_model, atol=0.03)
     np.testing.assert_allclose(table.v, table.v_model, rtol=0.05)
     np.testing.assert_allclose(table.v_model, stationary_variance([1.2, 0.6, 0.25], 2.0))
     found = timescales.agreement(table).loc[0]
+    curve = timescales.forgetting(m, [0, 2], n_lags=2)
+    np.testing.assert_array_equal(curve[curve.lag == 1].rho_model, table.rho_model[[0, 2]])
+    np.testing.assert_array_equal(curve[curve.lag == 1].rho, table.rho[[0, 2]])
     assert found.correlation > 0.99
     assert found.rms < 0.03
     assert abs(found.v_met_ratio - 1) < 0.05
 
 
-def test_modes_measure_curvature_and_noise_where_they_say(monkeypatch):
+def test_modes_measure_curvature_and_noise_where_they_say():
     images = bowl_images(4096)
-    dataset = data.from_tensors(images, torch.zeros(4096, dtype=torch.int64), images[:1], torch.zeros(1).long())
-    monkeypatch.setattr(timescales.runs, "network", lambda run, dataset, model: FlatModel(model()))
+    dataset = data.from_tensors(
+        images, torch.zeros(4096, dtype=torch.int64), images[:1], torch.zeros(1).long()
+    )
     away = np.random.default_rng(2).standard_normal(10).astype(np.float32)
     X = np.stack([away, -away] * 40)  # their average is zero
-    found = timescales.modes(Run(X, lr=0.1), dataset, 3, n_batches=80, model=lambda: Bowl(10))
+    found = timescales.modes(Run(X, 0.1, dataset), 3, n_batches=80)
     np.testing.assert_allclose(found.center, 0, atol=1e-6)
     np.testing.assert_allclose(found.projected, X @ found.directions.T, atol=1e-5)
     x = images.double().numpy()
-    slope = 1 / (1 + np.exp(-x @ np.stack([0 * away, away, -away]).T))  # of an image's loss in its logit
+    slope = 1 / (
+        1 + np.exp(-x @ np.stack([0 * away, away, -away]).T)
+    )  # of an image's loss in its logit
     noise = [np.var(s[:, None] * x @ found.directions.T, axis=0) / 8 for s in slope.T]
     H = x.T @ x / len(x) / 4
-    np.testing.assert_allclose(found.h, np.diag(found.directions @ H @ found.directions.T) + 0.01, rtol=0.15)
+    np.testing.assert_allclose(
+        found.h, np.diag(found.directions @ H @ found.directions.T) + 0.01, rtol=0.15
+    )
     np.testing.assert_allclose(found.noise, noise[0], rtol=0.4)
     np.testing.assert_allclose(found.noise_met, (noise[1] + noise[2]) / 2, rtol=0.3)
-    assert np.all(noise[1] + noise[2] > 3 * noise[0])  # the two noises cannot be taken for each other
+    assert np.all(
+        noise[1] + noise[2] > 3 * noise[0]
+    )  # the two noises cannot be taken for each other
 
 
 @pytest.mark.parametrize("momentum", [0.0, 0.8])
-def test_two_point_fall_is_that_of_the_model(momentum, monkeypatch):
+def test_two_point_fall_is_that_of_the_model(momentum):
     half = bowl_images(64)
-    images, labels = torch.cat([half, half]), torch.arange(128) // 64  # each with both labels: the minimum is at zero
+    images, labels = (
+        torch.cat([half, half]),
+        torch.arange(128) // 64,
+    )  # each with both labels: the minimum is at zero
     dataset = data.from_tensors(images, labels, images[:1], labels[:1])
-    monkeypatch.setattr(timescales.runs, "network", lambda run, dataset, model: FlatModel(model()))
     h, V = np.linalg.eigh((half.T @ half).double().numpy() / 64 / 4)
     h, V = h[[-1, -4, -7]], V.T[[-1, -4, -7]]
     lr = 0.9 / h[0]
     s2 = 0.004 / h / stationary_variance(lr * h, 1.0, momentum)  # a loss of 0.002 in each direction
     z = simulated(lr * h, 20_000, s2, momentum)
-    run = Run(z @ V, lr, momentum, batch_size=128)
-    m = timescales.Modes(run, 0, 0 * V[0], V[:2], h[:2], *np.tile(h[:2] ** 2 * s2[:2], (2, 1)), z[:, :2])
-    found = timescales.two_point_fall(m, dataset, [1, 3, 40], n_batches=1, n_pairs=30, model=lambda: Bowl(10))
+    run, noise = Run(z @ V, lr, dataset, momentum, batch_size=128), h[:2] ** 2 * s2[:2]
+    m = timescales.Modes(run, 0, 0 * V[0], V[:2], h[:2], noise, noise, z[:, :2])
+    found = timescales.two_point_fall(m, [1, 3, 40], n_batches=1, n_pairs=30)
 
     def falls(ends, directions):
         pairs = [(z[ends], (z[ends] + z[ends - lag]) / 2) for lag in (1, 3, 40)]
@@ -178,8 +214,10 @@ def test_the_rest_of_a_random_walk_is_a_random_walk():
 
 def test_principal_components_of_a_random_walk_are_cosines():
     walk = np.cumsum(np.random.default_rng(0).standard_normal((200, 2000)), axis=0)
-    shares, found = components.principal_components(walk)
-    overlap = np.abs((found * components.cosines(200)).sum(0))
+    shares, found = timescales.principal_components(walk)
+    overlap = np.abs((found * timescales.cosines(200)).sum(0))
     assert np.all(overlap > 0.97)
     assert shares.sum() < 1
-    np.testing.assert_allclose(components.cosines(200).T @ components.cosines(200), np.eye(3), atol=1e-12)
+    np.testing.assert_allclose(
+        timescales.cosines(200).T @ timescales.cosines(200), np.eye(3), atol=1e-12
+    )

@@ -1,4 +1,7 @@
-"""Timescales of a stationary run: the model's rate 1 - lr h and variance, direction by direction (claims C7, C8)."""
+"""Measure how fast a stationary run forgets along each steep direction, and how wide it is there.
+
+The model predicts the rate 1 - lr h and the variance from curvature and noise (claims C7, C8).
+"""
 
 from __future__ import annotations
 
@@ -7,33 +10,28 @@ from dataclasses import dataclass
 
 import numpy as np
 import pandas as pd
-import seaborn as sns
-from matplotlib.axes import Axes
 from torch import Tensor
 
-from paper_lib import runs
 from paper_lib.averaging import vectors
-from paper_lib.data import Dataset
 from paper_lib.errors import require
 from paper_lib.probing import derivatives, hessian, probe
-from paper_lib.results import figures
 from paper_lib.runs import Run
 from paper_lib.theory import quadratic
 from paper_lib.theory.spectrum import Directions
-from paper_lib.training.flat import FlatModel, NetFactory
+from paper_lib.training.flat import FlatModel
 
 FRESH = 4  # batches per iterate for the gradient noise there
 
 
 @dataclass(frozen=True)
 class Modes:
-    """The steepest directions of one run at the average of its window, with all that the model needs there."""
+    """The steepest directions of one run at the average of its window, and what the model needs."""
 
     run: Run
     first: int  # step at which the window begins; it ends with the run
     center: np.ndarray  # average of the window's iterates, (P,)
     directions: np.ndarray  # orthonormal, by curvature, (k, P)
-    h: np.ndarray  # curvature on images that did not choose the directions, weight decay included, (k,)
+    h: np.ndarray  # curvature on images that did not choose the directions, with weight decay, (k,)
     noise: np.ndarray  # variance of batch gradients at the average, (k,)
     noise_met: np.ndarray  # the same at iterates, averaged over them, (k,)
     projected: np.ndarray  # iterates minus center along the directions, (n, k)
@@ -45,46 +43,43 @@ class Modes:
 
     @property
     def stable(self) -> np.ndarray:
-        """Directions for which the model has a stationary state, (k,) bool: 0 < lr h < 2 (1 + momentum)."""
+        """Directions with a stationary state, (k,) bool: 0 < lr h < 2 (1 + momentum)."""
         eta = self.run.config.lr * self.h
         return (eta > 0) & (eta < 2 * (1 + self.run.config.momentum))
 
     def spectrum(self, met: bool = True) -> Directions:
-        """The stable directions as a spectrum, with the noise at iterates (`met`) or that at the average."""
-        h = self.h[self.stable]
-        return Directions(h, (self.noise_met if met else self.noise)[self.stable])
+        """The stable directions with the noise at iterates (`met`) or that at the average."""
+        noise = self.noise_met if met else self.noise
+        return Directions(self.h[self.stable], noise[self.stable])
 
 
-def modes(
-    run: Run,
-    dataset: Dataset,
-    n_directions: int = 12,
-    n_batches: int = 16,
-    settle: int = 0,
-    model: NetFactory | None = None,
-) -> Modes:
-    """Find the steepest directions of a run that recorded every iterate, `settle` steps after its start.
+def modes(run: Run, n_directions: int = 12, n_batches: int = 16, settle: int = 0) -> Modes:
+    """Find the steepest directions of a run's window, which begins `settle` steps after its start.
 
-    The directions come from n_batches batches; curvature and noise along them from as many others.
+    The run recorded every iterate. Directions come from n_batches batches; curvature and noise
+    along them from as many others. Raises ConfigError where the window would be empty.
     """
     first = run.config.start + settle
-    require(first < run.config.steps, "settle", settle, f"the run has {run.config.steps - run.config.start} steps")
-    net, X = runs.network(run, dataset, model), run.window(first, run.config.steps)
+    steps = run.config.steps - run.config.start
+    require(settle < steps, "settle", settle, f"the run has {steps} steps")
+    net, X = run.network(), run.window(first, run.config.steps)
     center = vectors.average(vectors.uniform(len(X), len(X)), X)
-    x, y = probe.fixed_batches(dataset, 2 * n_batches, run.config.batch_size, run.config.seed)
+    c = run.config
+    x, y = probe.fixed_batches(run.dataset, 2 * n_batches, c.batch_size, c.seed)
     _, V = hessian.top_directions(net, center, x[:n_batches], y[:n_batches], n_directions)
     x, y = x[n_batches:], y[n_batches:]
-    h = hessian.curvatures(net, center, V, x, y) + run.config.weight_decay
+    h = hessian.curvatures(net, center, V, x, y) + c.weight_decay
     noise = _noise(net, center, V, x, y)
     at = np.linspace(0, len(X) - 1, max(2, n_batches)).astype(int)
-    met = [_noise(net, X[i], V, *_fresh_batches(run, dataset, j)) for j, i in enumerate(at)]
+    met = [_noise(net, X[i], V, *_fresh_batches(run, j)) for j, i in enumerate(at)]
     return Modes(run, first, center, V, h, noise, np.mean(met, 0), X @ V.T - center @ V.T)
 
 
-def _fresh_batches(run: Run, dataset: Dataset, j: int) -> tuple[Tensor, Tensor]:
+def _fresh_batches(run: Run, j: int) -> tuple[Tensor, Tensor]:
     """FRESH batches of a probing stream, others for every j."""
     stream = probe.PROBE_STREAM + run.config.seed
-    return dataset.batches(range(1000 + j * FRESH, 1000 + (j + 1) * FRESH), run.config.batch_size, stream)
+    numbers = range(1000 + j * FRESH, 1000 + (j + 1) * FRESH)
+    return run.dataset.batches(numbers, run.config.batch_size, stream)
 
 
 def _noise(net: FlatModel, weights: np.ndarray, V: np.ndarray, x: Tensor, y: Tensor) -> np.ndarray:
@@ -92,14 +87,15 @@ def _noise(net: FlatModel, weights: np.ndarray, V: np.ndarray, x: Tensor, y: Ten
     return np.var([V @ g for g in derivatives.each_gradient(net, weights, x, y)], axis=0, ddof=1)
 
 
-def measure(found: Sequence[Modes]) -> pd.DataFrame:
-    """One row per run and stable direction: the model's prediction and what the trajectory does.
+def measure(measured: Sequence[Modes]) -> pd.DataFrame:
+    """The model's prediction and what the trajectory does, a row per run and stable direction.
 
-    Columns lr, norm, seed, direction, curvature, rho_model and rho (autocorrelation at lag 1), v_model (noise at the
-    average), v_met (noise at the iterates) and v (variance), in squared weights.
+    Columns lr, norm, seed, direction, curvature, rho_model and rho (autocorrelation at lag 1),
+    v_model (noise at the average), v_met (noise at the iterates) and v: variances, in squared
+    weights.
     """
     tables = []
-    for m in found:
+    for m in measured:
         c, keep = m.run.config, m.stable
         y = m.projected[:, keep]
         columns = {
@@ -125,11 +121,27 @@ def autocorrelation(y: np.ndarray, lags: Sequence[int]) -> np.ndarray:
     return np.stack([(z[: n - k] * z[k:]).mean(0) for k in lags]) / (z * z).mean(0)
 
 
-def agreement(table: pd.DataFrame) -> pd.DataFrame:
-    """How well prediction and measurement agree, one row per seed.
+def forgetting(m: Modes, chosen: Sequence[int], n_lags: int = 16) -> pd.DataFrame:
+    """Autocorrelation functions along some of the stable directions, a row per direction and lag.
 
-    correlation and rms difference of the lag-1 autocorrelations; v_ratio and v_met_ratio, geometric means over
-    directions of measured / predicted variance, with the noise at the average and at the iterates.
+    Columns direction (its number among the stable ones), lag, rho, rho_model.
+    """
+    lags, eta = np.arange(n_lags), m.run.config.lr * m.h[m.stable]
+    rho = autocorrelation(m.projected[:, m.stable], lags)
+    model = quadratic.autocorrelation(eta, n_lags, m.run.config.momentum)
+    tables = [
+        pd.DataFrame({"direction": i, "lag": lags, "rho": rho[:, i], "rho_model": model[i]})
+        for i in chosen
+    ]
+    return pd.concat(tables)
+
+
+def agreement(table: pd.DataFrame) -> pd.DataFrame:
+    """How well prediction and measurement (`measure`) agree, one row per seed.
+
+    correlation and rms difference of the lag-1 autocorrelations; v_ratio and v_met_ratio, geometric
+    means over directions of measured / predicted variance, with the noise at the average and at the
+    iterates.
     """
     rows = {}
     for seed, t in table.groupby("seed"):
@@ -143,9 +155,10 @@ def agreement(table: pd.DataFrame) -> pd.DataFrame:
 
 
 def rest(m: Modes) -> dict[str, float]:
-    """What the steep directions leave: their share of the variance, and how the rest of the trajectory spreads.
+    """What the steep directions leave of the trajectory.
 
-    share, and the exponent of squared displacement against lag in all other directions (0: stationary, 1: random walk).
+    `share`, theirs of its variance; `exponent` of squared displacement against lag in all other
+    directions (0: stationary, 1: random walk).
     """
     G = vectors.gram(m.window)
     z = m.projected - m.projected.mean(0)
@@ -155,22 +168,23 @@ def rest(m: Modes) -> dict[str, float]:
 
 
 def two_point_fall(
-    m: Modes,
-    dataset: Dataset,
-    lags: Sequence[int],
-    n_batches: int = 8,
-    n_pairs: int = 6,
-    model: NetFactory | None = None,
+    m: Modes, lags: Sequence[int], n_batches: int = 8, n_pairs: int = 6
 ) -> pd.DataFrame:
-    """By how much the training loss of an average of two iterates lies below that of the later one, a row per lag.
+    """Fall of the training loss from an iterate to its average with an earlier one, a row per lag.
 
-    Means over n_pairs pairs: `full`, of the average itself; `steep`, when only the components along the measured
-    directions are averaged; `model`, what their spectrum predicts for that: sum h v (1 - rho_lag) / 4.
+    Columns seed, lag, and in nats, means over n_pairs pairs: `full`, of the average itself;
+    `steep`, when only the components along the measured directions are averaged; `model`, what
+    their spectrum predicts for that, sum h v (1 - rho_lag) / 4. Raises ConfigError for lags that
+    the window does not hold.
     """
     c, X, V = m.run.config, m.window, m.directions[m.stable]
-    require(0 < min(lags) and max(lags) < len(X), "lags", list(lags), f"they must lie in 1..{len(X) - 1}")
+    allowed = f"they must lie in 1..{len(X) - 1}"
+    require(0 < min(lags) and max(lags) < len(X), "lags", list(lags), allowed)
     ends = np.linspace(max(lags), len(X) - 1, n_pairs).astype(int)
-    net, batches = runs.network(m.run, dataset, model), probe.fixed_batches(dataset, n_batches, c.batch_size, c.seed)
+    net, batches = (
+        m.run.network(),
+        probe.fixed_batches(m.run.dataset, n_batches, c.batch_size, c.seed),
+    )
     single = probe.losses(net, X[ends], *batches).mean()
     rows = []
     for lag in lags:
@@ -179,56 +193,24 @@ def two_point_fall(
         full = probe.losses(net, X[ends] + back, *batches).mean()
         rows.append({"seed": c.seed, "lag": lag, "full": single - full, "steep": single - steep})
     spectrum = m.spectrum()
-    averaged = [spectrum.averaged_loss(vectors.two_point(lag + 1, lag), c.lr, c.momentum) for lag in lags]
-    return pd.DataFrame(rows).assign(model=spectrum.excess(c.lr, c.momentum).sum() - np.array(averaged))
+    averages = [vectors.two_point(lag + 1, lag) for lag in lags]
+    left = np.array([spectrum.averaged_loss(a, c.lr, c.momentum) for a in averages])
+    return pd.DataFrame(rows).assign(model=spectrum.excess(c.lr, c.momentum).sum() - left)
 
 
-def plot_rates(ax: Axes, table: pd.DataFrame) -> None:
-    """Measured against predicted autocorrelation at lag 1, a point per direction and seed, a colour per setting."""
-    _settings(ax, table, "rho_model", "rho")
-    low, high = table[["rho_model", "rho"]].min().min() - 0.05, 1.0
-    figures.predicted(ax, [low, high], [low, high], label="model: equal")
-    ax.set(xlabel="predicted from curvature, 1 - η", ylabel="measured autocorrelation at lag 1")
-    ax.legend(loc="upper left", fontsize="small")
+def principal_components(X: np.ndarray, n: int = 3) -> tuple[np.ndarray, np.ndarray]:
+    """Of a trajectory's principal components: shares of variance (n,), time courses (iterates, n).
+
+    Time courses are of unit norm.
+    """
+    values, courses = np.linalg.eigh(vectors.gram(X))
+    return values[::-1][:n] / values.sum(), courses[:, ::-1][:, :n]
 
 
-def plot_variances(ax: Axes, table: pd.DataFrame) -> None:
-    """Measured against predicted variance along each direction, logarithmic."""
-    _settings(ax, table, "v_met", "v")
-    ends = np.array([table[["v_met", "v"]].min().min() / 1.5, table[["v_met", "v"]].max().max() * 1.5])
-    figures.predicted(ax, ends, ends, label="model: equal")
-    ax.set(xscale="log", yscale="log", xlabel="predicted from curvature and noise", ylabel="measured variance")
+def cosines(n_iterates: int, n: int = 3) -> np.ndarray:
+    """The principal components of a random walk, whatever the loss is, (n_iterates, n).
 
-
-def _settings(ax: Axes, table: pd.DataFrame, x: str, y: str) -> None:
-    """Points of every (norm, lr) in a colour and marker of its own."""
-    groups = table.groupby(["norm", "lr"], sort=False)
-    for ((norm, lr), t), marker in zip(groups, "osD^v<>", strict=False):
-        label = f"lr {lr:g}" + ("" if norm == "batch" else f", norm: {norm}")
-        ax.scatter(t[x], t[y], s=45, alpha=0.75, marker=marker, edgecolor="white", linewidth=0.6, label=label)
-
-
-def plot_forgetting(ax: Axes, m: Modes, chosen: Sequence[int], n_lags: int = 16) -> pd.DataFrame:
-    """Whole autocorrelation functions along some directions (numbers into `stable` ones) with the model's on top."""
-    lags, eta = np.arange(n_lags), m.run.config.lr * m.h[m.stable]
-    found = autocorrelation(m.projected[:, m.stable], lags)
-    model = quadratic.autocorrelation(eta, n_lags, m.run.config.momentum)
-    for i, color in zip(chosen, sns.color_palette("viridis", len(chosen)), strict=True):
-        ax.plot(lags, found[:, i], "o-", color=color, markersize=4, linewidth=1, label=f"η = {eta[i]:.2f}")
-        figures.predicted(ax, lags, model[i], label="model" if i == chosen[-1] else None, linewidth=1.5)
-    ax.axhline(0, color="0.6", linewidth=1)
-    ax.set(xlabel="lag (steps)", ylabel="autocorrelation")
-    ax.legend(fontsize="small")
-    parts = [pd.DataFrame({"direction": i, "lag": lags, "rho": found[:, i], "rho_model": model[i]}) for i in chosen]
-    return pd.concat(parts)
-
-
-def plot_two_points(ax: Axes, table: pd.DataFrame) -> None:
-    """The fall of the loss against lag: the whole average, only the steep directions, and the model of these."""
-    figures.band(ax, table, "lag", "full", label="average of two iterates", marker="o", markersize=4)
-    figures.band(ax, table, "lag", "steep", label="averaged along the steep directions only", marker="s", markersize=4)
-    model = figures.summarize(table, "model", "lag")
-    figures.predicted(ax, model.lag, model["mean"], label="model of the steep directions")
-    ax.set(xscale="log", xlabel="lag (steps)", ylabel="fall of the training loss (nats)")
-    ax.set_ylim(0, 1.5 * ax.get_ylim()[1])  # room for the legend
-    ax.legend(fontsize="small", loc="upper left")
+    Cosines of 1/2, 1, 3/2, ... periods, of unit norm.
+    """
+    t = (np.arange(n_iterates) + 0.5) / n_iterates
+    return np.cos(np.pi * np.arange(1, n + 1) * t[:, None]) * np.sqrt(2 / n_iterates)
