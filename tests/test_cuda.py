@@ -55,7 +55,7 @@ def images():
     y = rng.integers(0, 3, 512)
     x = torch.from_numpy((rng.integers(0, 128, (512, 3, 16, 16)) + 16 * y[:, None, None, None]).astype(np.uint8))
     splits = {"train": x, "test": x[:40]}, {"train": torch.from_numpy(y), "test": torch.from_numpy(y[:40])}
-    return TensorDataset("noise", *splits, 3, held_out=32, mean=(0.3,) * 3, std=(0.15,) * 3, augment=FlipCrop(2))
+    return TensorDataset("noise", *splits, 3, mean=(0.3,) * 3, std=(0.15,) * 3, augment=FlipCrop(2)).hold_out(32)
 
 
 def assert_same_run(one, other):
