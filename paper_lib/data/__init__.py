@@ -2,31 +2,17 @@
 
 from __future__ import annotations
 
-import inspect
-from collections.abc import Callable
-from functools import partial
+from importlib import import_module
 from pathlib import Path
 
 import torch
 
-from paper_lib.data.dataset import (
-    SPLITS,
-    DataError,
-    Dataset,
-    TensorDataset,
-    default_device,
-    from_tensors,
-)
+from paper_lib.data.dataset import DataError, Dataset, TensorDataset, default_device, from_tensors
+from paper_lib.errors import check_names, require
 
-__all__ = [
-    "SPLITS",
-    "DataError",
-    "Dataset",
-    "TensorDataset",
-    "default_device",
-    "from_tensors",
-    "load",
-]
+__all__ = ["DataError", "Dataset", "TensorDataset", "default_device", "from_tensors", "load"]
+
+MODULES = {"digits": "digits", "cifar10": "cifar", "cifar100": "cifar", "imagefolder": "images"}
 
 
 def load(
@@ -42,32 +28,14 @@ def load(
     """Load a dataset by name from files under `root`; what is missing is generated or downloaded.
 
     `held_out` training images, chosen by `seed`, become the split "held". Options that are None
-    are left out; "imagefolder" takes those of paper_lib.data.images.load.
+    are left out; only "imagefolder" takes any, those of paper_lib.data.images.load.
 
-    Raises ValueError for an unknown name or option, DataError for missing or bad files.
+    Raises ConfigError for an unknown name or an option too many, DataError for bad files.
     """
-    loader = _loader(name)
+    check_names([name], MODULES, "dataset")
     options = {option: value for option, value in options.items() if value is not None}
-    unknown = sorted(set(options) - set(inspect.signature(loader).parameters))
-    if unknown:
-        raise ValueError(f"dataset {name!r} takes no {', '.join(unknown)}: leave it out")
-    dataset = loader(Path(root), held_out=held_out, seed=seed, progress=progress, **options)
-    return dataset.to(device)
-
-
-def _loader(name: str) -> Callable[..., Dataset]:
-    """Import what loads a dataset: only when it is asked for, because torchvision takes seconds."""
-    if name == "digits":
-        from paper_lib.data import digits
-
-        return digits.load
-    if name in ("cifar10", "cifar100"):
-        from paper_lib.data import cifar
-
-        return partial(cifar.load, name)
-    if name == "imagefolder":
-        from paper_lib.data import images
-
-        return images.load
-    names = "digits, cifar10, cifar100, imagefolder"
-    raise ValueError(f"unknown dataset {name!r}: choose one of {names}, or use from_tensors")
+    require(name == "imagefolder" or not options, "options", options, f"{name} takes none")
+    # Imported only when it is asked for, because torchvision takes seconds.
+    module = import_module(f"paper_lib.data.{MODULES[name]}")
+    dataset = module.load(name, Path(root), seed=seed, progress=progress, **options)
+    return dataset.hold_out(held_out, seed).to(device)

@@ -61,12 +61,8 @@ class ResizedCrop:
             if 0 < w <= width and 0 < h <= height:
                 x, y = int(left * (width - w + 1)), int(top * (height - h + 1))
                 return x, y, x + w, y + h
-        return _central(width, height, *self._widest(width, height))
-
-    def _widest(self, width: int, height: int) -> tuple[float, float]:
-        """Width and height of the largest crop whose aspect ratio is allowed."""
         aspect = min(max(width / height, self.ratio[0]), self.ratio[1])
-        return min(width, height * aspect), min(height, width / aspect)
+        return _central(width, height, min(width, height * aspect), min(height, width / aspect))
 
 
 def central_square(width: int, height: int, part: float = 1.0) -> Box:

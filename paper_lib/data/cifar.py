@@ -5,7 +5,6 @@ from __future__ import annotations
 import shutil
 from pathlib import Path
 
-import numpy as np
 import torch
 from torchvision import datasets
 from tqdm import tqdm
@@ -21,21 +20,20 @@ MEAN = {"cifar10": (0.4914, 0.4822, 0.4465), "cifar100": (0.5071, 0.4865, 0.4409
 STD = {"cifar10": (0.2470, 0.2435, 0.2616), "cifar100": (0.2673, 0.2564, 0.2762)}
 
 
-def load(name: str, root: Path, *, held_out: int, seed: int, progress: bool) -> TensorDataset:
-    """CIFAR (3, 32, 32) as uint8, with flips and crops padded by 4 pixels.
+def load(name: str, root: Path, seed: int, progress: bool) -> TensorDataset:
+    """CIFAR (3, 32, 32) as uint8, with flips and crops padded by 4 pixels; `seed` is not used.
 
     It has 50,000 training and 10,000 test images, downloaded on first use; a download shows
     torchvision's progress bar whatever `progress` says. Raises DataError where the archive is
     neither there nor to be had.
     """
-    train, test = _open(name, root, "train"), _open(name, root, "test")
+    splits = {split: _open(name, root, split) for split in ("train", "test")}
+    images = {split: torch.from_numpy(kept.data) for split, kept in splits.items()}
     return TensorDataset(
         name,
-        {"train": _images(train), "test": _images(test)},
-        {"train": torch.tensor(train.targets), "test": torch.tensor(test.targets)},
-        n_classes=len(train.classes),
-        held_out=held_out,
-        seed=seed,
+        {split: x.permute(0, 3, 1, 2).contiguous() for split, x in images.items()},
+        {split: torch.tensor(kept.targets) for split, kept in splits.items()},
+        n_classes=len(splits["train"].classes),
         mean=MEAN[name],
         std=STD[name],
         augment=FlipCrop(pad=4),
@@ -45,7 +43,7 @@ def load(name: str, root: Path, *, held_out: int, seed: int, progress: bool) -> 
 def write_jpegs(name: str, root: Path, folder: Path, quality: int = 75) -> None:
     """Write CIFAR, kept in `root`, as folder/train/<class>/<number>.jpg and folder/test/...
 
-    The presets cifar10_small and cifar10_jpeg train on such a tree. Raises ConfigError for another
+    The preset cifar10_small trains on such a tree. Raises ConfigError for another
     name than cifar10 or cifar100, or a folder that holds a tree already, and DataError as `load`.
     """
     require(name in KINDS, "dataset", name, " or ".join(KINDS))
@@ -75,8 +73,3 @@ def _open(name: str, root: Path, split: str) -> datasets.CIFAR10:
             f"network, put the archive {kind.filename} (MD5 {kind.tgz_md5}) into {root} and run "
             "again: it is unpacked from there."
         ) from error
-
-
-def _images(dataset: datasets.CIFAR10) -> torch.Tensor:
-    """(N, 32, 32, 3) as stored to (N, 3, 32, 32)."""
-    return torch.from_numpy(np.ascontiguousarray(dataset.data.transpose(0, 3, 1, 2)))

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 import hashlib
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from functools import lru_cache
 from typing import Any, Self
 
@@ -13,14 +13,14 @@ import torch
 from torch import Tensor
 
 from paper_lib.data.augment import FlipCrop
+from paper_lib.errors import check_names, require
 
 SPLITS = ("train", "held", "test")
-AUGMENTED = ("train", "held")
-SOURCE = {"train": "train", "held": "train", "test": "test"}  # which images a split is made of
 
 # First word of every seed sequence, so that streams drawn for different purposes never coincide.
 _ORDER, _AUGMENT, _HELD, _EVALUATION = 1, 2, 3, 4
 
+Tensors = dict[str, Tensor]  # of "train" and "test"
 Batch = tuple[Tensor, Tensor]  # images (N, C, H, W) and labels (N,)
 Wanted = tuple[str, np.ndarray, np.ndarray | None]  # source, rows, augmentation numbers if any
 
@@ -37,16 +37,6 @@ def _permutation(*key: int) -> np.ndarray:
     return order
 
 
-def _hold_out(n: int, held_out: int, seed: int) -> tuple[np.ndarray, np.ndarray]:
-    """Sorted rows (train, held) of n training images; `seed` chooses the held ones."""
-    if not 0 <= held_out < n:
-        raise ValueError(
-            f"held_out={held_out}: must be at least 0 and less than the {n} training images"
-        )
-    order = _permutation(_HELD, seed, n)
-    return np.sort(order[held_out:]), np.sort(order[:held_out])
-
-
 class Dataset:
     """Labelled images in the splits "train", "held" (taken from the training images) and "test".
 
@@ -57,21 +47,12 @@ class Dataset:
     """
 
     def __init__(
-        self,
-        name: str,
-        n_classes: int,
-        shape: tuple[int, ...],
-        counts: dict[str, int],
-        *,
-        held_out: int,
-        seed: int,
-        augment: Any = None,
+        self, name: str, n_classes: int, shape: Sequence[int], labels: Tensors, augment: Any
     ):
         self.name, self.n_classes, self.shape = name, n_classes, tuple(shape)
         self.device = torch.device("cpu")
-        train, held = _hold_out(counts["train"], held_out, seed)
-        self._rows = {"train": train, "held": held, "test": np.arange(counts["test"])}
-        self._augment = augment
+        self._rows = {split: np.arange(len(labels.get(split, ()))) for split in SPLITS}
+        self._labels, self._augment = labels, augment
         self._part = (0, 1)  # the first row of each whole batch that is handed out, and the stride
 
     @property
@@ -90,26 +71,36 @@ class Dataset:
 
     def to(self, device: str | torch.device) -> Self:
         """The same dataset with its batches (and its images, if it holds them) on `device`."""
-        moved = copy.copy(self)
-        moved.device = torch.device(device)
-        return moved
+        return self._with(device=torch.device(device))
+
+    def hold_out(self, n: int, seed: int = 0) -> Self:
+        """The same dataset whose split "held" is n of all training images, chosen by `seed`."""
+        rows = np.sort(np.concatenate([self._rows["train"], self._rows["held"]]))
+        allowed = f"it must be at least 0 and less than the {len(rows)} training images"
+        require(0 <= n < len(rows), "held_out", n, allowed)
+        order = _permutation(_HELD, seed, len(rows))
+        chosen = {"train": rows[np.sort(order[n:])], "held": rows[np.sort(order[:n])]}
+        return self._with(_rows=self._rows | chosen)
 
     def part(self, i: int, n: int) -> Self:
         """The same dataset handing out rows i, i + n, i + 2n, ... of every batch: one of n shares.
 
         Sizes of batches still count the whole batch, and n must divide them. Evaluation stays
-        whole. Raises ValueError unless 0 <= i < n.
+        whole. Raises ConfigError unless 0 <= i < n.
         """
-        if not 0 <= i < n:
-            raise ValueError(f"part {i} of {n}: must be from 0 to {n - 1}")
-        shared = copy.copy(self)
-        shared._part = (self._part[0] + self._part[1] * i, self._part[1] * n)
-        return shared
+        require(0 <= i < n, "part", i, f"it must be from 0 to {n - 1}")
+        first, stride = self._part
+        return self._with(_part=(first + stride * i, stride * n))
+
+    def _with(self, **attributes: Any) -> Self:
+        changed = copy.copy(self)
+        vars(changed).update(attributes)
+        return changed
 
     def batch(self, step: int, size: int, seed: int, split: str = "train") -> Batch:
         """Batch number `step`: images (size, C, H, W), float32, and labels (size,), int64.
 
-        An epoch is a permutation of the split without its ragged tail. Raises ValueError for an
+        An epoch is a permutation of the split without its ragged tail. Raises ConfigError for an
         unknown or empty split, a batch larger than its split, a negative step or seed, or a size
         that the number of parts does not divide.
         """
@@ -125,9 +116,7 @@ class Dataset:
         self, steps: int | Iterable[int], size: int, seed: int, split: str = "train"
     ) -> Batch:
         """Batches stacked, (K, size, C, H, W) and (K, size): of the steps given, or the first K."""
-        steps = range(steps) if isinstance(steps, int) else list(steps)
-        if not len(steps):
-            raise ValueError("steps is empty: ask for at least one batch")
+        steps = range(steps) if isinstance(steps, int) else steps
         x, y = zip(*(self.batch(step, size, seed, split) for step in steps), strict=True)
         return torch.stack(x), torch.stack(y)
 
@@ -137,48 +126,39 @@ class Dataset:
         """The split's images as they are, in chunks of `size`, the last one ragged.
 
         The order is shuffled once and for all, so that any chunk, and the first `limit` images,
-        are a fair sample. Raises ValueError for an unknown or empty split.
+        are a fair sample. Raises ConfigError for an unknown or empty split.
         """
-        total = self._size(split)
-        stop = total if limit is None else min(limit, total)
-        if size < 1 or stop < 1:
-            raise ValueError(f"size={size}, limit={limit}: must be at least 1")
-        order = _permutation(_EVALUATION, SPLITS.index(split), total)
-        rows = self._rows[split][order[:stop]]
-        chunks = (rows[i : i + size] for i in range(0, stop, size))
-        return self._fetch_all((SOURCE[split], chunk, None) for chunk in chunks)
+        source, rows = self._split(split)
+        positive = size > 0 and (limit is None or limit > 0)
+        require(positive, "size, limit", (size, limit), "they must be at least 1")
+        rows = rows[_permutation(_EVALUATION, SPLITS.index(split), len(rows))[:limit]]
+        chunks = (rows[i : i + size] for i in range(0, len(rows), size))
+        return self._fetch_all((source, chunk, None) for chunk in chunks)
 
     def _plan(self, step: int, size: int, seed: int, split: str) -> Wanted:
         """What this part of one batch is made of."""
-        total = self._size(split)
-        if not 1 <= size <= total:
-            raise ValueError(
-                f"batch size {size}: must be from 1 to the {total} images of split {split!r}"
-            )
-        if step < 0 or seed < 0:
-            raise ValueError(f"step={step}, seed={seed}: must not be negative")
+        source, rows = self._split(split)
         first, parts = self._part
-        if size % parts:
-            raise ValueError(f"batch size {size}: must be a multiple of its {parts} parts")
+        allowed = f"it must be from 1 to the {len(rows)} images of split {split!r}"
+        require(1 <= size <= len(rows), "batch size", size, allowed)
+        require(size % parts == 0, "batch size", size, f"it must be a multiple of {parts} parts")
+        require(min(step, seed) >= 0, "step, seed", (step, seed), "they must not be negative")
         stream = SPLITS.index(split)
-        epoch, position = divmod(step, total // size)
-        order = _permutation(_ORDER, stream, seed, epoch, total)
+        epoch, position = divmod(step, len(rows) // size)
+        order = _permutation(_ORDER, stream, seed, epoch, len(rows))
         order = order[position * size : (position + 1) * size]
         draws = None
-        if self._augment is not None and split in AUGMENTED:
+        if self._augment is not None and source == "train":
             rng = np.random.default_rng((_AUGMENT, stream, seed, step))
             draws = self._augment.draw(rng, size)[first::parts]
-        return SOURCE[split], self._rows[split][order[first::parts]], draws
+        return source, rows[order[first::parts]], draws
 
-    def _size(self, split: str) -> int:
-        """Number of images of a split, at least 1."""
-        if split not in SPLITS:
-            raise ValueError(f"unknown split {split!r}: choose one of {', '.join(SPLITS)}")
-        if not len(self._rows[split]):
-            held = "load the data with held_out > 0"
-            hint = held if split == "held" else "the data has no such images"
-            raise ValueError(f"split {split!r} is empty: {hint}")
-        return len(self._rows[split])
+    def _split(self, split: str) -> tuple[str, np.ndarray]:
+        """Which images ("train" or "test") a split is made of, and their rows, at least one."""
+        check_names([split], SPLITS, "split")
+        filled = len(self._rows[split]) > 0
+        require(filled, "split", split, "it is empty; 'held' needs data with held_out > 0")
+        return "test" if split == "test" else "train", self._rows[split]
 
     def _fetch_all(self, wanted: Iterable[Wanted]) -> Iterator[Batch]:
         return (self._fetch(*one) for one in wanted)
@@ -202,31 +182,23 @@ class TensorDataset(Dataset):
     def __init__(
         self,
         name: str,
-        images: dict[str, Tensor],
-        labels: dict[str, Tensor],
+        images: Tensors,
+        labels: Tensors,
         n_classes: int,
         *,
-        held_out: int = 0,
-        seed: int = 0,
         mean: tuple[float, ...] = (0.0,),
         std: tuple[float, ...] = (1.0,),
         augment: FlipCrop | None = None,
         content: str | None = None,
     ):
-        shape, counts = images["train"].shape[1:], {split: len(x) for split, x in images.items()}
-        super().__init__(
-            name, n_classes, shape, counts, held_out=held_out, seed=seed, augment=augment
-        )
-        self._images, self._labels = images, labels
-        self._mean, self._std = mean, std
-        self._hash = content
+        super().__init__(name, n_classes, images["train"].shape[1:], labels, augment)
+        self._images, self._mean, self._std, self._hash = images, mean, std, content
 
     def to(self, device: str | torch.device) -> Self:
         """The same dataset, its images, labels and batches on `device`."""
-        moved = super().to(device)
-        moved._images = {split: x.to(device) for split, x in self._images.items()}
-        moved._labels = {split: y.to(device) for split, y in self._labels.items()}
-        return moved
+        images = {split: x.to(device) for split, x in self._images.items()}
+        labels = {split: y.to(device) for split, y in self._labels.items()}
+        return super().to(device)._with(_images=images, _labels=labels)
 
     def _fetch(self, source: str, rows: np.ndarray, draws: np.ndarray | None) -> Batch:
         index = torch.from_numpy(rows).to(self.device, non_blocking=True)
@@ -283,55 +255,40 @@ def from_tensors(
     Floating-point images are used as they are; uint8 ones (N, C, H, W) are normalized by the
     training images' mean and standard deviation per channel. No augmentation.
 
-    Raises ValueError for shapes, types or labels that do not fit together.
+    Raises ConfigError for shapes, types or labels that do not fit together.
     """
     images = {"train": torch.as_tensor(x), "test": torch.as_tensor(x_test)}
     labels = {"train": torch.as_tensor(y), "test": torch.as_tensor(y_test)}
-    _check_images(images)
-    _check_labels(images, labels)
+    for split in images:
+        _check(split, images[split], labels[split])
+    kinds = [(tuple(x.shape[1:]), x.dtype == torch.uint8) for x in images.values()]
+    allowed = "training and test images must have one shape, and both be uint8 or floating-point"
+    require(kinds[0] == kinds[1], "(shape, whether uint8)", kinds, allowed)
+    scale = {}
     if images["train"].dtype == torch.uint8:
-        mean, std = _moments(images["train"])
+        scale = _moments(images["train"])
     else:
-        mean, std = (0.0,), (1.0,)
-        images = {split: images[split].float() for split in images}
-    labels = {split: labels[split].long() for split in labels}
+        images = {split: x.float() for split, x in images.items()}
+    labels = {split: y.long() for split, y in labels.items()}
     n_classes = int(max(y.max() for y in labels.values())) + 1
-    dataset = TensorDataset(
-        name, images, labels, n_classes, held_out=held_out, seed=seed, mean=mean, std=std
-    )
-    return dataset.to(device or default_device())
+    dataset = TensorDataset(name, images, labels, n_classes, **scale)
+    return dataset.hold_out(held_out, seed).to(device or default_device())
 
 
-def _check_images(images: dict[str, Tensor]) -> None:
-    for split, x in images.items():
-        if x.dtype != torch.uint8 and not x.is_floating_point():
-            raise ValueError(f"{split}: images must be floating-point or uint8, not {x.dtype}")
-        if x.dtype == torch.uint8 and x.dim() != 4:
-            raise ValueError(f"{split}: uint8 images must be (N, C, H, W), not {tuple(x.shape)}")
-    train, test = images["train"], images["test"]
-    if train.shape[1:] != test.shape[1:]:
-        shapes = tuple(train.shape[1:]), tuple(test.shape[1:])
-        raise ValueError(
-            f"training images have shape {shapes[0]}, test images {shapes[1]}: make them equal"
-        )
-    if (train.dtype == torch.uint8) != (test.dtype == torch.uint8):
-        raise ValueError("training and test images must both be uint8 or both floating-point")
+def _check(split: str, x: Tensor, y: Tensor) -> None:
+    """Raise ConfigError for images or labels of a split that cannot be used."""
+    raw, integer = x.dtype == torch.uint8, not (y.is_floating_point() or y.dtype == torch.bool)
+    kind = f"floating-point or uint8, not {x.dtype}"
+    require(raw or x.is_floating_point(), "images", split, f"they must be {kind}")
+    form = f"uint8 images must be (N, C, H, W), not {tuple(x.shape)}"
+    require(not raw or x.dim() == 4, "images", split, form)
+    need = f"each of its {len(x)} images needs one, but their shape is {tuple(y.shape)}"
+    require(0 < len(x) and y.shape == (len(x),), "labels", split, need)
+    found = f"they must be integers from 0 up, not {y.dtype} from {y.min().item()}"
+    require(integer and y.min().item() >= 0, "labels", split, found)
 
 
-def _check_labels(images: dict[str, Tensor], labels: dict[str, Tensor]) -> None:
-    for split, y in labels.items():
-        n = len(images[split])
-        if n == 0 or y.shape != (n,):
-            shape = tuple(y.shape)
-            raise ValueError(
-                f"{split}: {n} images with labels of shape {shape}: need one label for each"
-            )
-        if y.is_floating_point() or y.dtype == torch.bool or y.min() < 0:
-            found = f"{y.dtype} from {y.min().item()}"
-            raise ValueError(f"{split}: labels must be integers from 0 up, not {found}")
-
-
-def _moments(x: Tensor) -> tuple[tuple[float, ...], tuple[float, ...]]:
+def _moments(x: Tensor) -> dict[str, tuple[float, ...]]:
     """Mean and standard deviation per channel of uint8 images (N, C, H, W), in units of 0..1."""
     # From a histogram per channel: exact, and never a float copy of all images.
     values = torch.arange(256, dtype=torch.float64) / 255
@@ -341,4 +298,4 @@ def _moments(x: Tensor) -> tuple[tuple[float, ...], tuple[float, ...]]:
     mean = p @ values
     # A constant channel has no deviation: one grey level stands for it.
     std = (p @ values**2 - mean**2).clamp(min=0).sqrt().clamp(min=1 / 255)
-    return tuple(mean.tolist()), tuple(std.tolist())
+    return {"mean": tuple(mean.tolist()), "std": tuple(std.tolist())}

@@ -37,29 +37,22 @@ RECIPE: dict[str, Any] = {
 }
 
 
-def load(root: Path, *, held_out: int, seed: int, progress: bool) -> TensorDataset:
+def load(name: str, root: Path, seed: int, progress: bool) -> TensorDataset:
     """Digits (1, 8, 8): 1,297 originals x 100 variants to train on, 500 x 10 to test.
 
-    `held_out` of the former are held back. All 134,700 (34 MB) are generated in seconds and kept
-    under root/digits. `seed` fixes the stratified split of the originals, the distortions and the
-    held-out images.
+    All 134,700 (34 MB) are generated in seconds and kept under root/digits. `seed` fixes the
+    stratified split of the originals and the distortions; `progress` is not used.
     """
     key = hashlib.blake2b(json.dumps(RECIPE | {"seed": seed}).encode(), digest_size=8).hexdigest()
     cut = RECIPE["train_originals"] * RECIPE["train_variants"]
     total = cut + RECIPE["test_originals"] * RECIPE["test_variants"]
-    cached, fill = partial(cached_array, root / "digits"), partial(_generate, seed=seed)
-    images = torch.from_numpy(cached(f"images-{key}", (total, 1, 8, 8), "float32", fill))
-    fill = partial(_label, seed=seed)
-    labels = torch.from_numpy(cached(f"labels-{key}", (total,), "int64", fill))
-    return TensorDataset(
-        "digits",
-        {"train": images[:cut], "test": images[cut:]},
-        {"train": labels[:cut], "test": labels[cut:]},
-        n_classes=10,
-        held_out=held_out,
-        seed=seed,
-        content=key,
+    cached = partial(cached_array, root / name)
+    pool = (
+        cached(f"images-{key}", (total, 1, 8, 8), "float32", partial(_generate, seed=seed)),
+        cached(f"labels-{key}", (total,), "int64", partial(_label, seed=seed)),
     )
+    images, labels = ({"train": x[:cut], "test": x[cut:]} for x in map(torch.from_numpy, pool))
+    return TensorDataset(name, images, labels, n_classes=10, content=key)
 
 
 @lru_cache(maxsize=1)

@@ -8,13 +8,13 @@ from __future__ import annotations
 import hashlib
 import math
 import os
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from functools import partial
 from itertools import chain, repeat
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
 import numpy as np
 import torch
@@ -25,12 +25,14 @@ from tqdm import tqdm
 
 from paper_lib.data.augment import Box, FlipCrop, ResizedCrop, central_square
 from paper_lib.data.dataset import Batch, DataError, Dataset, TensorDataset, Wanted, normalize
+from paper_lib.errors import require
 from paper_lib.files import cached_array, cpus
 
 EXTENSIONS = (".bmp", ".gif", ".jpeg", ".jpg", ".png", ".ppm", ".tif", ".tiff", ".webp")
 # ImageNet's channels, in units of 0..1: used for every tree of images.
 MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 EVALUATION_PART = 224 / 256  # of the shorter side, central: the usual resize to 256, crop to 224
+IN_MEMORY_LIMIT = 8 * 10**9  # bytes of all images as uint8
 CHUNK = 256  # images decoded per task where a tree is kept whole
 MAX_WORKERS = 16
 
@@ -38,19 +40,17 @@ Crop = Callable[[int, int], Box]  # width and height of an image -> the part of 
 
 
 def load(
+    name: str,
     root: Path,
-    *,
-    held_out: int,
     seed: int,
     progress: bool,
     image_size: int,
     streaming: bool | None = None,
-    in_memory_limit: int = 8 * 10**9,
 ) -> Dataset:
-    """A tree of images as (3, image_size, image_size).
+    """A tree of images as (3, image_size, image_size); `seed` is not used.
 
-    A tree that takes at most `in_memory_limit` bytes as uint8 is decoded once (shorter side resized
-    to image_size, central square kept), cached in root/.decoded and held on the device, with flips
+    A tree that takes at most IN_MEMORY_LIMIT as uint8 is decoded once (shorter side resized to
+    image_size, central square kept), cached in root/.decoded and held on the device, with flips
     and crops padded by an eighth of the side. A larger one is streamed: see StreamedImages.
     `streaming` overrides the choice.
 
@@ -58,28 +58,22 @@ def load(
     (when it is read), an empty class, classes that differ between splits, a missing split, or a
     root/.decoded that cannot be written (a root with links to another tree's folders will do).
     """
-    if image_size < 8:
-        raise ValueError(f"image_size={image_size}: must be at least 8 pixels, such as 32, 64, 224")
+    require(image_size >= 8, "image_size", image_size, "at least 8 pixels, such as 32, 64, 224")
     try:
         tree = scan(root)
     except OSError as error:
-        raise DataError(
-            f"cannot list {error.filename} ({error.strerror}): repair or remove it"
-        ) from error
-    count = sum(len(files) for files in tree.files.values())
-    if streaming is None:
-        streaming = count * 3 * image_size**2 > in_memory_limit
-    if streaming:
-        return StreamedImages(tree, image_size, held_out=held_out, seed=seed)
+        message = f"cannot list {error.filename} ({error.strerror}): repair or remove it"
+        raise DataError(message) from error
+    cut, rest = (len(files) for files in tree.files.values())
+    large = (cut + rest) * 3 * image_size**2 > IN_MEMORY_LIMIT
+    if large if streaming is None else streaming:
+        return StreamedImages(name, tree, image_size)
     images = _decoded(root, tree, image_size, progress)
-    cut = len(tree.files["train"])
     return TensorDataset(
-        "imagefolder",
+        name,
         {"train": images[:cut], "test": images[cut:]},
         tree.labels,
         n_classes=len(tree.classes),
-        held_out=held_out,
-        seed=seed,
         mean=MEAN,
         std=STD,
         augment=FlipCrop(pad=image_size // 8),
@@ -94,22 +88,10 @@ class StreamedImages(Dataset):
     gets the rows and random numbers of one whole batch, which were drawn outside.
     """
 
-    def __init__(self, tree: Tree, image_size: int, *, held_out: int, seed: int):
-        super().__init__(
-            "imagefolder",
-            len(tree.classes),
-            (3, image_size, image_size),
-            {split: len(files) for split, files in tree.files.items()},
-            held_out=held_out,
-            seed=seed,
-            augment=ResizedCrop(),
-        )
-        # Bytes in one array: reference counts of a list of strings would copy it into every worker.
-        self._files = {
-            split: np.array([os.fsencode(file) for file in files])
-            for split, files in tree.files.items()
-        }
-        self._labels, self._tree = tree.labels, tree.content
+    def __init__(self, name: str, tree: Tree, image_size: int):
+        shape = (3, image_size, image_size)
+        super().__init__(name, len(tree.classes), shape, tree.labels, ResizedCrop())
+        self._tree = tree
 
     def _fetch(self, source: str, rows: np.ndarray, draws: np.ndarray | None) -> Batch:
         return self._ready(*self._decode((source, rows, draws)))
@@ -121,12 +103,11 @@ class StreamedImages(Dataset):
     def _decode(self, wanted: Wanted) -> Batch:
         """uint8 images (N, 3, H, W) and labels (N,) on the CPU."""
         source, rows, draws = wanted
-        paths = [os.fsdecode(path) for path in self._files[source][rows]]
         crops: list[Crop] = [partial(central_square, part=EVALUATION_PART)] * len(rows)
         if draws is not None:
             crops = [partial(self._augment.box, draw=draw) for draw in draws]
-        threads = cpus() if get_worker_info() is None else 1
-        images = torch.from_numpy(decode_all(paths, self.shape[-1], crops, threads))
+        files = self._tree.files[source][rows]
+        images = torch.from_numpy(decode_all(files, self.shape[-1], crops))
         if draws is not None:
             flipped = torch.from_numpy(self._augment.flips(draws))
             images[flipped] = images[flipped].flip(-1)
@@ -137,25 +118,24 @@ class StreamedImages(Dataset):
         return normalize(x, MEAN, STD), y
 
     def _content(self) -> str:
-        return self._tree
+        return self._tree.content
 
 
 def _decoded(root: Path, tree: Tree, size: int, progress: bool) -> Tensor:
     """All images, train then test, (N, 3, size, size) uint8, from the cache or decoded into it."""
-    files = tree.files["train"] + tree.files["test"]
-    shape, key = (len(files), 3, size, size), f"{size}px-{tree.state}"
+    folder, key = root / ".decoded", f"{size}px-{tree.state}"
+    files = np.concatenate([tree.files["train"], tree.files["test"]])
 
     def fill(out: np.ndarray) -> None:
         starts = range(0, len(files), CHUNK)
-        chunks = in_workers(partial(_chunk, files, size), starts)
-        with tqdm(total=len(files), desc="decoding", unit=" images", disable=not progress) as bar:
-            for start, images in zip(starts, chunks, strict=True):
-                out[start : start + CHUNK] = images
-                bar.update(len(images))
+        decoding = partial(decode_all, size=size, crops=[central_square] * CHUNK)
+        chunks = in_workers(decoding, [files[i : i + CHUNK] for i in starts])
+        bar = {"desc": "decoding", "unit": " images", "unit_scale": CHUNK, "disable": not progress}
+        for i, images in zip(starts, tqdm(chunks, total=len(starts), **bar), strict=True):
+            out[i : i + CHUNK] = images
 
-    folder = root / ".decoded"
     try:
-        images = cached_array(folder, key, shape, "uint8", fill)
+        images = cached_array(folder, key, (len(files), 3, size, size), "uint8", fill)
     except OSError as error:
         raise DataError(
             f"cannot keep decoded images in {folder} ({error}): make room there, or if it is "
@@ -167,17 +147,16 @@ def _decoded(root: Path, tree: Tree, size: int, progress: bool) -> Tensor:
     return torch.from_numpy(images)
 
 
-def _chunk(files: list[str], size: int, start: int) -> np.ndarray:
-    files = files[start : start + CHUNK]
-    return decode_all(files, size, [central_square] * len(files), threads=1)
-
-
 @dataclass(frozen=True)
 class Tree:
-    """What is in the folders: classes in label order; files and labels of "train" and "test"."""
+    """What is in the folders: classes in label order; files and labels of "train" and "test".
+
+    Paths are bytes in one array: reference counts of a list of strings would copy it into every
+    worker.
+    """
 
     classes: list[str]
-    files: dict[str, list[str]]
+    files: dict[str, np.ndarray]
     labels: dict[str, Tensor]
     content: str  # hash of the files' relative paths and sizes: the same for a copy of the tree
     state: str  # hash of modification times also: a change invalidates what was decoded
@@ -192,60 +171,53 @@ def scan(root: Path) -> Tree:
         if not folder.is_dir():
             layout = "train/<class>/ and val/<class>/ or test/<class>/"
             raise DataError(f"{root} must hold {layout}: {folder} is missing")
-    classes = _classes(folders)
-    files: dict[str, list[str]] = {}
-    labels: dict[str, Tensor] = {}
+    classes = _classes(folders["train"], folders["test"])
+    files, labels = {}, {}
     content, state = hashlib.blake2b(digest_size=8), hashlib.blake2b(digest_size=8)
     for split, folder in folders.items():
         of_class = [_images(folder / name) for name in classes]
-        counts = torch.tensor([len(entries) for entries in of_class])
+        counts = torch.tensor([len(paths) for paths in of_class])
         labels[split] = torch.arange(len(classes)).repeat_interleave(counts)
-        files[split] = [entry.path for entries in of_class for entry in entries]
-        for entry in chain.from_iterable(of_class):
-            info, relative = entry.stat(), os.path.relpath(entry.path, root)
+        paths = list(chain.from_iterable(of_class))
+        files[split] = np.array([os.fsencode(path) for path in paths])
+        for path in paths:
+            info, relative = os.stat(path), os.path.relpath(path, root)
             content.update(f"{relative} {info.st_size}\n".encode())
             state.update(f"{relative} {info.st_size} {info.st_mtime_ns}\n".encode())
     return Tree(classes, files, labels, content.hexdigest(), state.hexdigest())
 
 
-def _classes(folders: dict[str, Path]) -> list[str]:
+def _classes(train: Path, test: Path) -> list[str]:
     """Names of the class folders, the same in both splits."""
-    train, test = ({e.name for e in _visible(f) if e.is_dir()} for f in folders.values())
-    if not train:
-        raise DataError(
-            f"{folders['train']} has no class folders: each class needs one, with its images"
-        )
-    if train != test:
-        raise DataError(
-            f"classes differ: only in {folders['train']}: {sorted(train - test)[:5]}, only in "
-            f"{folders['test']}: {sorted(test - train)[:5]} (the first 5 of each); "
-            "give both the same class folders"
-        )
-    return sorted(train)
+    of_train, of_test = (
+        {path.name for path in split.iterdir() if path.is_dir() and path.name[0] != "."}
+        for split in (train, test)
+    )
+    if not of_train:
+        raise DataError(f"{train} has no class folders: each class needs one, with its images")
+    if odd := sorted(of_train ^ of_test):
+        message = f"{odd[:5]} (at most 5 shown): give both the same class folders"
+        raise DataError(f"classes differ: only one of {train} and {test} has {message}")
+    return sorted(of_train)
 
 
-def _images(folder: Path) -> list[os.DirEntry[str]]:
+def _images(folder: Path) -> list[str]:
     """Image files in a class folder and the folders in it, in the order of their paths."""
-    entries = sorted(_walk(folder), key=lambda entry: entry.path)
-    if not entries:
+    found = []
+    for where, folders, names in os.walk(folder, onerror=_raise, followlinks=True):
+        folders[:] = [name for name in folders if name[0] != "."]
+        shown = [name for name in names if name[0] != "." and name.lower().endswith(EXTENSIONS)]
+        found += [os.path.join(where, name) for name in shown]
+    if not found:
         raise DataError(f"class folder {folder} has no images ({' '.join(EXTENSIONS)})")
-    return entries
+    return sorted(found)
 
 
-def _walk(folder: Path | str) -> Iterator[os.DirEntry[str]]:
-    for entry in _visible(folder):
-        if entry.is_dir():
-            yield from _walk(entry.path)
-        elif entry.name.lower().endswith(EXTENSIONS):
-            yield entry
+def _raise(error: OSError) -> NoReturn:  # os.walk skips folders that cannot be listed
+    raise error
 
 
-def _visible(folder: Path | str) -> list[os.DirEntry[str]]:
-    with os.scandir(folder) as entries:
-        return [entry for entry in entries if not entry.name.startswith(".")]
-
-
-def decode(path: str, size: int, crop: Crop) -> np.ndarray:
+def decode(path: str | bytes, size: int, crop: Crop) -> np.ndarray:
     """The cropped part of an image, resized: (3, size, size) uint8, by RGB.
 
     Raises DataError naming the file if it is unreadable, or has more than 8 bits a channel: Pillow
@@ -266,13 +238,13 @@ def decode(path: str, size: int, crop: Crop) -> np.ndarray:
             rgb = image.convert("RGB").resize((size, size), Image.Resampling.BILINEAR, box=box)
             return np.asarray(rgb).transpose(2, 0, 1)
     except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
-        raise DataError(f"unusable image {path} ({error}): repair or remove it") from error
+        message = f"unusable image {os.fsdecode(path)} ({error}): repair or remove it"
+        raise DataError(message) from error
 
 
-def decode_all(paths: Sequence[str], size: int, crops: Iterable[Crop], threads: int) -> np.ndarray:
-    """Decode files with a crop each, (N, 3, size, size) uint8; threads pay for large images."""
-    if threads == 1:
-        return np.stack([decode(path, size, crop) for path, crop in zip(paths, crops, strict=True)])
+def decode_all(paths: Iterable[bytes], size: int, crops: Iterable[Crop]) -> np.ndarray:
+    """Decode files, with a crop each, (N, 3, size, size) uint8; a worker does so in one thread."""
+    threads = cpus() if get_worker_info() is None else 1
     with ThreadPoolExecutor(threads) as pool:
         return np.stack(list(pool.map(decode, paths, repeat(size), crops)))
 

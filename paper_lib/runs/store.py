@@ -218,8 +218,8 @@ class Run:
         have = describe(self.steps) if len(self.steps) else "none"
         return (
             f"the run {self.folder.name} kept no snapshot of step {describe(steps)}; it has "
-            f"{have}. Record it by adding e.g. '{steps[0]}-{steps[-1]}' to the run's `record` (an average "
-            "over such steps can be named in its `averages` instead)"
+            f"{have}. Record it by adding e.g. '{steps[0]}-{steps[-1]}' to the run's `record` "
+            "(an average over such steps can be named in its `averages` instead)"
         )
 
 
