@@ -64,9 +64,10 @@ def images():
         {"train": x, "test": x[:40]},
         {"train": torch.from_numpy(y), "test": torch.from_numpy(y[:40])},
     )
-    return TensorDataset(
-        "noise", *splits, 3, held_out=32, mean=(0.3,) * 3, std=(0.15,) * 3, augment=FlipCrop(2)
+    dataset = TensorDataset(
+        "noise", *splits, 3, mean=(0.3,) * 3, std=(0.15,) * 3, augment=FlipCrop(2)
     )
+    return dataset.hold_out(32)
 
 
 def assert_same_run(one, other):
