@@ -1,4 +1,4 @@
-# Start with `make help`. What a notebook depends on, how it runs and what of it is kept: scripts/, paper_lib/results.
+# Start with `make help`. What a notebook depends on, how it runs and what of it is kept: scripts/.
 
 CONFIG ?= digits
 SEEDS ?=
@@ -88,7 +88,7 @@ endif
 
 $(NOTEBOOKS): %: $(STAMPS)/%
 $(STAMPS)/%: | $(ENV)
-	@OMP_NUM_THREADS=$${OMP_NUM_THREADS:-$(THREADS)} $(PY) -m paper_lib.results.notebooks run $* --preset "$$CONFIG" \
+	@OMP_NUM_THREADS=$${OMP_NUM_THREADS:-$(THREADS)} $(PY) -m scripts.notebooks run $* --preset "$$CONFIG" \
 	--seeds "$$SEEDS" --stamps $(STAMPS) --jobs "$$JOBS" --todo "$$TODO" --after $^
 
 # What is out of date is what make would run now; settings and data are checked before it does.
@@ -96,24 +96,24 @@ figures: $(ENV) ## run every notebook whose result is out of date, into results/
 	@planned=$$($(MAKE) --no-print-directory -n $(NOTEBOOKS)) || exit 2; \
 	todo=$$(echo "$$planned" | sed -n 's/.*results\.notebooks run \([^ ]*\).*/\1/p'); \
 	test -z "$$todo" || { \
-	$(PY) -m paper_lib.results.notebooks begin $$todo --preset "$$CONFIG" --seeds "$$SEEDS" --stamps $(STAMPS) --jobs "$$JOBS" && \
+	$(PY) -m scripts.notebooks begin $$todo --preset "$$CONFIG" --seeds "$$SEEDS" --stamps $(STAMPS) --jobs "$$JOBS" && \
 	TODO="$$todo" $(MAKE) --no-print-directory $$todo && \
-	{ $(PY) -m paper_lib.results.compare $(if $(FRESH),,--keep) $(HERE); test $$? -lt 2; } && \
-	$(PY) -m paper_lib.results.report $(HERE); } && \
+	{ $(PY) -m scripts.compare $(if $(FRESH),,--keep) $(HERE); test $$? -lt 2; } && \
+	$(PY) -m scripts.report $(HERE); } && \
 	echo "$(words $(NOTEBOOKS)) notebooks are up to date in" $(HERE)
 
 compare: $(ENV) ## compare results/CONFIG with what is committed, within stated tolerances
-	@$(PY) -m paper_lib.results.compare $(HERE)
+	@$(PY) -m scripts.compare $(HERE)
 
 readme: $(ENV) ## write results/CONFIG/README.md again, with every criterion
-	@$(PY) -m paper_lib.results.report $(HERE)
+	@$(PY) -m scripts.report $(HERE)
 
 # A folder of its own, so that the tests train for real and never touch results/ or runs/; one thread per worker.
 # Only test_cuda.py sees a GPU: what the other tests and the notebooks compare are the numbers of a CPU.
 TEST := mkdir -p .build && work=$$(mktemp -d "$(CURDIR)/.build/test.XXXXXX") && trap 'rm -rf "$$work"' EXIT && \
 	export PAPER_RUNS="$$work/runs" PAPER_RESULTS="$$work/results" OMP_NUM_THREADS=1
 UNIT := $(PY) -m pytest -q tests/test_cuda.py && CUDA_VISIBLE_DEVICES= $(PY) -m pytest -q -n 2 tests
-NBVAL := $(PY) -m paper_lib.results.notebooks smoke "$$work/notebooks" && CUDA_VISIBLE_DEVICES= \
+NBVAL := $(PY) -m scripts.notebooks smoke "$$work/notebooks" && CUDA_VISIBLE_DEVICES= \
 	$(PY) -m pytest -q -n 2 --dist loadfile --nbval-lax --nbval-current-env "$$work/notebooks"
 test: lint ## lint, unit tests, and every notebook on the smoke preset
 	@$(TEST) && $(UNIT) && $(NBVAL)
@@ -140,7 +140,7 @@ lab: $(ENV) ## open JupyterLab, where notebooks write into .build/lab
 	PAPER_RESULTS="$(CURDIR)/.build/lab" $(PY) -m jupyterlab notebooks
 
 refresh: $(ENV) ## store the checked outputs of the notebooks again, after changing one
-	PAPER_RESULTS="$(CURDIR)/.build/refresh" $(PY) -m paper_lib.results.notebooks refresh
+	PAPER_RESULTS="$(CURDIR)/.build/refresh" $(PY) -m scripts.notebooks refresh
 
 lock: $(ENV) ## resolve requirements.in into requirements.txt again, keeping the pins that still fit
 	$(PY) -m uv pip compile --quiet --universal --python-version 3.11 --no-annotate \

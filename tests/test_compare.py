@@ -10,7 +10,8 @@ import pytest
 from nbformat.v4 import new_code_cell, new_notebook, new_output
 
 from paper_lib import results as package
-from paper_lib.results import claims, compare, report
+from paper_lib.results import claims
+from scripts import compare, report
 
 
 def claim(measured, spread=0.0, holds=True, criterion="mean < 1", quantity="q"):

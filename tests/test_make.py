@@ -14,9 +14,8 @@ import yaml
 from nbformat.v4 import new_code_cell, new_markdown_cell, new_notebook
 from packaging.requirements import Requirement
 
-from paper_lib.results import ROOT
-from paper_lib.results.notebooks import METADATA
-from scripts import dependencies
+from scripts import ROOT, dependencies
+from scripts.notebooks import METADATA
 
 PRINT_SETTINGS = """#!/bin/sh
 case "$*" in *dependencies.py*) exec "$REAL_PYTHON" "$@";; esac

@@ -13,9 +13,8 @@ from nbformat.v4 import new_code_cell, new_markdown_cell, new_notebook, new_outp
 from PIL import Image
 
 from paper_lib.errors import ConfigError
-from paper_lib.results import notebooks
-from paper_lib.results.notebooks import NotebookError
-from scripts import dependencies
+from scripts import dependencies, notebooks
+from scripts.notebooks import NotebookError
 
 SOURCES = notebooks.sources()
 

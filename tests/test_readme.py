@@ -5,8 +5,7 @@ import re
 import subprocess
 import sys
 
-from paper_lib.results import ROOT
-from scripts import readme_example
+from scripts import ROOT, readme_example
 
 
 def example(heading: str) -> str:

@@ -1,16 +1,1 @@
-"""For readers: figures, verdicts, executed notebooks, and whether they are as committed."""
-
-import subprocess
-from pathlib import Path
-
-ROOT = Path(__file__).resolve().parents[2]  # the checkout
-
-
-def git(*words: str) -> bytes:
-    """Return git's output in the checkout; nothing where it fails, as without a repository."""
-    if not (ROOT / ".git").exists():  # a repository around a copy is another's
-        return b""
-    try:
-        return subprocess.run(["git", *words], cwd=ROOT, capture_output=True, check=True).stdout
-    except (OSError, subprocess.CalledProcessError):
-        return b""
+"""For readers: figures with the numbers behind them, criteria and verdicts."""

@@ -28,8 +28,8 @@ from papermill import PapermillExecutionError
 from paper_lib.errors import ConfigError, require
 from paper_lib.files import folder, lock, replacing
 from paper_lib.presets import study
-from paper_lib.results import ROOT, git
 from paper_lib.results.palette import shrink
+from scripts import ROOT, git
 
 SOURCES, BUILD = ROOT / "notebooks", ROOT / ".build"
 CHECKED = "NBVAL_CHECK_OUTPUT"  # the comment that makes nbval compare an output with the stored one

@@ -26,7 +26,7 @@ import numpy as np
 import pandas as pd
 
 from paper_lib.files import replacing
-from paper_lib.results import ROOT, git
+from scripts import ROOT, git
 
 INJECTED = "injected-parameters"  # the cell that papermill puts in
 SPREADS, MEAN_TOLERANCE, CURVE_TOLERANCE = 3.0, 0.05, 0.10

@@ -10,7 +10,8 @@ from pathlib import Path
 
 from paper_lib.files import replacing
 from paper_lib.presets import PRESETS
-from paper_lib.results import ROOT, claims
+from paper_lib.results import claims
+from scripts import ROOT
 
 
 def page(results: Path) -> str:
