@@ -9,7 +9,7 @@ import pandas as pd
 import pytest
 from nbformat.v4 import new_code_cell, new_notebook, new_output
 
-from paper_lib import results as package
+import scripts as package
 from paper_lib.results import claims
 from scripts import compare, report
 
