@@ -135,10 +135,10 @@ def stationary(
     seed: int, etas: Sequence[float], steps: int, chains: int
 ) -> tuple[np.ndarray, np.ndarray]:
     """Iterates (chains, d, steps + 1) of independent runs, and their minima (chains, d, steps)."""
-    rng, etas = np.random.default_rng(seed), np.asarray(etas)
-    start = rng.standard_normal((chains, etas.size)) * np.sqrt(quadratic.stationary_variance(etas))
-    c = simulate.sample_minima(rng, np.ones(etas.size), steps, chains)
-    return simulate.sgd(c, etas[:, None], start=start), c
+    rng, eta = np.random.default_rng(seed), np.asarray(etas)
+    start = rng.standard_normal((chains, eta.size)) * np.sqrt(quadratic.stationary_variance(eta))
+    c = simulate.sample_minima(rng, np.ones(eta.size), steps, chains)
+    return simulate.sgd(c, eta[:, None], start=start), c
 
 
 def variances(
