@@ -86,14 +86,14 @@ def fit_mixture(dips: np.ndarray, n_rates: int) -> tuple[np.ndarray, np.ndarray]
     """
     allowed = f"{n_rates} rate(s) need more than {2 * n_rates} values"
     require(len(dips) > 2 * n_rates, "dips", len(dips), allowed)
-    k, best = np.arange(len(dips)), (np.inf,)
+    k, least = np.arange(len(dips)), np.inf
     decay_times = np.geomspace(3 * len(dips), 0.3, 60)  # in steps
     for taus in itertools.combinations(decay_times, n_rates):
         q = np.exp(-1 / np.array(taus))
         amplitudes, error = nnls(q[None, :] ** k[:, None], dips)
-        if error < best[0]:
-            best = (error, amplitudes, q)
-    return best[1], best[2]
+        if error < least:
+            least, best = error, (amplitudes, q)
+    return best
 
 
 # --- the whole run ------------------------------------------------------------------------------
