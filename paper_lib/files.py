@@ -71,9 +71,9 @@ def require_space(folder: Path, needed: int, what: str) -> None:
     folder.mkdir(parents=True, exist_ok=True)
     free = shutil.disk_usage(folder).free
     if needed * 1.05 > free:
-        arithmetic = f"{what} needs {needed / 1e9:.2f} GB, but {folder} has {free / 1e9:.2f} GB free"
+        arithmetic = f"needs {needed / 1e9:.2f} GB, but {folder} has {free / 1e9:.2f} GB free"
         remedy = "free some space, set PAPER_RUNS to a larger disk, or record fewer snapshots"
-        raise OSError(f"{arithmetic}: {remedy}")
+        raise OSError(f"{what} {arithmetic}: {remedy}")
 
 
 def cached_array(
