@@ -82,48 +82,40 @@ class Parser(argparse.ArgumentParser):
 
 def _add_settings(parser: argparse.ArgumentParser) -> None:
     """One option for every setting; pydantic turns the text into values."""
-    for title, cls, names, base in (
-        ("settings of the run", RunConfig, RUN_SETTINGS, DIGITS.run),
-        ("settings of the study", Study, STUDY_SETTINGS, DIGITS),
-    ):
+    parser.add_argument("--preset", default="digits", help="one of: " + ", ".join(PRESETS))
+    of_run, of_study = (RunConfig, RUN_SETTINGS, DIGITS.run), (Study, STUDY_SETTINGS, DIGITS)
+    for cls, names, base in (of_run, of_study):
+        title = f"settings of the {'run' if cls is RunConfig else 'study'}"
         group = parser.add_argument_group(title, "with the values of the preset digits")
         for name in names:
-            group.add_argument(
-                "--" + name.replace("_", "-"),
-                dest=name,
-                default=argparse.SUPPRESS,
-                metavar="X",
-                help=f"{meanings(cls)[name]} [{getattr(base, name)}]",
-            )
+            flag, meaning = "--" + name.replace("_", "-"), meanings(cls)[name]
+            about = f"{meaning} [{getattr(base, name)}]"
+            group.add_argument(flag, default=argparse.SUPPRESS, metavar="X", help=about)
 
 
 def _parser() -> argparse.ArgumentParser:
-    wide = partial(argparse.HelpFormatter, width=100, max_help_position=24)
     parser = Parser(prog="paper-lib", description=__doc__, allow_abbrev=False)
     parser.add_argument("--version", action="version", version=f"paper-lib {__version__}")
     commands = parser.add_subparsers(metavar="command", required=True)
 
     def command(carry_out: Callable) -> argparse.ArgumentParser:
+        style = partial(argparse.HelpFormatter, width=100, max_help_position=24)
         name, about = carry_out.__name__, carry_out.__doc__
         added = commands.add_parser(
-            name, help=about, description=about, allow_abbrev=False, formatter_class=wide
+            name, help=about, description=about, allow_abbrev=False, formatter_class=style
         )
         added.set_defaults(carry_out=carry_out)
         return added
 
-    made: tuple[Callable, ...] = (train, plan, jpegs, cooldown)
-    trainer, planner, writer, cooler = map(command, made)
-    for each in (trainer, planner):
-        each.add_argument("--preset", default="digits", help="one of: " + ", ".join(PRESETS))
-        _add_settings(each)
-    planner.add_argument(
-        "--images-per-second", dest="rate", type=float, help="of all devices, as train shows it"
-    )
+    _add_settings(command(train))
+    planner, writer, cooler = command(plan), command(jpegs), command(cooldown)
+    _add_settings(planner)
+    about = "of all devices, as train shows it"
+    planner.add_argument("--images-per-second", dest="rate", type=float, help=about)
     writer.add_argument("dataset", help="cifar10 or cifar100")
     writer.add_argument("target", type=Path, metavar="folder")
-    cooler.add_argument(
-        "checkpoints", nargs="+", help="files, or a folder: .pt, .pth, .safetensors, named by step"
-    )
+    about = "files, or a folder: .pt, .pth, .safetensors, named by step"
+    cooler.add_argument("checkpoints", nargs="+", help=about)
     cooler.add_argument("--schedule", default="linear", help="one of: " + ", ".join(COOLDOWNS))
     cooler.add_argument("--output", required=True, help="the averaged checkpoint")
     return parser
@@ -135,13 +127,11 @@ def main(argv: Sequence[str] | None = None) -> int:
     words = [re.sub(r"^--\w+", lambda flag: flag[0].replace("_", "-"), word) for word in words]
     try:
         known, unknown = _parser().parse_known_args(words)
-        given = vars(known)
-        if "preset" in given:
-            flags = [word[2:].replace("-", "_") for word in unknown if word.startswith("--")]
+        flags = [word[2:].replace("-", "_") for word in unknown if word.startswith("--")]
+        if "preset" in known:
             check_names(flags, [*RUN_SETTINGS, *STUDY_SETTINGS], "setting")
-        if unknown:
-            raise ConfigError(f"unexpected words: {' '.join(unknown)}")
-        given.pop("carry_out")(**given)
+        require(not unknown, "command", " ".join(words), f"unexpected words {' '.join(unknown)}")
+        known.carry_out(**{name: v for name, v in vars(known).items() if name != "carry_out"})
     except (ConfigError, OSError, MemoryError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 2

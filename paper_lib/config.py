@@ -20,17 +20,21 @@ from paper_lib.errors import ConfigError, brief, check_names, require
 from paper_lib.files import folder
 
 
+def plain(value: Any) -> Any:
+    """Python's own value for NumPy's."""
+    return value.tolist() if isinstance(value, np.generic | np.ndarray) else value
+
+
 def as_number(value: Any) -> Any:
-    """Python's own number for NumPy's; text is left to pydantic, a truth value is refused."""
-    value = value.tolist() if isinstance(value, np.generic | np.ndarray) else value
-    if isinstance(value, bool):
+    """Refuse a truth value; text and the rest are left to pydantic."""
+    if isinstance(plain(value), bool):
         raise ValueError("it must be a number, not a truth value")
-    return value
+    return plain(value)
 
 
 def as_items(value: Any) -> Any:
     """A list for an array, a single integer, or text such as "0 1" or "[0, 1]"; else `value`."""
-    value = value.tolist() if isinstance(value, np.generic | np.ndarray) else value
+    value = plain(value)
     if isinstance(value, str):
         return re.findall(r"[^,\s]+", value.strip("()[] "))
     return [value] if type(value) is int else value
@@ -41,16 +45,11 @@ def as_names(value: Any) -> Any:
     return re.split(r"\s*,\s*", value.strip()) if isinstance(value, str) and value else value
 
 
-def check_seeds(seeds: Any) -> tuple[int, ...]:
-    """Return seeds as a tuple; raise ConfigError if there are none, or one stands twice."""
-    found = as_items(seeds)
-    require(isinstance(found, Iterable), "seeds", seeds, "give integers, such as [0, 1, 2]")
-    found = tuple(found)
-    require(len(found) > 0, "seeds", seeds, "name at least one")
-    require(
-        len(set(map(str, found))) == len(found), "seeds", seeds, "each seed may stand only once"
-    )
-    return found
+def unique(seeds: tuple[int, ...]) -> tuple[int, ...]:
+    """Refuse seeds of which one stands twice."""
+    if len(set(seeds)) < len(seeds):
+        raise ValueError("each seed may stand only once")
+    return seeds
 
 
 Int = Annotated[int, BeforeValidator(as_number), Field(lt=2**63)]
@@ -60,7 +59,7 @@ Float = Annotated[float, BeforeValidator(as_number)]
 Naturals = Annotated[tuple[Natural, ...], BeforeValidator(as_items)]
 Floats = Annotated[tuple[Float, ...], BeforeValidator(as_items)]
 Names = Annotated[tuple[str, ...], BeforeValidator(as_names)]
-Seeds = Annotated[Naturals, AfterValidator(check_seeds)]
+Seeds = Annotated[Naturals, Field(min_length=1), AfterValidator(unique)]
 Norm = Literal["batch", "group", "none"]
 Precision = Literal["float32", "bfloat16"]
 
@@ -68,8 +67,7 @@ Precision = Literal["float32", "bfloat16"]
 @dataclass_transform(frozen_default=True, kw_only_default=True, field_specifiers=(field,))
 def settings(cls: Any) -> Any:
     """Make a frozen dataclass that pydantic validates, and that raises ConfigError, of one line."""
-    strict = ConfigDict(extra="forbid", allow_inf_nan=False)
-    cls = dataclass(frozen=True, kw_only=True, config=strict)(cls)
+    cls = dataclass(frozen=True, kw_only=True, config=ConfigDict(allow_inf_nan=False))(cls)
     validate, names = cls.__init__, [f.name for f in dataclasses.fields(cls)]
 
     @functools.wraps(validate)
@@ -131,9 +129,7 @@ class RunConfig:
     threads: Annotated[Positive, "CPU threads of a run: other last bits"] = 1
     parent: Annotated[RunConfig | None, "the run that this one leaves"] = None
     start: Annotated[Natural, "the step of its parent at which this run begins"] = 0
-    perturbation: Annotated[
-        Float, Field(ge=0), "displacement of the start, relative to its norm"
-    ] = 0.0
+    perturbation: Annotated[Float, Field(ge=0), "displacement of the start over its norm"] = 0.0
 
     def __post_init__(self) -> None:
         check_run(self)
@@ -204,11 +200,6 @@ class Study:
         require(self.net is None or makes, "net", type(self.net).__name__, allowed)
 
     @property
-    def own_net(self) -> bool:
-        """Whether the network is a user's own, which has no settings `norm` and `width`."""
-        return self.net is not None
-
-    @property
     def results(self) -> Path:
         """Folder of the results: the preset's, or one of its own if settings were changed."""
         return folder("results") / (f"{self.preset}-{self.custom}" if self.custom else self.preset)
@@ -245,6 +236,11 @@ class Study:
     def decayed(self, **changes: Any) -> RunConfig:
         """The fully trained network: after the warm-up a linear decay of lr to zero."""
         return self.run.branch(self.decay, **{"schedule": "linear", **changes})
+
+
+def check_seeds(seeds: Any) -> tuple[int, ...]:
+    """Return seeds as a tuple; raise ConfigError if there are none, or one stands twice."""
+    return Study(preset="", run=RunConfig(), seeds=seeds).seeds
 
 
 def meanings(cls: type) -> dict[str, str]:
@@ -294,12 +290,6 @@ def parse_record(record: str) -> np.ndarray:
         require(last >= first and stride >= 1, "record", record, f"the window {part!r} is empty")
         steps.update(range(first, last + 1, stride))
     return np.array(sorted(steps), dtype=np.int64)
-
-
-def cut_record(record: str, last: int) -> str:
-    """Drop the snapshots after step `last`."""
-    kept = parse_record(record)
-    return describe(kept[kept <= last])
 
 
 def describe(steps: np.ndarray) -> str:

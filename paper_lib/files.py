@@ -3,11 +3,10 @@
 from __future__ import annotations
 
 import os
-import re
 import shutil
 import zlib
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 import filelock
@@ -21,23 +20,13 @@ def folder(kind: str) -> Path:
     checkout of this repository that the working directory is in; there, results go to
     .build/scratch, so that a notebook run by hand never touches those that are committed.
     """
-    named = os.environ.get(f"PAPER_{kind.upper()}")
-    if named:
+    if named := os.environ.get(f"PAPER_{kind.upper()}"):
         return Path(named)
-    checkout = _checkout()
-    if checkout and kind == "results":
-        return checkout / ".build" / "scratch"
-    return (checkout or Path.cwd()) / kind
-
-
-def _checkout() -> Path | None:
-    """The top of the checkout of this repository that the working directory is in."""
     for top in (Path.cwd(), *Path.cwd().parents):
         project = top / "pyproject.toml"
-        if (top / "notebooks").is_dir() and project.is_file():
-            if re.search('^name = "paper-lib"$', project.read_text(), flags=re.MULTILINE):
-                return top
-    return None
+        if project.is_file() and '\nname = "paper-lib"\n' in project.read_text():
+            return top / (".build/scratch" if kind == "results" else kind)
+    return Path.cwd() / kind
 
 
 @contextmanager
@@ -82,11 +71,9 @@ def require_space(folder: Path, needed: int, what: str) -> None:
     folder.mkdir(parents=True, exist_ok=True)
     free = shutil.disk_usage(folder).free
     if needed * 1.05 > free:
-        raise OSError(
-            f"{what} needs {needed / 1e9:.2f} GB, but {folder} has {free / 1e9:.2f} GB "
-            "free: free some space, set PAPER_RUNS to a folder on a larger disk, or record fewer "
-            "snapshots"
-        )
+        arithmetic = f"needs {needed / 1e9:.2f} GB, but {folder} has {free / 1e9:.2f} GB free"
+        remedy = "free some space, set PAPER_RUNS to a larger disk, or record fewer snapshots"
+        raise OSError(f"{what} {arithmetic}: {remedy}")
 
 
 def cached_array(
@@ -99,9 +86,11 @@ def cached_array(
     """
     with lock(folder / key):
         for path in folder.glob(f"{key}-*.npy"):
-            array = _read(path, shape, dtype)
-            if array is not None:
-                return array
+            with suppress(ValueError, OSError, EOFError):
+                array = np.load(path, mmap_mode="c")
+                as_made = array.shape == shape and array.dtype == dtype
+                if as_made and path.stem.endswith(_checksum(array)):
+                    return array
             path.unlink()
         temporary = folder / f"{key}.tmp"
         try:
@@ -113,16 +102,6 @@ def cached_array(
         finally:
             temporary.unlink(missing_ok=True)
         return np.load(path, mmap_mode="c")
-
-
-def _read(path: Path, shape: tuple[int, ...], dtype: str) -> np.ndarray | None:
-    """The array, or None where the file is cut short, altered, or of another shape."""
-    try:
-        array = np.load(path, mmap_mode="c")
-    except (ValueError, OSError, EOFError):
-        return None
-    expected = array.shape == tuple(shape) and array.dtype == dtype
-    return array if expected and path.stem.endswith(_checksum(array)) else None
 
 
 def _checksum(array: np.ndarray) -> str:

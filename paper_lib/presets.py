@@ -5,13 +5,13 @@ from __future__ import annotations
 import dataclasses
 import hashlib
 import json
-from collections.abc import Mapping, Sized
+from collections.abc import Mapping
 from contextlib import suppress
 from typing import Any
 
 import numpy as np
 
-from paper_lib.config import RunConfig, Study, as_items, cut_record, describe
+from paper_lib.config import RunConfig, Study, as_items, describe
 from paper_lib.errors import check_names, require
 
 NOT_SET = "parent start perturbation seed batch_seed preset run label custom dataset net".split()
@@ -23,13 +23,14 @@ def _changed(base: Study, settings: Mapping[str, Any], **others: Any) -> Study:
     """`base` with settings of its run and its own by name; empty `seeds` stand for its seeds."""
     run = {name: value for name, value in settings.items() if name in RUN_SETTINGS}
     others |= {name: value for name, value in settings.items() if name in STUDY_SETTINGS}
-    seeds = as_items(others.get("seeds"))
-    if seeds is None or (isinstance(seeds, Sized) and len(seeds) == 0):
+    if as_items(others.get("seeds")) in (None, [], ()):
         others.pop("seeds", None)
     return dataclasses.replace(base, run=base.run.replace(**run), **others)
 
 
-PRESETS: dict[str, Study] = {}
+DIGITS_RUN = RunConfig(steps=1500, record="0-50,75-1500/25")
+DIGITS = Study(preset="digits", label="digits, ResNet-8", run=DIGITS_RUN)
+PRESETS = {"digits": DIGITS}
 
 
 def _add(base: Study, preset: str, label: str, **settings: Any) -> Study:
@@ -38,22 +39,9 @@ def _add(base: Study, preset: str, label: str, **settings: Any) -> Study:
     return PRESETS[preset]
 
 
-DIGITS_RUN = RunConfig(steps=1500, record="0-50,75-1500/25")
-DIGITS = Study(preset="digits", label="digits, ResNet-8", run=DIGITS_RUN)
-_add(
-    DIGITS,
-    "smoke",
-    "digits, smoke test",
-    width=4,
-    steps=120,
-    record="0-120",
-    window=60,
-    decay=40,
-    probe_batches=6,
-    eval_batches=8,
-    eval_images=500,
-)
-_add(DIGITS, "digits", "digits, ResNet-8")
+SMALL_PROBES = {"probe_batches": 6, "eval_batches": 8, "eval_images": 500}
+SMALL = {"width": 4, "steps": 120, "record": "0-120", "window": 60, "decay": 40}
+_add(DIGITS, "smoke", "digits, smoke test", **SMALL, **SMALL_PROBES)
 _add(
     DIGITS,
     "cifar10_small",
@@ -87,24 +75,12 @@ CIFAR10 = _add(
     horizon=4000,
     decay=4000,
 )
-_add(CIFAR10, "cifar10_resnet20", "CIFAR-10, ResNet-20", model="resnet20", width=16, window=800)
-JPEG = _add(
-    CIFAR10, "cifar10_jpeg", "CIFAR-10 (JPEG), ResNet-18", data="imagefolder", image_size=32
-)
 _add(CIFAR10, "cifar100", "CIFAR-100, ResNet-18", data="cifar100")
-_add(  # Tiny ImageNet, or any tree of images
-    JPEG,
-    "images64",
-    "images at 64 pixels, ResNet-18",
-    image_size=64,
-    batch_size=256,
-    steps=20_000,
-    record="0-50,500-20000/500",
-)
-IMAGENET = _add(  # the usual recipe, its lr 0.1 with momentum 0.9 as plain SGD, and constant
-    JPEG,
+_add(  # the usual recipe, its lr 0.1 with momentum 0.9 as plain SGD, and constant
+    CIFAR10,
     "imagenet",
     "ImageNet, ResNet-50",
+    data="imagefolder",
     held_out=10_000,
     image_size=224,
     model="resnet50",
@@ -117,7 +93,6 @@ IMAGENET = _add(  # the usual recipe, its lr 0.1 with momentum 0.9 as plain SGD,
     horizon=5000,
     decay=50_000,
 )
-_add(IMAGENET, "imagenet_resnet34", "ImageNet, ResNet-34", model="resnet34")
 
 
 def study(preset: str, settings: Mapping[str, Any] | str = "{}", **overrides: Any) -> Study:
@@ -134,8 +109,9 @@ def study(preset: str, settings: Mapping[str, Any] | str = "{}", **overrides: An
     check_names(given, [*RUN_SETTINGS, *STUDY_SETTINGS], "setting")
     changes = dict(given)
     if "steps" in given:
-        last = RunConfig(steps=given["steps"]).steps
-        changes.setdefault("record", cut_record(base.run.record, last))
+        kept = base.run.snapshot_steps
+        kept = kept[kept <= RunConfig(steps=given["steps"]).steps]
+        changes.setdefault("record", describe(kept))
     chosen = _changed(base, changes)
     before, after = ({**vars(s.run), **vars(s)} for s in (base, chosen))
     names = [name for name in given if name != "seeds" and after[name] != before[name]]
@@ -144,15 +120,7 @@ def study(preset: str, settings: Mapping[str, Any] | str = "{}", **overrides: An
     return dataclasses.replace(chosen, label=", ".join([base.label, *differing]), custom=custom)
 
 
-def own(
-    dataset: Any,
-    net: Any = None,
-    *,
-    lr: float,
-    steps: int,
-    label: str = "your network",
-    **settings: Any,
-) -> Study:
+def own(dataset: Any, net: Any = None, *, lr: float, steps: int, **settings: Any) -> Study:
     """Return a study of your own dataset (see `paper_lib.data`) and network, for any notebook.
 
     `net` is a class or function without arguments that makes an nn.Module; without it the settings
@@ -182,19 +150,17 @@ def own(
         "eval_images": min(2500, images),
     }
     given = {**defaults, "lr": lr, "steps": steps, **settings}
-    base = Study(preset="own", run=RunConfig(), label=label, dataset=dataset, net=net)
+    base = Study(preset="own", run=RunConfig(), label="your network", dataset=dataset, net=net)
     found = _changed(base, given)
     measured = [getattr(found, name) for name in STUDY_SETTINGS if name != "seeds"]
     return dataclasses.replace(found, custom=_digits([found.run.to_dict(), measured]))
 
 
 def _by_name(settings: Any) -> dict[str, Any]:
-    found = settings
-    if isinstance(settings, str):
-        with suppress(ValueError):
-            found = json.loads(settings)
-    require(isinstance(found, Mapping), "overrides", settings, 'write them as {"lr": 0.5}')
-    return dict(found)
+    with suppress(ValueError):
+        settings = json.loads(settings) if isinstance(settings, str) else settings
+    require(isinstance(settings, Mapping), "overrides", settings, 'write them as {"lr": 0.5}')
+    return dict(settings)
 
 
 def _spread(steps: int) -> str:

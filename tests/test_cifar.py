@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
+from test_images import pixels
 from torchvision import datasets
 from torchvision.datasets import utils
 
@@ -56,9 +57,7 @@ def test_an_archive_that_lies_there_is_used(archive):
     assert dataset.sizes == {"train": 30, "held": 10, "test": 6}
     assert (dataset.shape, dataset.n_classes) == ((3, 32, 32), 10)
     (x, _), *_ = dataset.evaluation("test", size=6)
-    scales = cifar.MEAN["cifar10"], cifar.STD["cifar10"]
-    mean, std = (torch.tensor(values).view(3, 1, 1) for values in scales)
-    shown = ((x * std + mean) * 255).round().to(torch.uint8)
+    shown = pixels(x, cifar.MEAN["cifar10"], cifar.STD["cifar10"])
     assert sorted(shown.flatten(1).tolist()) == sorted(images["test_batch"].tolist())
 
 

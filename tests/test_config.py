@@ -11,7 +11,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from paper_lib import files
-from paper_lib.config import RunConfig, check_seeds, cut_record, describe, parse_record
+from paper_lib.config import RunConfig, check_seeds, describe, parse_record
 from paper_lib.errors import ConfigError
 from paper_lib.presets import PRESETS, STUDY_SETTINGS, own, study
 
@@ -30,10 +30,7 @@ INTEGER = "it must be a valid integer"
         ({"lr": None}, r"lr = None .* a valid number"),
         ({"batch_size": 6.5}, rf"batch_size = 6.5 is not allowed: {INTEGER}"),
         ({"batch_size": "6.5"}, rf"batch_size = '6.5' is not allowed: {INTEGER}"),
-        (
-            {"batch_size": 0},
-            r"batch_size = 0 is not allowed: it must be greater than or equal to 1",
-        ),
+        ({"batch_size": 0}, r"batch_size = 0 .*: it must be greater than or equal to 1"),
         ({"steps": True}, r"steps = True .* not a truth value"),
         ({"steps": np.zeros((99, 99))}, rf"steps = \[\[0.*\.\.\. is not allowed: {INTEGER}"),
         ({"momentum": 1.0}, r"momentum = 1.0 .* less than 1"),
@@ -65,14 +62,8 @@ def test_a_run_that_cannot_work_is_refused_by_name_and_value(settings, message):
 @pytest.mark.parametrize(
     ("call", "message"),
     [
-        (
-            lambda: study("cifar"),
-            r"unknown preset 'cifar'; did you mean 'cifar10'\? .*smoke, digits",
-        ),
-        (
-            lambda: study("digits", learning_rate=1),
-            r"unknown setting 'learning_rate'.*allowed: .*lr",
-        ),
+        (lambda: study("cifar"), r"'cifar'; did you mean 'cifar10'\? .*digits, smoke"),
+        (lambda: study("digits", learning_rate=1), r"setting 'learning_rate'.*allowed: .*lr"),
         (lambda: study("digits", momentun=0.9), r"did you mean 'momentum'"),
         (lambda: study("digits", seeds=(0, 1, 0)), r"seeds = \(0, 1, 0\) .* only once"),
         (lambda: study("digits", seeds=False), r"seeds = False"),
@@ -82,8 +73,8 @@ def test_a_run_that_cannot_work_is_refused_by_name_and_value(settings, message):
         (lambda: study("digits", steps="1500.5"), r"steps = '1500.5'"),
         (lambda: study("digits", "{lr: 0.5}"), r"overrides = '{lr: 0.5}' .* write them as"),
         (lambda: study("digits", "[1]"), r"overrides"),
-        (lambda: check_seeds([]), r"at least one"),
-        (lambda: check_seeds(None), r"seeds = None .* such as \[0, 1, 2\]"),
+        (lambda: check_seeds([]), r"at least 1 item"),
+        (lambda: check_seeds(None), r"seeds = None .* must be a valid tuple"),
         (lambda: own(small_data(), SmallNet(), lr=1, steps=9), r"net = 'SmallNet' .* the function"),
         (lambda: own(small_data(), "SmallNet", lr=1, steps=9), r"net = 'str' .* the function"),
         (lambda: own(np.zeros(3), SmallNet, lr=1, steps=9), r"dataset = 'ndarray' .*from_tensors"),
@@ -110,7 +101,7 @@ def test_no_seeds_are_the_presets_own(seeds):
 @pytest.mark.parametrize("seeds", [0, "0", [0], np.int64(0), np.array(0), np.array([0]), range(1)])
 def test_zero_is_a_seed(seeds):
     """As `papermill -p seeds 0` passes it, or an array: not the preset's own."""
-    assert study("smoke", seeds=seeds).seeds == check_seeds(seeds if seeds != "0" else 0) == (0,)
+    assert study("smoke", seeds=seeds).seeds == check_seeds(seeds) == (0,)
 
 
 def test_text_and_numpy_values_are_those_of_python():
@@ -127,11 +118,8 @@ def test_changed_settings_are_named_and_keep_away_from_the_presets_results(monke
     changed = study("digits", lr=0.5, window=16, seeds=[7])
     assert changed.label == "digits, ResNet-8, lr = 0.5, window = 16"
     assert (changed.preset, changed.results.name) == ("digits", "digits-" + changed.custom)
-    for same in (
-        study("digits"),
-        study("digits", seeds=[7]),
-        study("digits", lr=1, seeds=(0, 1, 2)),
-    ):
+    for settings in ({}, {"seeds": [7]}, {"lr": 1, "seeds": (0, 1, 2)}):
+        same = study("digits", **settings)
         assert (same.label, same.results.name) == ("digits, ResNet-8", "digits")
 
 
@@ -139,17 +127,12 @@ def test_a_study_of_your_own_is_sized_by_steps_and_data():
     s, other = (own(small_data(), SmallNet, lr=lr, steps=400) for lr in (0.3, 0.2))
     assert (s.run.data, s.run.model, s.run.held_out, s.run.batch_size) == ("tensors", "own", 16, 13)
     assert (s.window, s.decay, s.probe_batches, s.eval_images) == (200, 200, 8, 104)
-    assert s.run.record == "0-50,54-396/6,400" and s.own_net and s.label == "your network"
+    assert s.run.record == "0-50,54-396/6,400" and s.label == "your network"
     assert s.dataset.sizes["train"] == 104 and s.net is SmallNet
     assert s.results.name.startswith("own-") and s.results != other.results
     assert s == own(small_data(), lambda: SmallNet(), lr="0.3", steps="400") and hash(s)
     given = own(small_data(), lr=0.3, steps=400, window=5, seeds=4, model="resnet14", batch_size=8)
-    assert (given.window, given.seeds, given.run.model, given.own_net) == (
-        5,
-        (4,),
-        "resnet14",
-        False,
-    )
+    assert (given.window, given.seeds, given.run.model, given.net) == (5, (4,), "resnet14", None)
     assert "SmallNet" not in repr(s) and given.run.batch_size == 8
 
 
@@ -224,7 +207,6 @@ def test_describe_is_the_inverse_of_parse(steps):
 @pytest.mark.parametrize("record", ["0-50,75-1500/25", "3", "0,7-8", ""])
 def test_describe_writes_windows_as_people_do(record):
     assert describe(parse_record(record)) == record
-    assert cut_record(record, 10**6) == record
 
 
 CHECKOUT = Path(__file__).resolve().parents[1]
@@ -233,20 +215,13 @@ CHECKOUT = Path(__file__).resolve().parents[1]
 def test_things_are_kept_in_the_working_directory_or_its_checkout(tmp_path, monkeypatch):
     for kind in ("data", "results", "runs"):
         monkeypatch.delenv(f"PAPER_{kind.upper()}", raising=False)
-    other = tmp_path / "clone"
-    for folder, text in (
-        (other, (CHECKOUT / "pyproject.toml").read_text()),
-        (tmp_path, "[project]\n"),
-    ):
-        (folder / "notebooks").mkdir(parents=True)
-        (folder / "pyproject.toml").write_text(text)
-    (tmp_path / "mine").mkdir()
-    for here, top in (
-        (CHECKOUT / "notebooks", CHECKOUT),
-        (other / "notebooks", other),
-        (tmp_path / "mine", tmp_path / "mine"),
-        (tmp_path, tmp_path),
-    ):
+    other, mine = tmp_path / "clone", tmp_path / "mine"
+    for folder in (other / "notebooks", mine):
+        folder.mkdir(parents=True)
+    (other / "pyproject.toml").write_text((CHECKOUT / "pyproject.toml").read_text())
+    (tmp_path / "pyproject.toml").write_text('[project]\nname = "other"\n')
+    tops = {CHECKOUT / "notebooks": CHECKOUT, other / "notebooks": other}
+    for here, top in {**tops, mine: mine, tmp_path: tmp_path}.items():
         monkeypatch.chdir(here)
         assert files.folder("runs") == top / "runs"
     monkeypatch.setenv("PAPER_RUNS", "/elsewhere")
@@ -254,7 +229,6 @@ def test_things_are_kept_in_the_working_directory_or_its_checkout(tmp_path, monk
 
 
 def test_a_study_needs_no_torch_and_takes_any_function_as_a_network():
-    stand_in = types.SimpleNamespace(
-        name="x", sizes={"train": 9, "held": 1}, batch=None, shape=(2,)
-    )
+    facts = {"name": "x", "sizes": {"train": 9, "held": 1}, "batch": None, "shape": (2,)}
+    stand_in = types.SimpleNamespace(**facts)
     assert own(stand_in, len, lr=1, steps=2).window == 60

@@ -13,16 +13,14 @@ from paper_lib.data import images
 from paper_lib.data.augment import ResizedCrop, central_square
 from paper_lib.data.images import MEAN, STD, StreamedImages, decode, decode_all
 
-CLASSES = ("ant", "bee", "cat")
 KINDS = (("jpg", "RGB"), ("JPEG", "L"), ("png", "RGBA"), ("png", "P"))
 
 
-@pytest.fixture(scope="module")
-def original(tmp_path_factory):
+def write_tree(root):
     """3 classes x (12 to train on, 5 to test) images of noise in many kinds, and clutter."""
-    root, rng = tmp_path_factory.mktemp("tree"), np.random.default_rng(0)
+    rng = np.random.default_rng(0)
     for split, n in (("train", 12), ("val", 5)):
-        for name in CLASSES:
+        for name in ("ant", "bee", "cat"):
             (root / split / name).mkdir(parents=True)
             for i in range(n):
                 kind, mode = KINDS[i % len(KINDS)]
@@ -35,17 +33,17 @@ def original(tmp_path_factory):
 
 
 @pytest.fixture
-def tree(original, tmp_path):
-    return shutil.copytree(original, tmp_path / "tree")
+def tree(tmp_path):
+    return write_tree(tmp_path / "tree")
 
 
 def load(root, **options):
     return data.load("imagefolder", root, **{"image_size": 16, "progress": False} | options)
 
 
-def pixels(x):
+def pixels(x, mean=MEAN, std=STD):
     """Normalized images as bytes again."""
-    mean, std = (torch.tensor(values).view(3, 1, 1) for values in (MEAN, STD))
+    mean, std = (torch.tensor(values).view(3, 1, 1) for values in (mean, std))
     return ((x * std + mean) * 255).round().to(torch.uint8)
 
 

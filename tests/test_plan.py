@@ -1,5 +1,6 @@
 """What runs take is told beforehand: disk as written, memory as allocated, refusals."""
 
+import functools
 import types
 
 import numpy as np
@@ -30,9 +31,7 @@ def test_disk_is_counted_as_it_is_written():
     run = obtain(config)
     written = sum(path.stat().st_size for path in run.folder.iterdir())
     n_weights, n_buffers = run.weights.shape[1], run.buffers.shape[1]
-    resume = (
-        4 * 2 * (2 * n_weights + n_buffers + len(AVERAGES) * n_weights)
-    )  # gone when the run is finished
+    resume = 8 * ((2 + len(AVERAGES)) * n_weights + n_buffers)  # gone when the run is finished
     counted = budget.disk_bytes(config, n_weights, n_buffers) - resume
     overhead = 1024 * len(list(run.folder.iterdir()))  # names and shapes
     assert counted <= written <= counted + overhead + 2048
@@ -54,18 +53,16 @@ def test_averages_of_a_run_that_keeps_no_snapshots_are_those_of_one_that_does():
 
 def test_sparse_snapshots_serve_the_averages_that_weigh_them_alone():
     run = obtain(SMALL.replace(record="20-40/10"))
-    np.testing.assert_array_equal(
-        run.average(vectors.two_point(41, 20)), (run.at(20) + run.at(40)) / 2
-    )
+    average = run.average(vectors.two_point(41, 20))
+    np.testing.assert_array_equal(average, (run.at(20) + run.at(40)) / 2)
 
 
 def test_an_interrupted_run_accumulates_the_same_averages(tmp_path, monkeypatch):
     config = SMALL.replace(record="", averages=AVERAGES)
     whole = obtain(config)
     monkeypatch.setenv("PAPER_RUNS", str(tmp_path / "interrupted"))
-    resumed = interrupted(
-        lambda report: runs.obtain(config, small_data(), SmallNet, report), monkeypatch, 25, chunk=5
-    )
+    again = functools.partial(runs.obtain, config, small_data(), SmallNet)
+    resumed = interrupted(again, monkeypatch, 25, chunk=5)
     np.testing.assert_array_equal(resumed._averages, whole._averages)
 
 
@@ -78,19 +75,15 @@ def test_averages_that_cannot_be_are_refused(name):
 def test_memory_counts_what_pends():
     assert budget.memory_bytes(SMALL.replace(record=""), 100) == 4 * 100 * 3
     assert budget.memory_bytes(SMALL.replace(record="0-40/10"), 100) == 4 * 100 * (3 + 3)
-    assert budget.memory_bytes(SMALL.replace(averages=AVERAGES), 100) == 4 * 100 * (
-        3 + 4 + budget.CHUNK + 1
-    )
+    pending = 3 + 4 + budget.CHUNK + 1
+    assert budget.memory_bytes(SMALL.replace(averages=AVERAGES), 100) == 4 * 100 * pending
 
 
 def test_too_little_memory_is_said_before_training(monkeypatch):
-    monkeypatch.setattr(
-        budget.psutil, "virtual_memory", lambda: types.SimpleNamespace(available=1000)
-    )
-    with pytest.raises(
-        MemoryError,
-        match=r"4 averages .* need 0.00 GB, but cpu has 0.00 GB free: name fewer `averages`",
-    ):
+    little = types.SimpleNamespace(available=1000)
+    monkeypatch.setattr(budget.psutil, "virtual_memory", lambda: little)
+    message = "4 averages .* need 0.00 GB, but cpu has 0.00 GB free: name fewer `averages`"
+    with pytest.raises(MemoryError, match=message):
         obtain(SMALL.replace(averages=AVERAGES))
 
 
@@ -99,10 +92,8 @@ def test_running_out_of_memory_says_what_to_lower(monkeypatch):
         raise torch.OutOfMemoryError("CUDA out of memory")
 
     monkeypatch.setattr(FlatModel, "forward", full)
-    with pytest.raises(
-        MemoryError,
-        match=r"of width 8 with batches of 8 in float32 .*: lower `batch_size` or `width`",
-    ):
+    message = "of width 8 with batches of 8 in float32 .*: lower `batch_size` or `width`"
+    with pytest.raises(MemoryError, match=message):
         obtain(SMALL)
 
 

@@ -6,7 +6,7 @@ import textwrap
 import numpy as np
 import pytest
 from helpers import interrupted, torchrun
-from PIL import Image
+from test_images import write_tree
 
 from paper_lib import data, runs
 from paper_lib.config import RunConfig
@@ -25,15 +25,7 @@ def load(root):
 @pytest.fixture
 def tree(tmp_path, monkeypatch):
     monkeypatch.setenv("PAPER_RUNS", str(tmp_path / "runs"))
-    rng = np.random.default_rng(0)
-    for split, n in (("train", 12), ("val", 4)):
-        for label, name in enumerate(("ant", "bee", "cat")):
-            folder = tmp_path / "tree" / split / name
-            folder.mkdir(parents=True)
-            for i in range(n):
-                pixels = rng.integers(0, 150 + 50 * label, (48, 56, 3), dtype=np.uint8)
-                Image.fromarray(pixels).save(folder / f"{i}.jpg")
-    return tmp_path / "tree"
+    return write_tree(tmp_path / "tree")
 
 
 def test_a_run_stopped_amid_an_epoch_goes_on_to_the_same_bits(tree, tmp_path, monkeypatch):

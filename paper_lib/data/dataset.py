@@ -21,6 +21,7 @@ SPLITS = ("train", "held", "test")
 _ORDER, _AUGMENT, _HELD, _EVALUATION = 1, 2, 3, 4
 
 Tensors = dict[str, Tensor]  # of "train" and "test"
+Channels = tuple[float, ...]  # a value for each
 Batch = tuple[Tensor, Tensor]  # images (N, C, H, W) and labels (N,)
 Wanted = tuple[str, np.ndarray, np.ndarray | None]  # source, rows, augmentation numbers if any
 
@@ -186,8 +187,8 @@ class TensorDataset(Dataset):
         labels: Tensors,
         n_classes: int,
         *,
-        mean: tuple[float, ...] = (0.0,),
-        std: tuple[float, ...] = (1.0,),
+        mean: Channels = (0.0,),
+        std: Channels = (1.0,),
         augment: FlipCrop | None = None,
         content: str | None = None,
     ):
@@ -219,7 +220,7 @@ class TensorDataset(Dataset):
         return repr((self._hash, self._mean, self._std))
 
 
-def normalize(x: Tensor, mean: tuple[float, ...], std: tuple[float, ...]) -> Tensor:
+def normalize(x: Tensor, mean: Channels, std: Channels) -> Tensor:
     """uint8 images (N, C, H, W) as float32 (x / 255 - mean) / std, by channel."""
     # One subtraction and one division, each correctly rounded: the same bits on every device.
     scale = _scale(mean, std, x.device)
@@ -227,7 +228,7 @@ def normalize(x: Tensor, mean: tuple[float, ...], std: tuple[float, ...]) -> Ten
 
 
 @lru_cache(maxsize=8)
-def _scale(mean: tuple[float, ...], std: tuple[float, ...], device: torch.device) -> Tensor:
+def _scale(mean: Channels, std: Channels, device: torch.device) -> Tensor:
     """Mean and deviation (2, C, 1, 1) in units of 0..255; each copy to a GPU would wait for it."""
     scale = torch.tensor([mean, std], dtype=torch.float32).mul(255)
     return scale.view(2, -1, 1, 1).to(device)
@@ -264,14 +265,14 @@ def from_tensors(
     kinds = [(tuple(x.shape[1:]), x.dtype == torch.uint8) for x in images.values()]
     allowed = "training and test images must have one shape, and both be uint8 or floating-point"
     require(kinds[0] == kinds[1], "(shape, whether uint8)", kinds, allowed)
-    scale = {}
+    scale: tuple[Channels, Channels] = (0.0,), (1.0,)
     if images["train"].dtype == torch.uint8:
         scale = _moments(images["train"])
     else:
         images = {split: x.float() for split, x in images.items()}
     labels = {split: y.long() for split, y in labels.items()}
     n_classes = int(max(y.max() for y in labels.values())) + 1
-    dataset = TensorDataset(name, images, labels, n_classes, **scale)
+    dataset = TensorDataset(name, images, labels, n_classes, mean=scale[0], std=scale[1])
     return dataset.hold_out(held_out, seed).to(device or default_device())
 
 
@@ -288,7 +289,7 @@ def _check(split: str, x: Tensor, y: Tensor) -> None:
     require(integer and y.min().item() >= 0, "labels", split, found)
 
 
-def _moments(x: Tensor) -> dict[str, tuple[float, ...]]:
+def _moments(x: Tensor) -> tuple[Channels, Channels]:
     """Mean and standard deviation per channel of uint8 images (N, C, H, W), in units of 0..1."""
     # From a histogram per channel: exact, and never a float copy of all images.
     values = torch.arange(256, dtype=torch.float64) / 255
@@ -298,4 +299,4 @@ def _moments(x: Tensor) -> dict[str, tuple[float, ...]]:
     mean = p @ values
     # A constant channel has no deviation: one grey level stands for it.
     std = (p @ values**2 - mean**2).clamp(min=0).sqrt().clamp(min=1 / 255)
-    return {"mean": tuple(mean.tolist()), "std": tuple(std.tolist())}
+    return tuple(mean.tolist()), tuple(std.tolist())

@@ -94,7 +94,7 @@ def _size(study: Study) -> tuple[int, int]:
     if own is not None:
         channels, classes = own.shape[0], own.n_classes
     with torch.device("meta"):
-        if study.own_net:
+        if study.net is not None:
             net = study.net()
         else:
             net = networks.build(run.model, channels, classes, run.width, run.norm)
