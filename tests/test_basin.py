@@ -1,18 +1,16 @@
-"""Basin: which runs are compared, and distances, barriers and planes against what is known of them."""
+"""Basin: which runs are compared; distances, barriers and planes against what is known of them."""
 
-import matplotlib
-
-matplotlib.use("Agg")
-
-import matplotlib.pyplot as plt
 import numpy as np
 import pandas as pd
 import pytest
+from helpers import SMALL, SmallNet, small_data
 
+from paper_lib import runs as run_cache
 from paper_lib.averaging import vectors
 from paper_lib.config import RunConfig
 from paper_lib.errors import ConfigError
 from paper_lib.experiments import basin
+from paper_lib.probing import probe
 from paper_lib.theory.quadratic import different_batches_distance, same_batches_distance
 from paper_lib.theory.simulate import sample_minima, sgd
 
@@ -23,14 +21,16 @@ def branch():
 
 
 def test_companions_share_what_they_say(branch):
-    others = basin.companions(branch, (0, 1, 2), [0.01])
-    batches, displaced, start = others.values()
+    batches, displaced, start = basin.companions(branch, (0, 1, 2), [0.01]).values()
     assert batches.parent == displaced.parent == branch.parent
     assert batches.stream != branch.stream
     assert displaced.stream == start.stream == branch.stream
     assert displaced.perturbation == 0.01
     assert (start.seed, start.parent.seed, start.parent.stream) == (2, 2, 2)
-    assert list(basin.companions(branch.replace(seed=2), (0, 1, 2), []).values())[-1].seed == 0
+    *_, around = basin.companions(branch.replace(seed=2), (0, 1, 2), []).values()
+    assert around.seed == 0
+    *_, alone = basin.companions(branch, (1,), []).values()
+    assert alone.seed == 2
 
 
 def test_another_start_needs_another_seed(branch):
@@ -50,13 +50,16 @@ class Run:
 
 
 def pair(same):
-    """Two runs of the model in 500 directions, eta = 0.3: same batches from apart, or other batches from one point."""
-    rng, start = np.random.default_rng(0), np.zeros(500)
+    """Two runs of the model in 500 directions, eta = 0.3.
+
+    On the same batches from starts apart, or on other batches from one start.
+    """
+    rng = np.random.default_rng(0)
     first = sample_minima(rng, np.ones(500), 300)
-    runs = [sgd(first, 0.3, start=start)[0].T]
     other = first if same else sample_minima(rng, np.ones(500), 300)
-    runs.append(sgd(other, 0.3, start=start + same)[0].T)
-    return [Run(r) for r in runs]
+    starts = np.zeros(500), np.full(500, float(same))
+    found = [sgd(z, 0.3, start=x)[0].T for z, x in zip((first, other), starts, strict=True)]
+    return [Run(weights) for weights in found]
 
 
 def test_same_batches_contract_as_the_model_says():
@@ -84,9 +87,10 @@ def test_runs_that_share_no_start_are_refused():
 
 def test_barriers():
     p = basin.POSITIONS
-    bump, bowl = 1 + p + np.sin(np.pi * p), 3 - 0.5 * np.sin(np.pi * p)
-    parts = [pd.DataFrame({"seed": 0, "kind": k, "position": p, "loss": z}) for k, z in (("up", bump), ("down", bowl))]
-    found = basin.barriers(pd.concat(parts)).set_index("kind")
+    losses = {"up": 1 + p + np.sin(np.pi * p), "down": 3 - 0.5 * np.sin(np.pi * p)}
+    columns = {"seed": 0, "position": p}
+    tables = [pd.DataFrame({**columns, "kind": kind, "loss": z}) for kind, z in losses.items()]
+    found = basin.barriers(pd.concat(tables)).set_index("kind")
     assert found.barrier["up"] == pytest.approx(1)
     assert found.barrier["down"] == pytest.approx(0)
     assert found.middle["down"] == pytest.approx(-0.5)
@@ -101,12 +105,30 @@ def test_plane_holds_its_corners():
         basin.plane([corners[0], 2 * corners[0], 3 * corners[0]])
 
 
-def test_contours_between_measured_points_are_those_of_the_surface():
-    u, w = (z.ravel() for z in np.meshgrid(np.linspace(-1, 1, 7), np.linspace(-1, 1, 9)))
-    fig, ax = plt.subplots()
-    basin.plot_surface(ax, pd.DataFrame({"u": u, "w": w, "loss": u**2 + w**2}), np.eye(3, 2), ["a", "b", "c"])
-    filled, *_ = ax.collections
-    for level, path in zip(filled.levels[1:5], filled.get_paths(), strict=False):  # closed inside the square
-        outer = np.hypot(*path.vertices.T).max()
-        assert outer == pytest.approx(np.sqrt(level), rel=1e-3), "a circle, not a polygon"
-    plt.close(fig)
+def test_loss_between_runs_and_on_a_plane_of_a_network_of_ones_own(tmp_path, monkeypatch):
+    monkeypatch.setenv("PAPER_RUNS", str(tmp_path))
+    (warmup,) = run_cache.train_seeds(SMALL, [0], small_data(), SmallNet, progress=False)
+    config = SMALL.branch(20, record="40-60")
+    (run,) = run_cache.branch_all([warmup], [config])
+    others = basin.train_companions([run], [0], [0.01], config)
+    assert list(others) == [(0, kind) for kind in basin.companions(config, [0], [0.01])]
+    other, displaced, _ = others.values()
+    assert other.dataset is run.dataset and other.net is SmallNet
+    moved = basin.distances(run, displaced, "displaced")
+    assert moved.distance[0] == pytest.approx(0.01 * np.linalg.norm(run.at(40)), rel=0.01)
+
+    batches = probe.fixed_batches(run.dataset, 2, SMALL.batch_size, seed=0)
+    corners = [run.at(40), run.at(60), other.at(60)]
+    losses = probe.losses(run.network(), np.stack(corners), *batches).mean(1)
+    table = basin.between(run, {"parted": (corners[1], corners[2])}, n_batches=2)
+    assert table.loss.iloc[[0, -1]].tolist() == pytest.approx(losses[1:], rel=1e-4)
+    table, at = basin.surface(run, corners, n=3, n_batches=2, margin=0)
+    for i, axis in enumerate("uw"):  # the grid ends at the corners
+        assert (table[axis].min(), table[axis].max()) == pytest.approx(
+            (at[:, i].min(), at[:, i].max())
+        )
+    left = table.u.idxmin()
+    origin, axes, _ = basin.plane(corners)
+    point = origin + table.loc[left, ["u", "w"]].to_numpy(float) @ axes
+    expected = probe.losses(run.network(), point, *batches).mean()
+    assert table.loss[left] == pytest.approx(expected, rel=1e-4)

@@ -1,8 +1,7 @@
-"""Full trajectories: the model's own curves are predicted exactly, a network's state is what plain products give."""
+"""Full trajectories: the model's own curves are predicted, a state is what products give."""
 
 from types import SimpleNamespace
 
-import matplotlib.pyplot as plt
 import numpy as np
 import pandas as pd
 import pytest
@@ -14,11 +13,12 @@ from paper_lib.averaging import schedules
 from paper_lib.errors import ConfigError
 from paper_lib.experiments import full_trajectory
 from paper_lib.probing import derivatives, probe
-from paper_lib.results import figures
 from paper_lib.theory import spectrum
 
 LR, T = 0.5, 200
-TRUTH = spectrum.of_losses(np.array([0.02, 0.2, 0.8]) / LR, np.array([0.05, 0.1, 0.05]), np.zeros(3), LR)
+TRUTH = spectrum.of_losses(
+    np.array([0.02, 0.2, 0.8]) / LR, np.array([0.05, 0.1, 0.05]), np.zeros(3), LR
+)
 
 
 def run(loss, lr, start=7, momentum=0.0, seed=0):
@@ -36,28 +36,32 @@ def curve(target, seed):
 
 @pytest.fixture(scope="module")
 def predicted():
-    table = pd.concat([curve(target, seed) for target in ("step", "linear", "cosine") for seed in (0, 1)])
-    table, source = table.reset_index(drop=True), table[table.target == "step"]
-    known = {0: TRUTH, 1: TRUTH}
-    spectra = {"response": full_trajectory.response_spectra(source, LR), "settled": known, "start": known}
-    return full_trajectory.predict(table, source, spectra, LR)
+    curves = [curve(target, seed) for target in ("step", "linear", "cosine") for seed in (0, 1)]
+    table = pd.concat(curves, ignore_index=True)
+    source, known = table[table.target == "step"], {0: TRUTH, 1: TRUTH}
+    fitted = full_trajectory.response_spectra(source, LR)
+    states = {"response": fitted, "settled": known, "start": known}
+    return full_trajectory.predict(table, source, states, LR)
 
 
 def test_responses_join_the_parts_and_subtract_the_twin():
     parts = [run([3.0, 2.0], [0.1, 0.1]), run([5.0], [1.0], start=9)]
-    table = full_trajectory.responses("there and back", [run([1.0, 1.0, 2.0, 9.0], np.ones(4))], [parts])
+    twin = run([1.0, 1.0, 2.0, 9.0], np.ones(4))
+    table = full_trajectory.responses("there and back", [twin], [parts])
     assert table.change.tolist() == [2.0, 1.0, 3.0]
     assert table.lr.tolist() == [0.1, 0.1, 1.0]
     assert table.step.tolist() == [0, 1, 2]
 
 
 def test_momentum_counts_as_a_larger_learning_rate():
-    table = full_trajectory.responses("a", [run([1.0], [0.1], momentum=0.9)], [[run([1.0], [0.1], momentum=0.9)]])
+    heavy = run([1.0], [0.1], momentum=0.9)
+    table = full_trajectory.responses("a", [heavy], [[heavy]])
     assert table.lr[0] == pytest.approx(1.0)
 
 
 @pytest.mark.parametrize(
-    ("other", "message"), [(run([1.0], [1.0], start=8), "start"), (run([1.0] * 3, [1.0] * 3), "steps")]
+    ("other", "message"),
+    [(run([1.0], [1.0], start=8), "start"), (run([1.0] * 3, [1.0] * 3), "steps")],
 )
 def test_runs_that_cannot_be_compared_are_refused(other, message):
     with pytest.raises(ConfigError, match=message):
@@ -76,79 +80,70 @@ def test_the_models_own_curves_are_predicted(predicted):
 
 
 def test_the_rule_to_beat_takes_settled_levels_and_draws_lines_between_them():
-    source = pd.DataFrame({"seed": 0, "lr": np.repeat([1.0, 0.1], 4), "change": [0, 0, 0, 0, 9, 9, -1, -3]})
+    change = [0, 0, 0, 0, 9, 9, -1, -3]
+    source = pd.DataFrame({"seed": 0, "lr": np.repeat([1.0, 0.1], 4), "change": change})
     table = pd.DataFrame({"seed": 0, "lr": [0.1, 0.55, 1.0, 2.0]})
     np.testing.assert_allclose(full_trajectory.follow_current(table, source), [-2, -1, 0, 0])
 
 
 def test_blocks_are_means():
-    averaged = full_trajectory.blocks(curve("linear", 0), n=10)
-    np.testing.assert_allclose(averaged.change, curve("linear", 0).change.to_numpy().reshape(10, -1).mean(1))
+    table = curve("linear", 0)
+    means = table.change.to_numpy().reshape(10, -1).mean(1)
+    np.testing.assert_allclose(full_trajectory.blocks(table, n=10).change, means)
 
 
 def test_share_predicted_ends_where_the_model_strays():
     loss = np.linspace(1, 0, 100)
-    model = np.where(np.arange(100) < 60, loss + 0.1, loss + 0.5)
-    assert full_trajectory.share_predicted(pd.DataFrame({"loss": loss, "model": model})) == pytest.approx(0.6)
-    assert full_trajectory.share_predicted(pd.DataFrame({"loss": loss, "model": loss})) == 1
+    for model, share in ((np.where(np.arange(100) < 60, loss + 0.1, loss + 0.5), 0.6), (loss, 1)):
+        table = pd.DataFrame({"loss": loss, "model": model})
+        assert full_trajectory.share_predicted(table) == pytest.approx(share)
 
 
 @pytest.fixture(scope="module")
 def recorded(tmp_path_factory):
     """A few steps under a weight decay that makes every curvature positive."""
-    config = presets.study("smoke").run.replace(steps=6, record="0-6", lr=0.001, weight_decay=30.0)
+    settings = {"steps": 6, "record": "0-6", "lr": 0.001, "weight_decay": 30.0}
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("PAPER_RUNS", str(tmp_path_factory.mktemp("runs")))
-        (found,) = runs.train_seeds(config, [0], progress=False)
-        return found, runs.load_dataset(config)
+        study = presets.study("smoke", seeds=[0], **settings)
+        (found,) = runs.train(study, study.run, progress=False)
+        return found
 
 
 def test_state_holds_unbiased_squares_and_their_curvatures(recorded):
-    found, dataset = recorded
-    state = full_trajectory.hessian_states([found], 4, dataset, n_gradients=6, n_products=2, n_nodes=3)[0]
-    net, weights = runs.network(found, dataset), np.array(found.at(4))
-    x, y = probe.fixed_batches(dataset, 8, 64, 0)
-    a, b = (derivatives.gradients(net, weights, x[s], y[s]).mean(0) + 30 * weights for s in (slice(2, 5), slice(5, 8)))
+    sizes = {"n_gradients": 6, "n_products": 2, "n_nodes": 3}
+    state = full_trajectory.hessian_states([recorded], 4, **sizes)[0]
+    net, weights = recorded.network(), np.array(recorded.at(4))
+    x, y = probe.fixed_batches(recorded.dataset, 8, 64, 0)
+    halves = derivatives.gradients(net, weights, x[2:], y[2:]).reshape(2, 3, -1)
+    a, b = halves.mean(1) + 30 * weights
+
+    def product(d):
+        return derivatives.mean_hessian_product(net, weights, d, x[:2], y[:2]) + 30 * d
+
     assert state.gradient.sum() == pytest.approx(a @ b, rel=1e-4)
     assert state.noise.sum() == pytest.approx(6 * np.sum((a - b) ** 2) / 4, rel=1e-4)
-    products = [derivatives.mean_hessian_product(net, weights, d, x[:2], y[:2]) + 30 * d for d in (a, b)]
-    assert state.h @ state.gradient == pytest.approx((a @ products[1] + b @ products[0]) / 2, rel=1e-3)
+    expected = (a @ product(b) + b @ product(a)) / 2
+    assert state.h @ state.gradient == pytest.approx(expected, rel=1e-3)
 
 
 def test_onward_begins_at_the_snapshot(recorded):
-    found, dataset = recorded
-    table = full_trajectory.onward(found, 2, TRUTH, 3, dataset)
+    table = full_trajectory.onward(recorded, 2, TRUTH, 3)
     assert table.step.tolist() == [2, 3, 4]
-    np.testing.assert_allclose(table.loss, found.loss[2:5])
-    assert table.model[0] == pytest.approx(found.loss.mean(), abs=0.3)
-    np.testing.assert_allclose(table.model - table.model[0], TRUTH.losses(np.full(3, 0.001)), atol=1e-6)
+    np.testing.assert_allclose(table.loss, recorded.loss[2:5])
+    assert table.model[0] == pytest.approx(recorded.loss.mean(), abs=0.3)
+    expected = TRUTH.losses(np.full(3, 0.001))
+    np.testing.assert_allclose(table.model - table.model[0], expected, atol=1e-6)
 
 
 def test_a_network_of_ones_own_without_batchnorm(tmp_path, monkeypatch):
     monkeypatch.setenv("PAPER_RUNS", str(tmp_path))
-    dataset = small_data()
 
     def net():
         return torch.nn.Sequential(torch.nn.Flatten(), torch.nn.Linear(16, 3))
 
-    trained = runs.train_seeds(SMALL, [0, 1], dataset, net, progress=False)
-    states = full_trajectory.hessian_states(trained, 20, dataset, 8, 2, 3, model=net)
+    trained = runs.train_seeds(SMALL, [0, 1], small_data(), net, progress=False)
+    states = full_trajectory.hessian_states(trained, 20, 8, 2, 3)
     assert sorted(states) == [0, 1]
-    table = full_trajectory.onward(trained[1], 20, states[1], 30, dataset, model=net)
+    table = full_trajectory.onward(trained[1], 20, states[1], 30)
     assert len(table) == 20 and np.isfinite(table.model).all()
-
-
-def test_plots_draw_measurement_and_predictions(predicted):
-    figures.style()
-    fig, (curves, error, spectrum, start) = plt.subplots(1, 4)
-    averaged = full_trajectory.blocks(predicted)
-    full_trajectory.plot_curves(curves, averaged, ["linear", "cosine"], key=True)
-    assert [line.get_linestyle() for line in curves.lines[:3]] == ["-", "--", ":"]
-    full_trajectory.plot_errors(error, full_trajectory.errors(averaged), 0.25)
-    assert [label.get_text() for label in error.get_yticklabels()] == ["step", "linear", "cosine"]
-    full_trajectory.plot_spectra(spectrum, full_trajectory.tabulate({"response": {0: TRUTH}}, LR), LR)
-    assert spectrum.lines[0].get_ydata()[-1] == pytest.approx(0.2)
-    beginning = pd.DataFrame({"lr": LR, "origin": 0, "step": np.arange(50), "loss": 1.0, "model": 2.0})
-    full_trajectory.plot_onward(start, beginning)
-    assert start.lines[0].get_ydata() == pytest.approx(1.0)
-    plt.close(fig)

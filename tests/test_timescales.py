@@ -1,4 +1,4 @@
-"""Timescales: of a quadratic network the method finds known curvatures, rates and variances."""
+"""Timescales: a quadratic network's known curvatures are found, with their rates and variances."""
 
 import numpy as np
 import pytest
@@ -16,7 +16,7 @@ from paper_lib.training.flat import FlatModel
 
 
 class Bowl(nn.Module):
-    """Logits (0, z): cross-entropy with label 0 has, at zero weights, the Hessian E[x x^T] / 4."""
+    """Logits (0, z): cross-entropy with label 0 has the Hessian E[x x^T] / 4 at zero weights."""
 
     def __init__(self, size):
         super().__init__()
@@ -29,9 +29,8 @@ class Bowl(nn.Module):
 
 def bowl_images(n):
     """Inputs (n, 10) of a bowl, that scatter less from axis to axis."""
-    return torch.from_numpy(
-        np.random.default_rng(0).standard_normal((n, 10)) * np.linspace(2, 0.2, 10)
-    ).float()
+    x = np.random.default_rng(0).standard_normal((n, 10)) * np.linspace(2, 0.2, 10)
+    return torch.from_numpy(x).float()
 
 
 @pytest.fixture
@@ -46,9 +45,8 @@ def bowl():
 def test_product_is_that_of_the_mean_hessian(bowl):
     net, weights, x, y, H = bowl
     d = np.random.default_rng(1).standard_normal(10)
-    np.testing.assert_allclose(
-        derivatives.mean_hessian_product(net, weights, d, x, y), H @ d, rtol=1e-5
-    )
+    product = derivatives.mean_hessian_product(net, weights, d, x, y)
+    np.testing.assert_allclose(product, H @ d, rtol=1e-5)
 
 
 def test_top_directions_are_the_steepest_and_orthonormal(bowl):
@@ -69,22 +67,15 @@ def test_more_directions_than_weights_are_refused(bowl):
 def test_batch_statistics_are_those_of_each_batch():
     torch.manual_seed(0)
     net = FlatModel(nn.Sequential(nn.Linear(5, 4), nn.BatchNorm1d(4), nn.Tanh(), nn.Linear(4, 3)))
+    weights, before = net.weights.numpy().copy(), net.buffers.clone()
+    d = np.random.default_rng(0).standard_normal(len(weights))
+
+    def product(x, y):
+        return derivatives.mean_hessian_product(net, weights, d, x, y)
+
     x, y = torch.randn(3, 8, 5), torch.randint(3, (3, 8))
-    weights, d = (
-        net.weights.numpy().copy(),
-        np.random.default_rng(0).standard_normal(net.weights.numel()),
-    )
-    singly = [
-        derivatives.mean_hessian_product(net, weights, d, x[k : k + 1], y[k : k + 1])
-        for k in range(3)
-    ]
-    before = net.buffers.clone()
-    np.testing.assert_allclose(
-        derivatives.mean_hessian_product(net, weights, d, x, y),
-        np.mean(singly, 0),
-        rtol=1e-4,
-        atol=1e-6,
-    )
+    singly = [product(x[k : k + 1], y[k : k + 1]) for k in range(3)]
+    np.testing.assert_allclose(product(x, y), np.mean(singly, 0), rtol=1e-4, atol=1e-6)
     assert torch.equal(net.buffers, before)
 
 
@@ -96,25 +87,21 @@ def simulated(eta, steps, s2=1.0, momentum=0.0):
 
 def test_autocorrelation_against_the_model():
     eta = [0.2, 0.9, 1.4]
-    found = timescales.autocorrelation(simulated(eta, 40_000), [0, 1, 3])
-    np.testing.assert_allclose(found.T, autocorrelation(np.array(eta), 4)[:, [0, 1, 3]], atol=0.03)
+    rho = timescales.autocorrelation(simulated(eta, 40_000), [0, 1, 3])
+    expected = autocorrelation(np.array(eta), 4)[:, [0, 1, 3]]
+    np.testing.assert_allclose(rho.T, expected, atol=0.03)
     with pytest.raises(ConfigError, match="lags"):
         timescales.autocorrelation(np.zeros((5, 1)), [5])
 
 
 class Run:
-    """What `Modes` reads of a run, whose network is a bowl."""
+    """What is read of a run; its network is a bowl."""
 
-    def __init__(self, weights, lr, dataset=None, momentum=0.0, batch_size=8):
+    def __init__(self, weights, lr, momentum=0.0, batch_size=8, dataset=None):
         self.weights, self.dataset = weights, dataset
-        self.config = RunConfig(
-            lr=lr,
-            momentum=momentum,
-            batch_size=batch_size,
-            steps=len(weights) - 1,
-            norm="none",
-            weight_decay=0.01,
-        )
+        settings = {"lr": lr, "momentum": momentum, "batch_size": batch_size}
+        steps = len(weights) - 1
+        self.config = RunConfig(**settings, steps=steps, norm="none", weight_decay=0.01)
 
     def window(self, first, last):
         return self.weights[first : last + 1]
@@ -123,72 +110,66 @@ class Run:
         return FlatModel(Bowl(10))
 
 
-def model_modes(steps=20_000):
-    """Modes of the model itself: three directions, and a fourth, unstable, to be left out."""
+@pytest.fixture(scope="module")
+def model():
+    """Modes of the model itself: three directions, and an unstable one that must be left out."""
     eta, s2, lr = np.array([1.2, 0.6, 0.25]), 2.0, 0.5
-    X = np.pad(simulated(eta, steps, s2), ((0, 0), (0, 1)))
+    X = np.pad(simulated(eta, 20_000, s2), ((0, 0), (0, 1)))
     h = np.append(eta, -0.1) / lr
-    return timescales.Modes(
-        Run(X, lr), 0, X.mean(0), np.eye(4), h, h**2 * s2, h**2 * s2, X - X.mean(0)
-    )
+    noise = h**2 * s2
+    return timescales.Modes(Run(X, lr), 0, X.mean(0), np.eye(4), h, noise, noise, X - X.mean(0))
 
 
-def test_predictions_hold_for_the_model():
-    m = model_modes()
-    table = timescales.measure([m])
+def test_predictions_hold_for_the_model(model):
+    table = timescales.measure([model])
     assert table.direction.tolist() == [0, 1, 2]
     np.testing.assert_allclose(table.rho, table.rho_model, atol=0.03)
     np.testing.assert_allclose(table.v, table.v_model, rtol=0.05)
     np.testing.assert_allclose(table.v_model, stationary_variance([1.2, 0.6, 0.25], 2.0))
     found = timescales.agreement(table).loc[0]
-    curve = timescales.forgetting(m, [0, 2], n_lags=2)
-    np.testing.assert_array_equal(curve[curve.lag == 1].rho_model, table.rho_model[[0, 2]])
-    np.testing.assert_array_equal(curve[curve.lag == 1].rho, table.rho[[0, 2]])
     assert found.correlation > 0.99
     assert found.rms < 0.03
     assert abs(found.v_met_ratio - 1) < 0.05
+    curves = timescales.forgetting(model, [2, 0], n_lags=5)
+    assert curves.direction.tolist() == [2] * 5 + [0] * 5
+    assert curves.lag.tolist() == [0, 1, 2, 3, 4] * 2
+    np.testing.assert_allclose(curves.rho, curves.rho_model, atol=0.05)
 
 
 def test_modes_measure_curvature_and_noise_where_they_say():
-    images = bowl_images(4096)
-    dataset = data.from_tensors(
-        images, torch.zeros(4096, dtype=torch.int64), images[:1], torch.zeros(1).long()
-    )
+    images, labels = bowl_images(4096), torch.zeros(4096, dtype=torch.int64)
+    dataset = data.from_tensors(images, labels, images[:1], labels[:1])
     away = np.random.default_rng(2).standard_normal(10).astype(np.float32)
     X = np.stack([away, -away] * 40)  # their average is zero
-    found = timescales.modes(Run(X, 0.1, dataset), 3, n_batches=80)
+    found = timescales.modes(Run(X, lr=0.1, dataset=dataset), 3, n_batches=80)
     np.testing.assert_allclose(found.center, 0, atol=1e-6)
     np.testing.assert_allclose(found.projected, X @ found.directions.T, atol=1e-5)
     x = images.double().numpy()
-    slope = 1 / (
-        1 + np.exp(-x @ np.stack([0 * away, away, -away]).T)
-    )  # of an image's loss in its logit
+    logits = x @ np.stack([0 * away, away, -away]).T
+    slope = 1 / (1 + np.exp(-logits))  # of an image's loss in its logit
     noise = [np.var(s[:, None] * x @ found.directions.T, axis=0) / 8 for s in slope.T]
     H = x.T @ x / len(x) / 4
-    np.testing.assert_allclose(
-        found.h, np.diag(found.directions @ H @ found.directions.T) + 0.01, rtol=0.15
-    )
+    curvatures = np.diag(found.directions @ H @ found.directions.T)
+    np.testing.assert_allclose(found.h, curvatures + 0.01, rtol=0.15)
     np.testing.assert_allclose(found.noise, noise[0], rtol=0.4)
     np.testing.assert_allclose(found.noise_met, (noise[1] + noise[2]) / 2, rtol=0.3)
-    assert np.all(
-        noise[1] + noise[2] > 3 * noise[0]
-    )  # the two noises cannot be taken for each other
+    assert np.all(noise[1] + noise[2] > 3 * noise[0])  # the two noises are far from each other
+    with pytest.raises(ConfigError, match="settle"):
+        timescales.modes(Run(X, lr=0.1, dataset=dataset), 3, settle=79)
 
 
 @pytest.mark.parametrize("momentum", [0.0, 0.8])
 def test_two_point_fall_is_that_of_the_model(momentum):
     half = bowl_images(64)
-    images, labels = (
-        torch.cat([half, half]),
-        torch.arange(128) // 64,
-    )  # each with both labels: the minimum is at zero
+    images, labels = torch.cat([half, half]), torch.arange(128) // 64
+    # Each image comes with both labels: the minimum is at zero.
     dataset = data.from_tensors(images, labels, images[:1], labels[:1])
     h, V = np.linalg.eigh((half.T @ half).double().numpy() / 64 / 4)
     h, V = h[[-1, -4, -7]], V.T[[-1, -4, -7]]
     lr = 0.9 / h[0]
-    s2 = 0.004 / h / stationary_variance(lr * h, 1.0, momentum)  # a loss of 0.002 in each direction
+    s2 = 0.004 / h / stationary_variance(lr * h, 1.0, momentum)  # a loss of 0.002 in each
     z = simulated(lr * h, 20_000, s2, momentum)
-    run, noise = Run(z @ V, lr, dataset, momentum, batch_size=128), h[:2] ** 2 * s2[:2]
+    run, noise = Run(z @ V, lr, momentum, 128, dataset), (h**2 * s2)[:2]
     m = timescales.Modes(run, 0, 0 * V[0], V[:2], h[:2], noise, noise, z[:, :2])
     found = timescales.two_point_fall(m, [1, 3, 40], n_batches=1, n_pairs=30)
 
@@ -200,13 +181,16 @@ def test_two_point_fall_is_that_of_the_model(momentum):
     np.testing.assert_allclose(found.steep, falls(ends, [1, 1, 0]), rtol=0.03)
     np.testing.assert_allclose(found.full, falls(ends, [1, 1, 1]), rtol=0.03)
     np.testing.assert_allclose(found.model, falls(np.arange(40, 20_000), [1, 1, 0]), rtol=0.05)
+    with pytest.raises(ConfigError, match="lags"):
+        timescales.two_point_fall(m, [20_000])
 
 
 def test_the_rest_of_a_random_walk_is_a_random_walk():
     rng = np.random.default_rng(0)
     walk = np.cumsum(rng.standard_normal((400, 300)), axis=0)
     z = walk[:, :1] - walk[:, :1].mean(0)
-    m = timescales.Modes(Run(walk, 0.5), 0, walk.mean(0), np.eye(300)[:1], *np.ones((3, 1)), z)
+    first, ones = np.eye(300)[:1], np.ones((3, 1))
+    m = timescales.Modes(Run(walk, 0.5), 0, walk.mean(0), first, *ones, z)
     found = timescales.rest(m)
     assert 0 < found["share"] < 0.02
     assert abs(found["exponent"] - 1) < 0.1
@@ -214,10 +198,8 @@ def test_the_rest_of_a_random_walk_is_a_random_walk():
 
 def test_principal_components_of_a_random_walk_are_cosines():
     walk = np.cumsum(np.random.default_rng(0).standard_normal((200, 2000)), axis=0)
-    shares, found = timescales.principal_components(walk)
-    overlap = np.abs((found * timescales.cosines(200)).sum(0))
-    assert np.all(overlap > 0.97)
+    shares, courses = timescales.principal_components(walk)
+    cosines = timescales.cosines(200)
+    assert np.all(np.abs((courses * cosines).sum(0)) > 0.97)
     assert shares.sum() < 1
-    np.testing.assert_allclose(
-        timescales.cosines(200).T @ timescales.cosines(200), np.eye(3), atol=1e-12
-    )
+    np.testing.assert_allclose(cosines.T @ cosines, np.eye(3), atol=1e-12)

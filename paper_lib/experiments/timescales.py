@@ -59,12 +59,11 @@ def modes(run: Run, n_directions: int = 12, n_batches: int = 16, settle: int = 0
     The run recorded every iterate. Directions come from n_batches batches; curvature and noise
     along them from as many others. Raises ConfigError where the window would be empty.
     """
-    first = run.config.start + settle
-    steps = run.config.steps - run.config.start
-    require(settle < steps, "settle", settle, f"the run has {steps} steps")
-    net, X = run.network(), run.window(first, run.config.steps)
-    center = vectors.average(vectors.uniform(len(X), len(X)), X)
     c = run.config
+    first, steps = c.start + settle, c.steps - c.start
+    require(settle < steps, "settle", settle, f"the run has {steps} steps")
+    net, X = run.network(), run.window(first, c.steps)
+    center = vectors.average(vectors.uniform(len(X), len(X)), X)
     x, y = probe.fixed_batches(run.dataset, 2 * n_batches, c.batch_size, c.seed)
     _, V = hessian.top_directions(net, center, x[:n_batches], y[:n_batches], n_directions)
     x, y = x[n_batches:], y[n_batches:]
@@ -181,10 +180,8 @@ def two_point_fall(
     allowed = f"they must lie in 1..{len(X) - 1}"
     require(0 < min(lags) and max(lags) < len(X), "lags", list(lags), allowed)
     ends = np.linspace(max(lags), len(X) - 1, n_pairs).astype(int)
-    net, batches = (
-        m.run.network(),
-        probe.fixed_batches(m.run.dataset, n_batches, c.batch_size, c.seed),
-    )
+    net = m.run.network()
+    batches = probe.fixed_batches(m.run.dataset, n_batches, c.batch_size, c.seed)
     single = probe.losses(net, X[ends], *batches).mean()
     rows = []
     for lag in lags:
