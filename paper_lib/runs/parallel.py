@@ -139,8 +139,7 @@ def _carry(function: Callable, path: Path) -> None:
 
 @contextlib.contextmanager
 def _without_interrupts() -> Iterator[None]:
-    """Hold back SIGINT, also, for all their life, from the workers and threads started meanwhile.
-    """
+    """Hold back SIGINT, also, for all their life, from the workers and threads started meanwhile."""
     if not hasattr(signal, "pthread_sigmask"):
         yield
         return
@@ -179,8 +178,7 @@ def _follow(futures: Sequence[Future], messages: Sequence[_Messages]) -> None:
 
 
 def _check(future: Future) -> None:
-    """Raise a job's error: with the worker's traceback only where its message may not say it all.
-    """
+    """Raise a job's error: with the worker's traceback only where its message may not say it all."""
     error = future.exception()
     if isinstance(error, BrokenProcessPool):
         raise WorkerError(
