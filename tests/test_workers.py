@@ -153,9 +153,7 @@ def test_other_errors_bring_the_traceback_and_need_not_be_picklable():
 
 def test_what_cannot_be_sent_is_refused():
     lock = threading.Lock()
-    with pytest.raises(
-        ConfigError, match="cannot be sent to another process .* without"
-    ):
+    with pytest.raises(ConfigError, match="cannot be sent to another process .* without"):
         side_by_side(lambda job, report: lock, [0], [""])
 
 
@@ -174,9 +172,7 @@ def test_a_killed_worker_is_said_and_the_next_call_works():
     def die(job, report):
         os.kill(os.getpid(), signal.SIGKILL)
 
-    with pytest.raises(
-        WorkerError, match="was killed.*: the same call resumes"
-    ):
+    with pytest.raises(WorkerError, match="was killed.*: the same call resumes"):
         side_by_side(die, [0, 1], ["", ""])
     assert side_by_side(variable, ["OMP_NUM_THREADS"], [""]) == ["1"]
 
