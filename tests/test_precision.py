@@ -2,8 +2,6 @@
 moved by it.
 """
 
-import os
-
 import numpy as np
 import pytest
 import torch
@@ -11,7 +9,6 @@ from helpers import SMALL, SmallNet, small_data
 
 from paper_lib import runs
 from paper_lib.probing import probe
-from paper_lib.runs import workers
 from paper_lib.training import flat
 
 SEEDS = (0, 1, 2)
@@ -86,30 +83,3 @@ def test_on_a_gpu_float32_is_exact_and_repeatable_and_settings_come_back(users):
             assert numerics() == mine
     finally:
         numerics(*original)
-
-
-@pytest.mark.parametrize(
-    ("model", "n_runs", "visible", "expected"),
-    [
-        ("resnet18_cifar", 5, None, ["0", "1"]),
-        ("resnet18_cifar", 1, None, ["0"]),
-        ("resnet8", 5, None, ["0", "1", "0", "1", "0"]),
-        ("resnet8", 2, "3,5", ["3", "5"]),
-    ],
-)
-def test_runs_spread_over_the_gpus(model, n_runs, visible, expected, monkeypatch):
-    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
-    monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
-    if visible:
-        monkeypatch.setenv("CUDA_VISIBLE_DEVICES", visible)
-    found = workers.slots([SMALL.replace(model=model, seed=i) for i in range(n_runs)])
-    assert [slot["CUDA_VISIBLE_DEVICES"] for slot in found] == expected
-
-
-def test_workers_take_the_processors_that_they_may_use(monkeypatch):
-    monkeypatch.setattr(torch.cuda, "device_count", lambda: 0)
-    monkeypatch.delenv("LOCAL_WORLD_SIZE", raising=False)
-    monkeypatch.setattr(os, "sched_getaffinity", lambda pid: {0, 3, 5, 6}, raising=False)
-    many = [SMALL.replace(seed=i) for i in range(20)]
-    assert len(workers.slots(many)) == 4
-    assert len(workers.slots([config.replace(threads=2) for config in many])) == 2

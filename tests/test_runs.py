@@ -19,7 +19,7 @@ from paper_lib.config import RunConfig
 from paper_lib.errors import ConfigError
 from paper_lib.presets import study
 from paper_lib.probing import derivatives, probe
-from paper_lib.runs import Run, identity, store, workers
+from paper_lib.runs import Run, identity, store
 from paper_lib.training import loop
 
 
@@ -86,22 +86,6 @@ def test_seeds_side_by_side_are_the_same_bits_as_alone(tmp_path, monkeypatch):
         alone = runs.obtain(chosen.run.branch(5).replace(seed=seed))
         np.testing.assert_array_equal(run.at(35), alone.at(35))
     assert not np.array_equal(together[0].at(35), together[1].at(35))
-
-
-def test_workers_wait_for_the_next_call_in_the_same_environment(monkeypatch):
-    settings = study("smoke", steps=2, record="").run
-    with workers._workers([]):
-        pass  # ends those of other tests
-    runs.train_seeds(settings, [0, 1], progress=False)
-    waiting = set(workers._waiting)
-    assert len(waiting) == 2 and all(worker.poll() is None for worker in waiting)
-    with monkeypatch.context() as patch:
-        patch.setattr(workers, "_start", None)  # calling it would fail
-        assert len(runs.train_seeds(settings, [2, 3], progress=False)) == 2
-    assert set(workers._waiting) == waiting
-    monkeypatch.setenv("PAPER_RUNS", "elsewhere")
-    with workers._workers([]):
-        assert not workers._waiting and all(worker.poll() is not None for worker in waiting)
 
 
 def test_seeds_that_repeat_are_refused():
@@ -210,12 +194,6 @@ def test_a_users_module_instance_and_tensors_are_enough():
     assert run.folder.name.startswith("tensors-own-")
 
 
-def train_elsewhere():
-    """Let a worker train a run into a folder that is not its own."""
-    job = (study("smoke", steps=5, record="").run, files.folder("runs") / "not-its-folder")
-    workers.train_parallel([job], lambda *message: None)
-
-
 IMAGES, VECTORS = (
     small_data(),
     data.from_tensors(torch.randn(60, 5), torch.arange(60) % 2, torch.randn(9, 5), [0] * 9),
@@ -270,16 +248,3 @@ def test_progress_names_the_network_and_no_rate_before_it_is_known(model, title,
     runs.train_seeds(SMALL.replace(width=1, steps=1, record=""), [0], IMAGES, model)
     printed = capsys.readouterr().err
     assert f"training {title}" in printed and " 0 images/s" not in printed
-
-
-def test_a_worker_that_fails_says_why(monkeypatch):
-    monkeypatch.setenv("PAPER_DATA", "/dev/null/nowhere")
-    with pytest.raises(RuntimeError, match="NotADirectoryError: .*/dev/null/nowhere"):
-        train_elsewhere()
-
-
-def test_a_worker_that_runs_other_code_refuses():
-    with pytest.raises(
-        RuntimeError, match="the code or data changed since this session began: restart it"
-    ):
-        train_elsewhere()

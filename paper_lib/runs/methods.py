@@ -55,7 +55,7 @@ def train_methods(
         train = functools.partial(_train, *carried(study.dataset, configs), study.net)
         placed = [(*job, paths[job]) for job in missing]
         with tqdm(total=sum(c.steps for c in configs), desc="other methods", unit="step") as bar:
-            slots = parallel.slots(configs)
+            slots = parallel.slots(configs, study.net)
             parallel.side_by_side(train, placed, slots, lambda steps, loss, lr: bar.update(steps))
     found = iter([method.result(c.seed, _read(paths[method, c])) for method, c in jobs])
     return {name: [next(found) for _ in study.seeds] for name in methods}

@@ -92,7 +92,7 @@ def _train_side_by_side(
     folders = [run_folder(c, dataset, net) for c in configs]
     function = functools.partial(_obtain_in_worker, *carried(dataset, configs), net)
     jobs = list(zip(configs, folders, strict=True))
-    parallel.side_by_side(function, jobs, parallel.slots(configs), report)
+    parallel.side_by_side(function, jobs, parallel.slots(configs, net), report)
 
 
 def carried(dataset: Dataset | None, configs: Sequence[RunConfig]) -> tuple[Dataset | None, str]:
@@ -162,11 +162,12 @@ def _train(run: Run, config: RunConfig, begin: State | None, report: Report) -> 
 
 def _out_of_memory(config: RunConfig, net: FlatModel) -> str:
     vectors = budget.memory_bytes(config, net.weights.numel()) / 1e9
+    batch = distributed.part_of_batch(config.batch_size)
     return (
         f"{net.device} ran out of memory training {config.model} of width {config.width} with "
-        f"batches of {distributed.part_of_batch(config.batch_size)} in {config.precision} (vectors "
-        f"take {vectors:.2f} GB, activations the rest): lower `batch_size` or `width`, use "
-        'precision = "bfloat16", or let torchrun share each batch'
+        f"batches of {batch} in {config.precision} (vectors take "
+        f"{vectors:.2f} GB, activations the rest): lower `batch_size` or `width`, use precision = "
+        '"bfloat16", or let torchrun share each batch'
     )
 
 

@@ -31,6 +31,7 @@ from joblib.externals.loky.process_executor import BrokenProcessPool, ProcessPoo
 from paper_lib.config import RunConfig
 from paper_lib.errors import ConfigError
 from paper_lib.files import cpus
+from paper_lib.training.flat import NetFactory
 from paper_lib.training.loop import Report
 
 RUNS_PER_GPU = 3  # of small networks, whose steps are too short to keep a GPU busy
@@ -47,7 +48,7 @@ class WorkerError(RuntimeError):
     """A worker process that was killed, or runs other code or data than its caller."""
 
 
-def slots(configs: Sequence[RunConfig]) -> list[str]:
+def slots(configs: Sequence[RunConfig], net: NetFactory | None = None) -> list[str]:
     """The GPU of each worker that may train one of `configs` at a time; "" is a CPU's."""
     n_gpus = torch.cuda.device_count()
     if not n_gpus:
@@ -56,7 +57,8 @@ def slots(configs: Sequence[RunConfig]) -> list[str]:
         return [""] * (len(configs) if len(configs) <= 2 * cores else cores)
     named = os.environ.get("CUDA_VISIBLE_DEVICES")
     gpus = named.split(",") if named else [str(i) for i in range(n_gpus)]
-    together = RUNS_PER_GPU if all(config.model in SMALL for config in configs) else 1
+    small = net is None and all(config.model in SMALL for config in configs)
+    together = RUNS_PER_GPU if small else 1
     return (gpus * together)[: len(configs)]
 
 
@@ -139,7 +141,7 @@ def _carry(function: Callable, path: Path) -> None:
 
 @contextlib.contextmanager
 def _without_interrupts() -> Iterator[None]:
-    """Hold back SIGINT, also, for all their life, from the workers and threads started meanwhile."""
+    """Hold back SIGINT; workers and threads that are started meanwhile never see one."""
     if not hasattr(signal, "pthread_sigmask"):
         yield
         return
@@ -178,7 +180,7 @@ def _follow(futures: Sequence[Future], messages: Sequence[_Messages]) -> None:
 
 
 def _check(future: Future) -> None:
-    """Raise a job's error: with the worker's traceback only where its message may not say it all."""
+    """Raise a job's error, without the worker's traceback where its message says it all."""
     error = future.exception()
     if isinstance(error, BrokenProcessPool):
         raise WorkerError(
