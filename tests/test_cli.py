@@ -11,7 +11,7 @@ from paper_lib import runs
 from paper_lib.__main__ import main
 from paper_lib.config import RunConfig, Study, meanings
 from paper_lib.presets import DIGITS, RUN_SETTINGS, STUDY_SETTINGS, study
-from paper_lib.runs import workers
+from paper_lib.runs import parallel
 
 
 @pytest.mark.parametrize(
@@ -109,7 +109,7 @@ def test_too_few_images_to_hold_out_end_with_code_2_and_one_line(capsys):
 
 @pytest.mark.parametrize(
     "error",
-    [runs.DivergedError("diverged"), runs.SnapshotError("no step"), workers.WorkerError("died")],
+    [runs.DivergedError("diverged"), runs.SnapshotError("no step"), parallel.WorkerError("died")],
 )
 def test_runs_that_fail_end_with_code_2_and_one_line(error, monkeypatch, capsys):
     def fail(*args):
