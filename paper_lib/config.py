@@ -162,13 +162,8 @@ class RunConfig:
         return self.replace(**{**base, **changes})
 
     def to_dict(self) -> dict[str, Any]:
-        """Return the settings as JSON-ready values, parents nested."""
+        """Return the settings as JSON-ready values, parents nested: RunConfig(**them) is this."""
         return json.loads(json.dumps(dataclasses.asdict(self)))
-
-    @classmethod
-    def from_dict(cls, values: dict[str, Any]) -> RunConfig:
-        """Inverse of `to_dict`."""
-        return cls(**values)
 
 
 @settings

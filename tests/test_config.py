@@ -179,7 +179,7 @@ branches = st.builds(
 
 @given(runs | branches | branches.map(lambda run: run.branch(2)))
 def test_json_keeps_everything(run):
-    again = RunConfig.from_dict(json.loads(json.dumps(run.to_dict())))
+    again = RunConfig(**json.loads(json.dumps(run.to_dict())))
     assert again == run and hash(again) == hash(run) and again.to_dict() == run.to_dict()
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from importlib import import_module
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -23,7 +24,7 @@ def load(
     seed: int = 0,
     device: str | torch.device = "cpu",
     progress: bool = True,
-    **options,
+    **options: Any,
 ) -> Dataset:
     """Load a dataset by name from files under `root`; what is missing is generated or downloaded.
 

@@ -57,7 +57,7 @@ class Run:
     @cached_property
     def config(self) -> RunConfig:
         """The run's settings."""
-        return RunConfig.from_dict(json.loads((self.folder / "config.json").read_text()))
+        return RunConfig(**json.loads((self.folder / "config.json").read_text()))
 
     @cached_property
     def status(self) -> dict[str, Any]:
