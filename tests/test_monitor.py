@@ -9,7 +9,6 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from scipy import stats
 
-from paper_lib.averaging import vectors
 from paper_lib.averaging.monitor import (
     BLOCKS,
     Averages,
@@ -53,12 +52,10 @@ def test_only_an_undecided_window_is_followed_by_a_longer_one():
     # Blocks of both signs, and a mean just below zero.
     undecided = np.where(np.arange(16) % 4 < 2, 1.0, -1.01)
     negative, positive = -1 - 0.01 * np.arange(8.0), 1 + 0.01 * np.arange(8.0)
-    found = windows_of(
-        [*undecided, *np.repeat(negative, 4), *np.repeat(positive, 2), *undecided], block=2
-    )
-    assert [window.steps for window in found] == [16, 32, 16, 16]
-    assert [window.stationary for window in found] == [False, True, False, False]
-    assert [window.descending for window in found] == [False, False, True, False]
+    values = [*undecided, *np.repeat(negative, 4), *np.repeat(positive, 2), *undecided]
+    found = [(w.steps, w.stationary, w.descending) for w in windows_of(values, block=2)]
+    plain = (16, False, False)
+    assert found == [plain, (32, True, False), (16, False, True), plain]
 
 
 @settings(max_examples=30)
@@ -126,9 +123,8 @@ def test_tensors_and_arrays_are_watched_alike_and_left_alone():
 def test_a_window_is_read_from_the_device_once(monkeypatch):
     reads, real = [], torch.Tensor.tolist
     monkeypatch.setattr(torch.Tensor, "tolist", lambda self: reads.append(len(self)) or real(self))
-    monkeypatch.setattr(
-        torch.Tensor, "__float__", lambda self: pytest.fail("a tensor was read by itself")
-    )
+    alone = "a tensor was read by itself"
+    monkeypatch.setattr(torch.Tensor, "__float__", lambda self: pytest.fail(alone))
     monitor = Monitor(0.5)
     for gradient in torch.randn(200, 3, generator=torch.Generator().manual_seed(0)):
         monitor.observe(gradient)
@@ -148,10 +144,21 @@ def test_blocks_are_longer_than_the_memory(memory, steps):
     assert block_length(memory) == steps
 
 
-@pytest.mark.parametrize("bad", [{"memory": 1.0}, {"memory": -0.1}, {"alpha": 0.0}, {"alpha": 0.5}])
-def test_bad_settings_are_refused(bad):
-    with pytest.raises(ConfigError, match=next(iter(bad))):
-        Monitor(**bad)
+@pytest.mark.parametrize(
+    ("call", "message"),
+    [
+        (lambda: Monitor(memory=1.0), "decay = 1.0"),
+        (lambda: Monitor(memory=-0.1), "decay = -0.1"),
+        (lambda: Monitor(alpha=0.0), "alpha = 0.0"),
+        (lambda: Monitor(alpha=0.5), "alpha = 0.5"),
+        (lambda: Averages(()), "memories"),
+        (lambda: Averages((1.0,)), "decay = 1.0"),
+        (lambda: Averages().best(), "observe"),
+    ],
+)
+def test_bad_settings_are_refused(call, message):
+    with pytest.raises(ConfigError, match=message):
+        call()
 
 
 # --- averages ------------------------------------------------------------------------------------
@@ -165,9 +172,8 @@ def test_gradients_tell_what_an_average_saves_whatever_the_curvatures_and_moment
         averages.observe(iterate, gradient)
         predicted.append(averages.gains.copy())
         saved.append([ETA @ (iterate**2 - average**2) / 2 for average in averages.vectors])
-    assert np.mean(predicted[1000:], axis=0) == pytest.approx(
-        np.mean(saved[1000:], axis=0), rel=0.05
-    )
+    expected = np.mean(saved[1000:], axis=0)
+    assert np.mean(predicted[1000:], axis=0) == pytest.approx(expected, rel=0.05)
 
 
 def test_an_average_is_uniform_first_and_exponential_then():
@@ -177,24 +183,18 @@ def test_an_average_is_uniform_first_and_exponential_then():
         averages.observe(row, row)
         if n == 10:
             assert averages.vectors[0] == pytest.approx(x[:10].mean(0))
-    expected = x[:10].mean(0) * 0.9**50 + vectors.average(vectors.ema(50, 0.9), x[10:])
-    first = (
-        0.9**49 * x[10] - 0.9**49 * 0.1 * x[10]
-    )  # `ema` begins at its first iterate, this one goes on
-    assert averages.vectors[0] == pytest.approx(expected - first)
+    weights = 0.1 * 0.9 ** np.arange(49, -1, -1.0)
+    assert averages.vectors[0] == pytest.approx(0.9**50 * x[:10].mean(0) + weights @ x[10:])
 
 
 def test_the_best_average_is_short_far_from_the_minimum_and_long_near_it():
-    x = np.linspace(1000.0, 0, 300)
     averages = Averages((0.0, 0.9))
-    for value in x:
-        averages.observe(
-            np.array([value]), np.array([1.0])
-        )  # a steady descent: any average lags behind
+    for value in np.linspace(1000.0, 0, 300):  # a steady descent: any average lags behind
+        averages.observe(np.array([value]), np.array([1.0]))
     assert averages.best() == (0.0, pytest.approx(np.array([0.0])))
-    _, g = stationary_run(0.0, 2000)
+    x, g = stationary_run(0.0, 2000)
     averages = Averages((0.0, 0.9))
-    for iterate, gradient in zip(stationary_run(0.0, 2000)[0].T, g.T, strict=False):
+    for iterate, gradient in zip(x.T, g.T, strict=False):
         averages.observe(iterate, gradient)
     assert averages.best()[0] == 0.9
 
@@ -224,15 +224,6 @@ def test_gains_do_not_depend_on_parameter_groups():
             optimizer.step()
         found.append(float(averages.gains[0]))
     assert found[1] == pytest.approx(found[0])
-
-
-def test_averages_need_a_memory_and_an_observation():
-    with pytest.raises(ConfigError, match="memories"):
-        Averages(())
-    with pytest.raises(ConfigError, match="memory"):
-        Averages((1.0,))
-    with pytest.raises(ConfigError, match="observe"):
-        Averages().best()
 
 
 # --- an optimizer's gradient ---------------------------------------------------------------------
@@ -274,26 +265,16 @@ def quadratic(weights):
 )
 def test_decay_belongs_to_the_gradient_where_it_is_coupled(make, coupled):
     p = quadratic([1.0, -3.0])
-    gradient = gradient_vector(make([p], lr=0.1, weight_decay=0.5))
+    optimizer = make([p], lr=0.1, weight_decay=0.5)
+    gradient = gradient_vector(optimizer)
     torch.testing.assert_close(gradient, torch.tensor([2.0, -2.0]) + coupled * 0.5 * p.detach())
-
-
-def test_what_adam_averages_is_the_gradient_vector():
-    for make in (torch.optim.Adam, torch.optim.AdamW):
-        p = quadratic([1.0, -3.0])
-        optimizer = make([p], lr=0.1, weight_decay=0.5)
-        gradient = gradient_vector(optimizer)
-        optimizer.step()
+    optimizer.step()
+    if "exp_avg" in optimizer.state[p]:  # what Adam averages
         torch.testing.assert_close(optimizer.state[p]["exp_avg"], 0.1 * gradient)
 
 
-def test_an_optimizer_that_maximizes_is_refused():
+def test_what_does_not_minimize_is_refused():
     with pytest.raises(ConfigError, match="maximize"):
         gradient_vector(torch.optim.SGD([quadratic([1.0])], lr=0.1, maximize=True))
-
-
-def test_a_network_in_place_of_its_optimizer_is_refused():
-    with pytest.raises(
-        ConfigError, match="optimizer = 'Linear' is not allowed: pass the optimizer"
-    ):
+    with pytest.raises(ConfigError, match="optimizer = 'Linear' .*: pass the optimizer"):
         gradient_vector(torch.nn.Linear(2, 2))

@@ -8,13 +8,14 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
+from numpy.testing import assert_allclose, assert_array_equal
 from torch import nn
 
 from paper_lib import data, runs
 from paper_lib.config import RunConfig
 from paper_lib.errors import ConfigError
 from paper_lib.probing import derivatives, probe
-from paper_lib.training.flat import FlatModel
+from paper_lib.training.flat import FlatModel, threads
 
 
 class Net(nn.Module):
@@ -47,18 +48,18 @@ def batches(k: int = 5, size: int = 8) -> tuple[torch.Tensor, torch.Tensor]:
 
 
 def points(net: FlatModel, n: int = 3) -> np.ndarray:
-    rng = np.random.default_rng(0)
-    return net.weights.numpy() + 0.3 * rng.standard_normal((n, net.weights.numel())).astype(
-        np.float32
-    )
+    noise = np.random.default_rng(0).standard_normal((n, net.weights.numel()))
+    return net.weights.numpy() + 0.3 * noise.astype(np.float32)
 
 
-def losses_reference(
-    net: FlatModel, weights: np.ndarray, x: torch.Tensor, y: torch.Tensor
-) -> np.ndarray:
-    """What `probe.losses` computes with batch statistics, one batch and one forward pass at a time:
-    slow and plain.
-    """
+def prepared(**parts):
+    """A network, three weight vectors, and batches."""
+    net = make(**parts)
+    return net, points(net), *batches()
+
+
+def losses_reference(net, weights, x, y) -> np.ndarray:
+    """What `probe.losses` computes with batch statistics, one batch to a forward pass."""
     found = np.empty((len(weights), len(x)), np.float32)
     with probe.probing(net, None), torch.no_grad():
         for i, row in enumerate(weights):
@@ -81,43 +82,34 @@ NORMS = {
 @pytest.mark.parametrize("samples", [1, 20, 1000])  # one batch to a pass, two, all
 def test_losses_agree_with_the_reference(norm, samples, monkeypatch):
     monkeypatch.setitem(probe.SAMPLES_AT_ONCE, "cpu", samples)
-    net = make(norm=NORMS[norm]())
-    x, y = batches()
-    weights = points(net)
+    net, weights, x, y = prepared(norm=NORMS[norm]())
     found = probe.losses(net, weights, x, y)
-    np.testing.assert_allclose(found, losses_reference(net, weights, x, y), rtol=2e-5)
-    np.testing.assert_array_equal(found[1], probe.losses(net, weights[1], x, y))
+    assert_allclose(found, losses_reference(net, weights, x, y), rtol=2e-5)
+    assert_array_equal(found[1], probe.losses(net, weights[1], x, y))
 
 
 @pytest.mark.parametrize("frozen", [False, True])
 def test_losses_are_the_same_on_any_number_of_threads(frozen):
-    net, (x, y), before = make(), batches(), torch.get_num_threads()
-    many = points(net, 20)
+    net, (x, y) = make(), batches()
     buffers = net.buffers.numpy().copy() if frozen else None
     found = []
-    try:
-        for n_threads in (1, 3):
-            torch.set_num_threads(n_threads)
-            found.append(probe.losses(net, many, x, y, buffers))
+    for n_threads in (1, 3):
+        with threads(n_threads):
+            found.append(probe.losses(net, points(net, 20), x, y, buffers))
             assert torch.get_num_threads() == n_threads
-    finally:
-        torch.set_num_threads(before)
-    np.testing.assert_array_equal(*found)
+    assert_array_equal(*found)
 
 
 def test_an_error_in_a_thread_is_the_callers():
-    net, (x, y), before = make(), batches(), torch.get_num_threads()
-    torch.set_num_threads(2)
-    try:
+    net, weights, x, y = prepared()
+    with threads(2):
         with pytest.raises(RuntimeError):
-            probe.losses(net, points(net), x[:, :, :, :1], y)  # too small for the convolution
+            probe.losses(net, weights, x[:, :, :, :1], y)  # too small for the convolution
         assert torch.get_num_threads() == 2
-    finally:
-        torch.set_num_threads(before)
 
 
 def test_an_error_in_a_thread_ends_the_others(monkeypatch):
-    net, (x, y), before, done = make(), batches(), torch.get_num_threads(), []
+    net, (x, y), done = make(), batches(), []
     many = points(net, 400)
 
     def load(own, row, buffers):
@@ -127,12 +119,8 @@ def test_an_error_in_a_thread_ends_the_others(monkeypatch):
         time.sleep(0.01)  # else the other thread could finish before the caller learns of the error
 
     monkeypatch.setattr(probe, "load", load)
-    torch.set_num_threads(2)
-    try:
-        with pytest.raises(KeyboardInterrupt):
-            probe.losses(net, many, x, y)
-    finally:
-        torch.set_num_threads(before)
+    with threads(2), pytest.raises(KeyboardInterrupt):
+        probe.losses(net, many, x, y)
     assert len(done) < 200
 
 
@@ -158,17 +146,14 @@ def test_running_out_of_memory_says_what_to_lower(monkeypatch):
 
 
 def test_losses_with_buffers_do_not_depend_on_the_rest_of_the_batch():
-    net = make()
-    x, y = batches()
-    weights = points(net)
+    net, weights, x, y = prepared()
     buffers = np.stack([probe.statistics(net, row, x) for row in weights])
     each = probe.losses(net, weights, x, y, buffers)
     regrouped = probe.losses(net, weights, x.flatten(0, 1)[:, None], y.flatten()[:, None], buffers)
-    np.testing.assert_allclose(each, regrouped.reshape(3, 5, 8).mean(2), rtol=2e-5)
-    np.testing.assert_allclose(each[2], probe.losses(net, weights[2], x, y, buffers[2]), rtol=1e-6)
-    assert (
-        np.abs(each - probe.losses(net, weights, x, y)).max() > 1e-3
-    )  # batch statistics are another thing
+    assert_allclose(each, regrouped.reshape(3, 5, 8).mean(2), rtol=2e-5)
+    assert_allclose(each[2], probe.losses(net, weights[2], x, y, buffers[2]), rtol=1e-6)
+    batchwise = probe.losses(net, weights, x, y)
+    assert np.abs(each - batchwise).max() > 1e-3  # another thing
 
 
 def all_probes(net: FlatModel) -> None:
@@ -194,16 +179,15 @@ def test_probes_leave_no_trace(train):
     net.module.train(train)
     net.module.body[4].train(not train)
     net.grad.fill_(3.0)
-    modes = [m.training for m in net.module.modules()]
-    rates = [m.momentum for m in net.module.modules() if isinstance(m, nn.BatchNorm2d)]
-    before = [v.clone() for v in (net.weights, net.grad, net.buffers, torch.get_rng_state())]
+
+    def state():
+        vectors = net.weights, net.grad, net.buffers, torch.get_rng_state()
+        modes = [(m.training, getattr(m, "momentum", None)) for m in net.module.modules()]
+        return [v.tolist() for v in vectors], modes
+
+    before = state()
     all_probes(net)
-    for old, new in zip(
-        before, (net.weights, net.grad, net.buffers, torch.get_rng_state()), strict=True
-    ):
-        assert torch.equal(old, new)
-    assert [m.training for m in net.module.modules()] == modes
-    assert [m.momentum for m in net.module.modules() if isinstance(m, nn.BatchNorm2d)] == rates
+    assert state() == before
     assert not any("forward" in vars(m) for m in net.module.modules())
 
 
@@ -211,11 +195,9 @@ def test_training_gives_the_same_bits_with_and_without_probes():
     def train(probing: bool) -> torch.Tensor:
         net = make()
         net.module.train()
-        x, y = batches(4)
-        for xs, ys in zip(x, y, strict=True):
-            net.backward(
-                F.cross_entropy(net.forward(xs), ys)
-            )  # dropout draws from the global generator
+        for xs, ys in zip(*batches(4), strict=True):
+            # dropout draws from the global generator
+            net.backward(F.cross_entropy(net.forward(xs), ys))
             net.weights.add_(net.grad, alpha=-0.1)
             if probing:
                 all_probes(net)
@@ -225,11 +207,8 @@ def test_training_gives_the_same_bits_with_and_without_probes():
 
 
 def test_a_recorded_run_has_the_same_bits_with_probes_between_its_batches(tmp_path, monkeypatch):
-    dataset = data.from_tensors(
-        *(t.flatten(0, 1) for t in batches(20)),
-        *(t.flatten(0, 1) for t in batches(2)),
-        device="cpu",
-    )
+    x, y = (t.flatten(0, 1) for t in batches(20))
+    dataset = data.from_tensors(x, y, x[:16], y[:16], device="cpu")
     config = RunConfig(data="tensors", batch_size=8, lr=0.1, steps=4, record="0-4", held_out=0)
 
     def weights(name: str) -> np.ndarray:
@@ -244,73 +223,57 @@ def test_a_recorded_run_has_the_same_bits_with_probes_between_its_batches(tmp_pa
             yield batch
 
     monkeypatch.setattr(dataset, "stream", probed)
-    np.testing.assert_array_equal(weights("probed"), plain)
+    assert_array_equal(weights("probed"), plain)
 
 
 @pytest.mark.parametrize("frozen", [False, True])
 def test_gradients_are_slopes_of_losses(frozen):
-    net = make(activation=nn.Tanh())
-    x, y = batches()
-    weights, direction = points(net, 2)
+    net, (weights, direction, _), x, y = prepared(activation=nn.Tanh())
     direction /= np.linalg.norm(direction)
     buffers = probe.statistics(net, weights, x) if frozen else None
     slopes = derivatives.gradients(net, weights, x, y, buffers) @ direction
     ahead, behind = probe.line(net, weights, direction, np.array([0.01, -0.01]), x, y, buffers)
-    np.testing.assert_allclose(slopes, (ahead - behind) / 0.02, atol=2e-4)
+    assert_allclose(slopes, (ahead - behind) / 0.02, atol=2e-4)
 
 
 @pytest.mark.parametrize("samples", [1, 20, 1000])
 def test_sums_and_inner_products_agree_with_stored_gradients(samples, monkeypatch):
-    net = make()
-    x, y = batches()
-    weights = points(net)[0]
+    net, (weights, *_), x, y = prepared()
     stored = derivatives.gradients(net, weights, x, y)
     monkeypatch.setitem(probe.SAMPLES_AT_ONCE, "cpu", samples)
-    np.testing.assert_allclose(
-        derivatives.mean_gradient(net, weights, x, y), stored.mean(0), atol=1e-6
-    )
+    mean = derivatives.mean_gradient(net, weights, x, y)
+    assert_allclose(mean, stored.mean(0), atol=1e-6)
     for kept in (1, 2, 5):  # gradients that the memory holds
         monkeypatch.setattr(derivatives, "GRAM_BYTES", 4 * kept * net.weights.numel())
-        np.testing.assert_allclose(
-            derivatives.gram(net, weights, x, y), stored @ stored.T, rtol=1e-5
-        )
+        assert_allclose(derivatives.gram(net, weights, x, y), stored @ stored.T, rtol=1e-5)
 
 
 @pytest.mark.parametrize("frozen", [False, True])
 def test_hessian_products_are_differences_of_gradients(frozen):
-    net = make(activation=nn.Tanh())
-    x, y = batches()
-    weights, direction = points(net, 2)
+    net, (weights, direction, _), x, y = prepared(activation=nn.Tanh())
     buffers = probe.statistics(net, weights, x) if frozen else None
     exact = derivatives.hessian_vector_products(net, weights, direction, x, y, buffers)
     step = np.float32(2e-3)
     ahead = derivatives.gradients(net, weights + step * direction, x, y, buffers)
     behind = derivatives.gradients(net, weights - step * direction, x, y, buffers)
-    np.testing.assert_allclose(
-        exact, (ahead - behind) / (2 * step), atol=0.01 * np.abs(exact).max()
-    )
+    assert_allclose(exact, (ahead - behind) / (2 * step), atol=0.01 * np.abs(exact).max())
     along = derivatives.curvature(net, weights, direction, x, y, buffers)
-    np.testing.assert_allclose(along, exact @ direction / (direction @ direction), rtol=1e-5)
+    assert_allclose(along, exact @ direction / (direction @ direction), rtol=1e-5)
 
 
 def test_statistics_are_those_of_update_bn():
-    net = make()
-    x, _ = batches()
-    weights = points(net)[0]
+    net, (weights, *_), x, _ = prepared()
     found = probe.statistics(net, weights, x)
     plain = make()
     plain.weights.copy_(torch.from_numpy(weights))
-    plain.module.body[1].num_batches_tracked = torch.tensor(
-        0
-    )  # FlatModel has it removed; update_bn counts with it
+    plain.module.body[1].num_batches_tracked = torch.tensor(0)  # update_bn counts with it
     torch.optim.swa_utils.update_bn(list(x), plain.module)
-    np.testing.assert_allclose(found, plain.buffers.numpy(), rtol=1e-5)
+    assert_allclose(found, plain.buffers.numpy(), rtol=1e-5)
 
 
 def test_evaluate_weighs_samples_not_chunks():
-    net = make()
-    x, y = (t.flatten(0, 1) for t in batches())
-    weights = points(net)[0]
+    net, (weights, *_), *stacked = prepared()
+    x, y = (t.flatten(0, 1) for t in stacked)
     buffers = probe.statistics(net, weights, x[None])
     chunks = [(x[:33], y[:33]), (x[33:], y[33:])]
     loss, accuracy = probe.evaluate(net, weights, buffers, chunks)
@@ -322,14 +285,11 @@ def test_evaluate_weighs_samples_not_chunks():
 
 
 def test_networks_without_buffers_can_be_probed():
-    net = make(norm=nn.GroupNorm(2, 6))
-    x, y = batches()
-    weights = points(net)[0]
+    net, (weights, *_), x, y = prepared(norm=nn.GroupNorm(2, 6))
     buffers = probe.statistics(net, weights, x)
     assert buffers.shape == (0,)
-    np.testing.assert_array_equal(
-        probe.losses(net, weights, x, y, buffers), probe.losses(net, weights, x, y)
-    )
+    found = [probe.losses(net, weights, x, y, chosen) for chosen in (None, buffers)]
+    assert_array_equal(*found)
 
 
 def test_fixed_batches_are_not_those_of_a_run():
@@ -345,9 +305,7 @@ def test_fixed_batches_are_not_those_of_a_run():
     "probing", [probe.losses, derivatives.gradients, derivatives.gram, derivatives.mean_gradient]
 )
 def test_what_does_not_fit_is_refused(probing):
-    net = make()
-    x, y = batches()
-    weights = points(net)[0]
+    net, (weights, *_), x, y = prepared()
     with pytest.raises(ConfigError, match="stacked as"):
         probing(net, weights, x[:0], y[:0])
     with pytest.raises(ConfigError, match=r"\(5, 8\)"):

@@ -32,17 +32,14 @@ def recompute_statistics(
         return
     n, device = 0, tracked[0].get_buffer("running_mean").device
     with _running_means(module, tracked), torch.no_grad():
-        for batch in batches:
+        for n, batch in enumerate(batches, start=1):
             x = batch[0] if isinstance(batch, list | tuple) and batch else batch
             allowed = "inputs, or a tuple that begins with them"
             require(isinstance(x, Tensor), "batch", type(batch).__name__, allowed)
             try:
                 (forward or module)(x.to(device))
             except ValueError as error:  # torch names neither the batch nor what to do
-                raise ConfigError(
-                    f"batch {n}, inputs of shape {tuple(x.shape)}: {error}"
-                ) from error
-            n += 1
+                raise ConfigError(f"batch {n} of shape {tuple(x.shape)}: {error}") from error
         require(n > 0, "batches", "none", "statistics need at least one batch")
 
 

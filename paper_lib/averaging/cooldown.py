@@ -19,7 +19,7 @@ from torch import Tensor
 from tqdm import tqdm
 
 from paper_lib.averaging.schedules import COOLDOWNS
-from paper_lib.errors import ConfigError, check_names, require
+from paper_lib.errors import ConfigError, brief, check_names, require
 from paper_lib.files import replacing
 
 SUFFIXES = (".pt", ".pth", ".safetensors")
@@ -51,19 +51,15 @@ def step_of(path: Path) -> int:
 
     ConfigError if neither has a number, or several of which none is named.
     """
-    for name in (path.stem, path.parent.name):
-        numbers = re.findall(r"\d+", name)
-        for word in STEP_NAMES:
-            if named := re.findall(rf"{word}[^\da-z]*(\d+)", name, re.I):
-                return int(named[-1])
-        if len(numbers) == 1:
-            return int(numbers[0])
-        if numbers:
-            has = f"several numbers in {name!r}, none after step, iter or epoch"
-            break
-    else:
-        has = "no step number"
-    raise ConfigError(f"{path} has {has}: name it like step-1200.pt, or give steps=")
+    name = path.stem if re.search(r"\d", path.stem) else path.parent.name
+    for word in STEP_NAMES:
+        if named := re.findall(rf"{word}[^\da-z]*(\d+)", name, re.I):
+            return int(named[-1])
+    numbers = re.findall(r"\d+", name)
+    if len(numbers) != 1:
+        has = "several numbers, none after step, iter or epoch" if numbers else "no step number"
+        raise ConfigError(f"{path} has {has}: name it like step-1200.pt, or give steps=")
+    return int(numbers[0])
 
 
 def step_weights(steps: Sequence[int], schedule: str) -> np.ndarray:
@@ -73,7 +69,7 @@ def step_weights(steps: Sequence[int], schedule: str) -> np.ndarray:
     `vectors.on_snapshots` of the schedule's tail-sum average in the limit of many steps between
     checkpoints, so the unit of steps is free. ConfigError for fewer than two or other steps.
     """
-    check_names([schedule], list(COOLDOWNS), "schedule")
+    check_names([schedule], COOLDOWNS, "schedule")
     require(len(steps) > 1, "number of checkpoints", len(steps), "an average needs at least two")
     for before, after in zip(steps, steps[1:], strict=False):
         if after <= before:
@@ -112,15 +108,14 @@ def average(files: Sequence[Path], weights: np.ndarray) -> State:
     dtypes, total = {}, 0.0
     for i in tqdm(used, desc="averaging", unit="file", disable=None):
         state, total = load(files[i])[0], total + weights[i]
-        if i == used[0]:
-            dtypes = {name: value.dtype for name, value in state.items() if _is_averaged(value)}
-        else:
+        if mean:
             _require_same(files[i], state, files[used[0]], mean)
         for name, value in state.items():
             where = f"{files[i]}: {name!r}"
             if not _is_averaged(value):
                 mean[name] = copy.deepcopy(value)  # it may be mapped from the file
             elif name not in mean:
+                dtypes[name] = value.dtype
                 mean[name] = _widened(value).clone(memory_format=torch.contiguous_format)
                 _require_numbers(where, ~mean[name].isnan())
             else:
@@ -180,7 +175,6 @@ def load(path: Path) -> tuple[State, str | None]:
     not executed.
     """
     _require_suffix(path)
-    found: Any
     try:
         if path.suffix == ".safetensors":
             found = safetensors.torch.load_file(path)
@@ -194,12 +188,11 @@ def load(path: Path) -> tuple[State, str | None]:
         raise ConfigError(f"{path} cannot be read: {str(error).splitlines()[0]}") from error
     if _is_state(found):
         return found, None
-    keys: list = list(found) if isinstance(found, dict) else []
-    inner = [key for key in keys if key in CONTAINERS and _is_state(found[key])]
+    inner = [k for k in CONTAINERS if isinstance(found, dict) and _is_state(found.get(k))]
     if len(inner) != 1:
-        holds = f"a {type(found).__name__}" + (f" with {', '.join(map(str, keys))}" if keys else "")
+        holds = list(found) if isinstance(found, dict) else type(found).__name__
         allowed = f"a state dict, or one under {' or '.join(CONTAINERS)}"
-        raise ConfigError(f"{path} holds {holds}: expected {allowed}")
+        raise ConfigError(f"{path} holds {brief(holds)}: expected {allowed}")
     return found[inner[0]], inner[0]
 
 

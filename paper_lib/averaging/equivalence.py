@@ -15,7 +15,9 @@ from __future__ import annotations
 
 import numpy as np
 
-from paper_lib.theory.checks import Values, check_decay, check_eta, check_length, check_weights
+from paper_lib.averaging.vectors import check_weights
+from paper_lib.errors import ConfigError, require
+from paper_lib.theory.quadratic import Values, check_decay, check_eta, check_steps
 
 
 def batch_weights(a: np.ndarray, eta: Values, momentum: float = 0.0) -> np.ndarray:
@@ -29,7 +31,7 @@ def batch_weights(a: np.ndarray, eta: Values, momentum: float = 0.0) -> np.ndarr
 def to_schedule(a: np.ndarray, eta: Values = 0.0, momentum: float = 0.0) -> np.ndarray:
     """Factors (..., T) of the schedule that ends, on the same batches, where the average a lies.
 
-    With momentum, both runs use it (and start at rest). At eta = 0: the tail sums of a. ValueError
+    With momentum, both runs use it (and start at rest). At eta = 0: the tail sums of a. ConfigError
     where no learning rate does it (signed weights, or eta above 1, may need an infinite one).
     """
     g, _ = _adjoint(a, eta, momentum)
@@ -38,9 +40,10 @@ def to_schedule(a: np.ndarray, eta: Values = 0.0, momentum: float = 0.0) -> np.n
     total = np.cumsum(a)[:-1] + g
     idle = (g == 0) & (total == 0)  # steps that a later one forgets: any factor does
     schedule = np.divide(g, total, out=np.ones_like(g), where=~idle & (total != 0))
-    if np.any((total == 0) & ~idle):
-        step = np.argwhere((total == 0) & ~idle)[0, -1]
-        raise ValueError(f"no schedule reproduces this average: step {step} needs an infinite lr")
+    infinite = np.argwhere((total == 0) & ~idle)
+    if infinite.size:
+        step = infinite[0, -1]
+        raise ConfigError(f"no schedule reproduces this average: step {step} needs an infinite lr")
     return schedule
 
 
@@ -67,13 +70,9 @@ def _per_step(eta: Values, steps: int, momentum: float) -> np.ndarray:
     """Broadcast eta to (..., steps), having checked that it is zero or stable."""
     eta = np.asarray(eta, dtype=np.float64)
     check_eta(np.where(eta == 0, 1.0, eta), momentum)
-    try:
-        return np.broadcast_to(eta, np.broadcast_shapes(eta.shape, (steps,)))
-    except ValueError:
-        raise ValueError(
-            f"eta of shape {eta.shape} does not fit {steps} steps: give a scalar, ({steps},), "
-            f"(directions, 1) or (directions, {steps})"
-        ) from None
+    fits = eta.ndim == 0 or eta.shape[-1] in (1, steps)
+    require(fits, "shape of eta", eta.shape, f"its last axis must be 1 or {steps}, the steps")
+    return np.broadcast_to(eta, (*eta.shape[:-1], steps))
 
 
 def to_average(
@@ -83,37 +82,27 @@ def to_average(
 
     The inverse of to_schedule: a_t = W (f_t - f_(t+1)) + w_(t+1) (1 - f_t) with f_0 = 1, where w
     are the scheduled run's batch weights and W their sum up to t+1; at eta = 0, f_t - f_(t+1).
-    ValueError where a weight would be negative (the schedule rises), unless `signed`.
+    ConfigError where a weight would be negative (the schedule rises), unless `signed`.
     """
     f = np.asarray(schedule, dtype=np.float64)
-    if f.ndim == 0 or not np.isfinite(f).all():
-        raise ValueError(f"a schedule is an array of finite factors, got {f!r}")
+    finite = f.ndim > 0 and bool(np.isfinite(f).all())
+    require(finite, "schedule", f.tolist(), "it is an array of finite factors")
     steps = f.shape[-1]
     eta, f = np.broadcast_arrays(_per_step(eta, steps, momentum), f)
-    previous = np.concatenate([np.ones((*f.shape[:-1], 1)), f[..., :-1]], axis=-1)
-    a = np.empty((*f.shape[:-1], steps + 1))
+    f = np.concatenate([np.ones((*f.shape[:-1], 1)), f], axis=-1)  # f_0 = 1, then the schedule
+    a = np.empty(f.shape)
     a[..., steps] = f[..., -1]
     total, weight = np.ones(f.shape[:-1]), np.zeros(f.shape[:-1])
     for i in range(steps - 1, -1, -1):
-        weight = eta[..., i] * f[..., i] * total + momentum * weight
-        before = previous[..., i]
-        a[..., i] = total * (before - f[..., i]) + weight * (1 - before)
+        before, factor = f[..., i], f[..., i + 1]
+        weight = eta[..., i] * factor * total + momentum * weight
+        a[..., i] = total * (before - factor) + weight * (1 - before)
         total = total - weight
     if not signed and a.min() < -1e-12:
-        _refuse(a, f)
+        step = int(np.unravel_index(a.argmin(), a.shape)[-1])
+        advice = "averages emulate schedules that do not rise, or take signed=True"
+        raise ConfigError(f"the weight of x_{step} would be {a.min():g}: {advice}")
     return a
-
-
-def _refuse(a: np.ndarray, f: np.ndarray) -> None:
-    """ValueError that names the step of the most negative weight."""
-    *direction, step = np.unravel_index(a.argmin(), a.shape)
-    before = 1.0 if step == 0 else f[(*direction, step - 1)]
-    after = f[(*direction, min(step, f.shape[-1] - 1))]
-    raise ValueError(
-        f"no non-negative average emulates this schedule: going from {before:g} to {after:g} times "
-        f"the run's lr at step {step} needs the weight {a.min():g} (averages emulate schedules "
-        "that do not rise; signed=True gives the signed weights)"
-    )
 
 
 def ema_equivalent(k: Values, eta: Values, decay: Values) -> np.ndarray:
@@ -135,7 +124,7 @@ def ema_equivalent(k: Values, eta: Values, decay: Values) -> np.ndarray:
 
 def two_point_equivalent(k: Values, eta: Values, lag: Values) -> np.ndarray:
     """eta'_k equivalent to the two-point average: eta q^k / (1 + q^k) for k < lag, else eta."""
-    check_length("lag", lag)
+    check_steps("lag", lag)
     eta, k = check_eta(eta), np.asarray(k)
     power = (1 - eta) ** np.minimum(k, lag)  # no further: q^k may underflow
     return np.where(k < lag, eta * power / (1 + power), eta)
@@ -146,7 +135,7 @@ def uniform_equivalent(k: Values, eta: Values, window: Values) -> np.ndarray:
 
     (1 - q^(k+1)) / [n - 1 - k + (1 - q^(k+1)) / eta] for k < n.
     """
-    check_length("window", window)
+    check_steps("window", window)
     eta, k = check_eta(eta), np.asarray(k)
     taken = 1 - (1 - eta) ** (np.minimum(k, window) + 1)
     return np.where(k < window, taken / (np.maximum(window - 1 - k, 0) + taken / eta), eta)

@@ -11,11 +11,10 @@ and with momentum m and b = m, where u is the optimizer's own velocity, E s_t = 
 
 b = 0 is the statistic of Pflug (1990). Its mean is smaller than its noise by the factor eta/2, so
 that the sign of its sum stops too early, or long too late (Pesme, Dieuleveut and Flammarion 2020).
-Two things help. A longer memory raises the signal per step from eta/2 to sqrt(eta)/2 at b = q,
-times the root of the number of noisy directions, and no memory gets beyond sqrt(eta/2):
-stationarity shows within a number of relaxation times 1/eta, not of their squares. And a known
-noise: the means of blocks longer than the memory are nearly independent, so that a t-test can be
-made of them.
+A longer memory raises the signal per step from eta/2 to sqrt(eta)/2 at b = q, times the root of the
+number of noisy directions (none gets beyond sqrt(eta/2)): stationarity shows within a number of
+relaxation times 1/eta, not of their squares. And the means of blocks longer than the memory are
+nearly independent, so that a t-test can be made of them.
 
 Not used is the relation for E g_t . x_t of Yaida (2018) and Lang et al. (2019). Where the loss does
 not depend on the scale of the weights, as under BatchNorm, the gradient is orthogonal to the
@@ -35,28 +34,26 @@ from scipy import stats
 from torch import Tensor
 
 from paper_lib.errors import require
+from paper_lib.theory.quadratic import check_decay
 
 # Optimizers whose weight decay goes beside the gradient's step.
 DECOUPLED = (torch.optim.AdamW, torch.optim.Adafactor, torch.optim.Muon)
 BLOCKS = 8  # block means in a window
-MEMORIES = 4  # steps of the shortest block, in memories 1 / (1 - b)
+BLOCK = 4  # steps of the shortest block, in memories 1 / (1 - b)
+MEMORIES = (0.9, 0.97, 0.99, 0.997)  # b of the averages kept
 
 Vector = np.ndarray | Tensor  # (P,), of NumPy or of PyTorch on any device
 
 
 @dataclass(frozen=True)
 class Window:
-    """One test, over the last `steps` of the `end` values that were seen so far.
-
-    `mean` of the values, `t` the mean over its standard error (BLOCKS - 1 degrees of freedom),
-    `stationary` whether it is significantly negative.
-    """
+    """One test, over the last `steps` of the `end` values that were seen so far."""
 
     end: int
     steps: int
-    mean: float
-    t: float
-    stationary: bool
+    mean: float  # of the values
+    t: float  # mean over its standard error, with BLOCKS - 1 degrees of freedom
+    stationary: bool  # whether the mean is significantly negative
 
     @property
     def descending(self) -> bool:
@@ -78,17 +75,14 @@ class StationarityTest:
         require(0 < alpha < 0.5, "alpha", alpha, "a rate of false alarms lies in (0, 0.5)")
         require(block >= 1, "block", block, "it must be at least 1 step")
         self.threshold = float(stats.t.ppf(alpha, BLOCKS - 1))
-        self._first, self._end = block, 0
-        self._begin(block)
+        self._first = self._block = block
+        self._end = self._count = 0
+        self._sums: list[Any] = [0.0] * BLOCKS
 
     @property
     def window(self) -> int:
         """Steps of the current window."""
         return BLOCKS * self._block
-
-    def _begin(self, block: int) -> None:
-        self._block, self._count = block, 0
-        self._sums: list[Any] = [0.0] * BLOCKS
 
     def add(self, value: float | Tensor) -> Window | None:
         """Take a value; return the test at the end of a window, before which no tensor is read."""
@@ -109,7 +103,8 @@ class StationarityTest:
         self._end += self.window
         decision = Window(self._end, self.window, float(mean), t, t < self.threshold)
         undecided = not (decision.stationary or decision.descending)
-        self._begin(2 * self._block if undecided else self._first)
+        self._block = 2 * self._block if undecided else self._first
+        self._count, self._sums = 0, [0.0] * BLOCKS
         return decision
 
 
@@ -155,31 +150,27 @@ class Monitor:
 class Averages:
     """Exponential averages of the weights with several memories, and the loss that each saves now.
 
-    With decay b, the average a_t = (1 - b) sum_j b^j x_(t-j) has a lower loss than the iterate x_t,
-    on a quadratic and for any stationary sequence of iterates (any curvatures, noise, momentum or
-    optimizer), by exactly
+    On a quadratic, for any stationary iterates (whatever curvatures, noise, momentum, optimizer),
+    the average a_t = (1 - b) sum_j b^j x_(t-j) has a lower loss than the iterate, by exactly
 
         E [loss(x_t) - loss(a_t)] = E g_t . (x_t - a_t) / (1 + b),
 
-    where g_t is the gradient of the next batch at x_t. For plain SGD x_t - a_t = -lr b u_(t-1) (see
-    `Monitor`): a test that finds s_t negative has found that the average with its memory is better
-    than the iterate.
+    g_t being the gradient of the next batch at x_t. For plain SGD x_t - a_t = -lr b u_(t-1): a
+    `Monitor` that finds s_t negative has found this average to be better than the iterate.
 
     `vectors` are the averages, in float32 or better: in bfloat16 they would stand still. `gains`
     are running means of the right-hand side over 1 / (1 - smoothing) steps. A memory costs a vector
     and an inner product a step. Until an average has lasted its memory, it is the uniform one.
     """
 
-    def __init__(
-        self, memories: Sequence[float] = (0.9, 0.97, 0.99, 0.997), smoothing: float = 0.99
-    ):
+    def __init__(self, memories: Sequence[float] = MEMORIES, smoothing: float = 0.99):
         require(len(memories) > 0, "memories", memories, "give at least one")
         for memory in (*memories, smoothing):
-            require(0 <= memory < 1, "memory", memory, "it must lie in [0, 1)")
+            check_decay(memory)
         self.memories, self.smoothing = tuple(memories), smoothing
         self.gains: list[Any] = [0.0] * len(memories)
-        self._steps = 0
         self.vectors: list[Vector] = []
+        self._steps = 0
 
     def observe(self, weights: Vector, gradient: Vector) -> None:
         """Take the weights (P,) before a step, and the gradient (P,) of its batch, in one order."""
@@ -209,8 +200,8 @@ def _widened(vector: Vector) -> Vector:
 
 def block_length(memory: float) -> int:
     """Steps of the shortest block for a memory b in [0, 1): two then share little of the past."""
-    require(0 <= memory < 1, "memory", memory, "it must lie in [0, 1)")
-    return max(2, round(MEMORIES / (1 - memory)))
+    check_decay(memory)
+    return max(2, round(BLOCK / (1 - memory)))
 
 
 def gradient_vector(optimizer: torch.optim.Optimizer) -> Tensor:
@@ -229,8 +220,7 @@ def gradient_vector(optimizer: torch.optim.Optimizer) -> Tensor:
         require(not group.get("maximize"), "maximize", True, "minimize the negative instead")
         decoupled = isinstance(optimizer, DECOUPLED) or group.get("decoupled_weight_decay")
         decay = 0.0 if decoupled else group.get("weight_decay", 0.0)
-        parts += [
-            (p.grad + decay * p.detach()).flatten() for p in group["params"] if p.grad is not None
-        ]
+        used = [p for p in group["params"] if p.grad is not None]
+        parts += [(p.grad + decay * p.detach()).flatten() for p in used]
     require(bool(parts), "gradients", "none", "call this after backward() and before zero_grad()")
     return torch.cat(parts)

@@ -6,6 +6,8 @@ from collections.abc import Callable
 
 import numpy as np
 
+from paper_lib.errors import check_names, require
+
 # Factor against the fraction u of the cooldown that is already done, 0 <= u < 1.
 COOLDOWNS: dict[str, Callable[[np.ndarray], np.ndarray]] = {
     "constant": np.ones_like,
@@ -23,15 +25,12 @@ def factors(name: str, steps: int) -> np.ndarray:
     `constant` stays at 1; `step` divides by 10 at 1/2 and at 3/4; `polynomial` is (1 - u)^2.
     `linear` equals the tail sums of a uniform average of `steps` iterates.
     """
-    if name not in COOLDOWNS:
-        raise ValueError(f"unknown schedule {name!r}: choose one of {', '.join(COOLDOWNS)}")
-    if steps < 1:
-        raise ValueError(f"a schedule needs at least 1 step, got {steps}")
+    check_names([name], COOLDOWNS, "schedule")
+    require(steps >= 1, "steps of a schedule", steps, "it must be at least 1 step")
     return COOLDOWNS[name](np.arange(steps) / steps)
 
 
 def cooldown(name: str, steps: int, horizon: int) -> np.ndarray:
     """Factors (steps,): constant, then the named cooldown over the last `horizon` steps."""
-    if not 1 <= horizon <= steps:
-        raise ValueError(f"the cooldown must last 1..{steps} steps, got {horizon}")
+    require(1 <= horizon <= steps, "horizon", horizon, f"a cooldown lasts 1..{steps} steps")
     return np.concatenate([np.ones(steps - horizon), factors(name, horizon)])

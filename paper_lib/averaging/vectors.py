@@ -3,7 +3,7 @@
 An average over the iterates x_0..x_T is a float64 vector `a` of length n = T + 1 with sum 1;
 a trajectory is a matrix X of shape (n, P), one row per iterate, and the average is a @ X. Distances
 and angles of averages follow from the Gram matrix of the iterates alone:
-|a @ X|^2 = a @ (X X^T) @ a. Whatever cannot be an average raises ValueError.
+|a @ X|^2 = a @ (X X^T) @ a. Whatever cannot be an average raises ConfigError.
 """
 
 from __future__ import annotations
@@ -13,17 +13,31 @@ from collections.abc import Callable, Iterator, Sequence
 import numpy as np
 from numpy.typing import ArrayLike
 
-from paper_lib.theory.checks import check_decay, check_weights
+from paper_lib.errors import ConfigError, require
+from paper_lib.theory.quadratic import check_decay
 
 BLOCK_ROWS = 64  # summed in the precision of the trajectory; float64 beyond
 BLOCK_BYTES = 2**25  # of a trajectory held centred at a time
 
 
+def check_weights(a: ArrayLike, n: int | None = None) -> np.ndarray:
+    """Return averages a (..., n) as float64; ConfigError unless finite, of sum 1 and n entries."""
+    a = np.asarray(a, dtype=np.float64)
+    vector = a.ndim > 0 and bool(np.isfinite(a).all())
+    require(vector, "average", a.tolist(), "it is a vector of finite weights")
+    sums = np.ravel(a.sum(-1))
+    worst = float(sums[np.abs(sums - 1).argmax()])
+    require(abs(worst - 1) <= 1e-8, "sum of an average's weights", worst, "rescale them to sum 1")
+    fits = n in (None, a.shape[-1])
+    require(fits, "length of an average", a.shape[-1], f"the trajectory has {n} iterates")
+    return a
+
+
 def checkpoints(n: int, indices: ArrayLike) -> np.ndarray:
     """Weights (n,) of the mean of chosen iterates; one that is named twice counts twice."""
     chosen = np.asarray(indices)
-    if chosen.size == 0 or chosen.min() < 0 or chosen.max() >= n:
-        raise ValueError(f"checkpoints must lie in 0..{n - 1}, got {chosen.tolist()}")
+    inside = chosen.size > 0 and 0 <= chosen.min() <= chosen.max() < n
+    require(inside, "checkpoints", chosen.tolist(), f"they must lie in 0..{n - 1}")
     a = np.zeros(n)
     np.add.at(a, chosen, 1 / chosen.size)
     return a
@@ -36,15 +50,13 @@ def last(n: int) -> np.ndarray:
 
 def uniform(n: int, window: int) -> np.ndarray:
     """Mean of the last `window` iterates (SWA)."""
-    if not 1 <= window <= n:
-        raise ValueError(f"a window must lie in 1..{n} for a run of {n - 1} steps, got {window}")
+    require(1 <= window <= n, "window", window, f"of {n} iterates it averages 1..{n}")
     return checkpoints(n, n - 1 - np.arange(window))
 
 
 def two_point(n: int, lag: int) -> np.ndarray:
     """Half the last iterate and half the one `lag` steps before it (claim C8)."""
-    if not 1 <= lag < n:
-        raise ValueError(f"lag must lie in 1..{n - 1} for a run of {n - 1} steps, got {lag}")
+    require(1 <= lag < n, "lag", lag, f"in a run of {n - 1} steps it is 1..{n - 1}")
     return checkpoints(n, [n - 1 - lag, n - 1])
 
 
@@ -59,29 +71,18 @@ def ema(n: int, decay: float) -> np.ndarray:
     return a / a.sum()  # 1 but for rounding
 
 
-FAMILIES: dict[str, Callable[..., np.ndarray]] = {
-    "EMA": ema,
-    "uniform": uniform,
-    "two points": two_point,
-}
+FAMILIES: dict[str, Callable] = {"EMA": ema, "uniform": uniform, "two points": two_point}
 
 
 def named(name: str, n: int) -> np.ndarray:
-    """Weights (n,) of an average by family and setting: "EMA 0.99", "uniform 9", "two points 9".
-
-    Raises ValueError for any other name, and for a setting that does not fit n iterates.
-    """
+    """Weights (n,) of an average by family and setting: "EMA 0.99", "uniform 9", "two points 9"."""
     family, _, setting = name.rpartition(" ")
-    if family not in FAMILIES:
-        raise ValueError(
-            f"unknown average {name!r}: write a decay, window or lag after {', '.join(FAMILIES)}"
-        )
-    kind, what = (float, "decay") if family == "EMA" else (int, "whole number")
     try:
-        value = kind(setting)
-    except ValueError:
-        raise ValueError(f"average {name!r}: {setting!r} is no {what}") from None
-    return FAMILIES[family](n, value)
+        build, value = FAMILIES[family], float(setting) if family == "EMA" else int(setting)
+    except (KeyError, ValueError):
+        allowed = "write EMA and a decay, or uniform or two points and a whole number of steps"
+        raise ConfigError(f"unknown average {name!r}: {allowed}") from None
+    return build(n, value)
 
 
 def on_snapshots(a: np.ndarray, steps: ArrayLike) -> np.ndarray:
@@ -92,8 +93,8 @@ def on_snapshots(a: np.ndarray, steps: ArrayLike) -> np.ndarray:
     """
     a, at = check_weights(a), np.asarray(steps)
     n = a.shape[-1]
-    if at.size == 0 or np.any(np.diff(at) <= 0) or at[0] < 0 or at[-1] >= n:
-        raise ValueError(f"recorded steps must increase within 0..{n - 1}, got {at.tolist()}")
+    increase = at.size > 0 and 0 <= at[0] and bool(np.all(np.diff(at) > 0)) and at[-1] < n
+    require(increase, "recorded steps", at.tolist(), f"they must increase within 0..{n - 1}")
     nearest = np.searchsorted((at[1:] + at[:-1]) / 2, np.arange(n), side="right")
     recorded = np.zeros((*a.shape[:-1], at.size))
     np.add.at(recorded, (..., nearest), a)  # type: ignore[arg-type]
@@ -162,13 +163,10 @@ def spaced_lags(n: int, count: int = 16) -> np.ndarray:
 
 
 def squared_displacement(G: np.ndarray, lags: Sequence[int]) -> np.ndarray:
-    """Mean over t of |x_(t+k) - x_t|^2 at each lag k, from a Gram matrix (n, n) with any centre.
-
-    ValueError for lags outside 0..n-1.
-    """
+    """Mean over t of |x_(t+k) - x_t|^2 at each lag k, from a Gram matrix (n, n) with any centre."""
     square, n = np.diag(G), len(G)
-    if min(lags) < 0 or max(lags) >= n:
-        raise ValueError(f"lags must lie in 0..{n - 1}, got {list(lags)}")
+    inside = 0 <= min(lags) <= max(lags) < n
+    require(inside, "lags", list(lags), f"they must lie in 0..{n - 1}")
     return np.array([np.mean(square[k:] + square[: n - k] - 2 * np.diag(G, k)) for k in lags])
 
 
@@ -176,10 +174,9 @@ def exponent(lags: np.ndarray, displacement: np.ndarray) -> float:
     """Slope of log displacement against log lag over the longer half of the lags' log range.
 
     0 where the run is stationary, 1 for a random walk, between them for a wandering that slows
-    down. ValueError where iterates do not move, which has no exponent.
+    down. ConfigError where iterates do not move.
     """
     far = lags >= np.sqrt(lags[0] * lags[-1])
-    if not np.all(displacement[far] > 0):
-        least = displacement[far].min()
-        raise ValueError(f"squared displacement must be positive, got {least:g}: a run at rest?")
+    least = float(displacement[far].min())
+    require(least > 0, "squared displacement", least, "a run at rest has no exponent")
     return float(np.polyfit(np.log(lags[far]), np.log(displacement[far]), 1)[0])

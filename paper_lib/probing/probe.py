@@ -1,8 +1,9 @@
 """Losses of chosen batches at chosen weights, without a trace on the network or the random state.
 
-Batches are stacked: x (K, B, ...) and y (K, B) are K batches of B samples. Weights are rows of a
-matrix, (n, P), or one vector, (P,). Everything comes back as NumPy arrays. All losses are mean
-cross-entropies in nats, in float32, without label smoothing or weight decay.
+Batches are stacked: x (K, B, ...) and y (K, B) are K batches of B samples. Weights are one vector,
+(P,); `losses` also takes rows of a matrix, (n, P). Everything comes back as NumPy arrays. All
+losses are mean cross-entropies in nats, in float32, without label smoothing or weight decay.
+What does not fit raises ConfigError.
 
 Statistics are chosen by `buffers`. Without them BatchNorm normalizes each batch by its own
 statistics, as in training. With buffers, (Q,), e.g. those of a snapshot or of `statistics`, it uses
@@ -32,26 +33,28 @@ from paper_lib.probing.batchnorm import batchwise_statistics
 from paper_lib.runs import Run
 from paper_lib.training.flat import FlatModel, threads
 
-SAMPLES_AT_ONCE = {
-    "cpu": 256,
-    "cuda": 4096,
-}  # per forward pass: what fits a core's cache; what fills a GPU
+# Samples in a forward pass: what fits a core's cache; what fills a GPU.
+SAMPLES_AT_ONCE = {"cpu": 256, "cuda": 4096}
 # Pixels per pass on a GPU, for about 16 GB: up to 1 kB each for losses alone; where activations are
 # kept to be differentiated twice, up to 14 kB (a ResNet-18 without stem; a ResNet-50 takes 5).
 PIXELS_AT_ONCE, PIXELS_KEPT = 2**22, 2**20
 PROBE_STREAM = 1_000_000  # seeds of probing streams start here; runs use small seeds
 
+Array = np.ndarray
+Buffers = Array | None
+
 
 def losses(
     net: FlatModel,
-    weights: np.ndarray,
+    weights: Array,
     x: Tensor,
     y: Tensor,
-    buffers: np.ndarray | None = None,
+    buffers: Buffers = None,
     progress: str = "",
-) -> np.ndarray:
-    """Loss of each batch at each of the weights, (n, K), or (K,) for one vector; `buffers` may be
-    (n, Q) too.
+) -> Array:
+    """Loss of each batch at each of the weights: (n, K), or (K,) for one vector.
+
+    `buffers` are (Q,), or (n, Q).
     """
     rows = np.atleast_2d(weights)
     check_batches(x, y)
@@ -74,35 +77,27 @@ def losses(
 def _in_threads(
     net: FlatModel, work: Callable[[FlatModel, Iterator[int]], None], tasks: range
 ) -> None:
-    """Let `work` take tasks with as many copies of the network as torch may use threads, each in a
-    one-thread worker.
+    """Let copies of the network share the tasks, one in each thread that torch may use.
 
-    Whole forward passes share the cores of a CPU much better than the parts of a small convolution
-    do.
+    Whole forward passes share a CPU's cores much better than parts of a small convolution do.
     """
     n_threads = min(torch.get_num_threads(), len(tasks)) if net.device.type == "cpu" else 1
     turns = iter(tasks)  # taking from one iterator is atomic, so threads share it
     if n_threads == 1:
         return work(net, turns)
     copies = [FlatModel(copy.deepcopy(net.module)) for _ in range(n_threads)]
-    with (
-        threads(1),
-        ThreadPoolExecutor(n_threads, initializer=torch.set_num_threads, initargs=(1,)) as pool,
-    ):
+    pool = ThreadPoolExecutor(n_threads, initializer=torch.set_num_threads, initargs=(1,))
+    with threads(1), pool:
         try:
             for future in as_completed([pool.submit(work, one, turns) for one in copies]):
                 future.result()
-        except (
-            BaseException
-        ):  # an error or an interrupt: the pool waits for threads that would go on to the end
+        except BaseException:  # the pool waits for threads: leave the others nothing to do
             collections.deque(turns, maxlen=0)
             raise
 
 
 def passes(net: FlatModel, x: Tensor, y: Tensor) -> Iterator[tuple[Tensor, Tensor]]:
-    """Yield logits (n, classes) and labels (n,) at the current weights: several batches to a
-    forward pass.
-    """
+    """Yield logits (n, classes) and labels (n,) of several batches to a forward pass."""
     at_once = _batches_at_once(net.device.type, x.shape, torch.is_grad_enabled())
     for xs, ys in zip(x.split(at_once), y.split(at_once), strict=True):
         with batchwise_statistics(net.module, len(xs)):
@@ -111,9 +106,7 @@ def passes(net: FlatModel, x: Tensor, y: Tensor) -> Iterator[tuple[Tensor, Tenso
 
 
 def _batches_at_once(device: str, shape: torch.Size, kept: bool) -> int:
-    """How many batches of x, `shape` = (K, B, ...), share a pass; one at least: its statistics are
-    its own.
-    """
+    """How many batches of x, `shape` = (K, B, ...), share a pass; at least one, never a part."""
     samples = SAMPLES_AT_ONCE[device]
     if device == "cuda":
         samples = min(samples, (PIXELS_KEPT if kept else PIXELS_AT_ONCE) // shape[3:].numel())
@@ -121,76 +114,67 @@ def _batches_at_once(device: str, shape: torch.Size, kept: bool) -> int:
 
 
 @contextlib.contextmanager
-def probing(net: FlatModel, buffers: np.ndarray | None) -> Iterator[None]:
-    """Leave no trace; BatchNorm uses batch statistics unless there are buffers, all else is in
-    evaluation mode.
-    """
+def probing(net: FlatModel, buffers: Buffers) -> Iterator[None]:
+    """Evaluation mode, but for BatchNorm where there are no buffers; leaves no trace."""
     with net.preserved(train=False):
         for layer in layers(net.module):
             layer.training = buffers is None
         try:
             yield
         except torch.OutOfMemoryError as error:
-            advice = (
-                "lower `batch_size` (a batch is never split: its statistics are its own) or `width`"
-            )
+            advice = "lower `batch_size` (a batch, with its statistics, is never split) or `width`"
             raise MemoryError(f"{net.device} ran out of memory probing: {advice}") from error
 
 
-def load(net: FlatModel, weights: np.ndarray, buffers: np.ndarray | None) -> None:
-    """Set a network's weights (P,) and, where there are any, buffers (Q,); ConfigError for other
-    shapes.
-    """
-    for name, vector, values in (
-        ("weights", net.weights, weights),
-        ("buffers", net.buffers, buffers),
-    ):
+@contextlib.contextmanager
+def probing_at(net: FlatModel, weights: Array, buffers: Buffers = None) -> Iterator[None]:
+    """`probing` one weight vector."""
+    with probing(net, buffers):
+        load(net, weights, buffers)
+        yield
+
+
+def load(net: FlatModel, weights: Array, buffers: Buffers) -> None:
+    """Set a network's weights (P,) and, where there are any, buffers (Q,)."""
+    for name, values in ("weights", weights), ("buffers", buffers):
         if values is not None:
-            expected = f"this network needs {tuple(vector.shape)}"
-            require(
-                np.shape(values) == vector.shape, f"shape of {name}", np.shape(values), expected
-            )
+            vector: Tensor = getattr(net, name)
+            fits = np.shape(values) == vector.shape
+            needed = f"this network needs {tuple(vector.shape)}"
+            require(fits, f"shape of {name}", np.shape(values), needed)
             vector.copy_(tensor(values))
 
 
 def line(
     net: FlatModel,
-    weights: np.ndarray,
-    direction: np.ndarray,
-    positions: np.ndarray,
+    weights: Array,
+    direction: Array,
+    positions: Array,
     x: Tensor,
     y: Tensor,
-    buffers: np.ndarray | None = None,
-) -> np.ndarray:
+    buffers: Buffers = None,
+) -> Array:
     """Losses at weights + t * direction for every t in `positions`, (n_positions, K)."""
     points = weights[None] + np.asarray(positions, np.float32)[:, None] * direction[None]
     return losses(net, points, x, y, buffers)
 
 
-def statistics(net: FlatModel, weights: np.ndarray, x: Tensor) -> np.ndarray:
-    """Buffers recomputed at the given weights: BatchNorm's means and variances averaged over
-    batches x (K, B, ...).
+def statistics(net: FlatModel, weights: Array, x: Tensor) -> Array:
+    """Buffers (Q,) with BatchNorm's means and variances at the given weights, over batches x.
 
-    An averaged network needs this, and so does every network that it is compared with. (Q,)
+    An averaged network needs this, and so does every network that it is compared with.
     """
-    with probing(net, None), torch.no_grad():
-        load(net, weights, None)
+    with probing_at(net, weights), torch.no_grad():
         recompute_statistics(net.module, x, net.forward)
         return net.buffers.cpu().numpy().copy()
 
 
 def evaluate(
-    net: FlatModel,
-    weights: np.ndarray,
-    buffers: np.ndarray,
-    chunks: Iterable[tuple[Tensor, Tensor]],
+    net: FlatModel, weights: Array, buffers: Array, chunks: Iterable[tuple[Tensor, Tensor]]
 ) -> tuple[float, float]:
-    """Mean loss and accuracy over chunks (x, y) of samples, in evaluation mode with the given
-    buffers.
-    """
+    """Mean loss and accuracy over chunks (x, y) of samples, in evaluation mode with `buffers`."""
     loss, correct, n = 0.0, 0, 0
-    with probing(net, buffers), torch.no_grad():
-        load(net, weights, buffers)
+    with probing_at(net, weights, buffers), torch.no_grad():
         for x, y in chunks:
             logits = net.forward(x).float()
             loss += F.cross_entropy(logits, y, reduction="sum").item()
@@ -206,15 +190,15 @@ def per_run(
     measure: Callable[[Run, FlatModel, int], pd.DataFrame | dict],
     progress: str,
 ) -> pd.DataFrame:
-    """measure(run, network, step) for every run and step: its rows, with `seed` and `step`."""
+    """Rows, or row, measure(run, network, step) of each run and step, with `seed` and `step`."""
     tables = []
     with tqdm(total=len(runs) * len(at), desc=progress) as bar:
         for run in runs:
             net = run.network()
-            for step in at:
-                found = measure(run, net, int(step))
+            for step in map(int, at):
+                found = measure(run, net, step)
                 table = pd.DataFrame([found]) if isinstance(found, dict) else found
-                tables.append(table.assign(seed=run.config.seed, step=int(step)))
+                tables.append(table.assign(seed=run.config.seed, step=step))
                 bar.update()
     return pd.concat(tables, ignore_index=True)
 
@@ -226,22 +210,13 @@ def fixed_batches(
     return dataset.batches(n, size, PROBE_STREAM + seed, split)
 
 
-def tensor(row: np.ndarray) -> Tensor:
+def tensor(row: Array) -> Tensor:
     """A vector in float32, copied: rows of a mapped trajectory are read-only."""
     return torch.from_numpy(np.array(row, np.float32))
 
 
 def check_batches(x: Tensor, y: Tensor) -> None:
     """ConfigError unless x and y are stacked batches."""
-    require(
-        x.ndim >= 2 and len(x) > 0,
-        "x",
-        tuple(x.shape),
-        "batches are stacked as (K, B, ...), K at least 1",
-    )
-    require(
-        tuple(y.shape) == tuple(x.shape[:2]),
-        "y",
-        tuple(y.shape),
-        f"labels must be (K, B) = {tuple(x.shape[:2])}",
-    )
+    stacked, batches = x.ndim >= 2 and len(x) > 0, tuple(x.shape[:2])
+    require(stacked, "x", tuple(x.shape), "batches are stacked as (K, B, ...), K at least 1")
+    require(y.shape == batches, "y", tuple(y.shape), f"labels must be (K, B) = {batches}")

@@ -4,14 +4,38 @@ Everything is per eigendirection of H: eta = lr * curvature, q = 1 - eta, s2 = v
 minima c_t around the full minimum x* = 0, and v = variance of the stationary iterates. Heavy-ball
 momentum m means v_t = m v_(t-1) + gradient, x_t = x_(t-1) - lr v_t (PyTorch's convention), which
 makes x_t = (1 + m - eta) x_(t-1) - m x_(t-2) + eta c_t. Arguments broadcast; functions of a lag
-take n and return lags 0..n-1 on a new last axis. All raise ValueError for eta outside (0, 2 + 2m).
+take n and return lags 0..n-1 on a new last axis. All raise ConfigError for eta outside (0, 2 + 2m).
 """
 
 from __future__ import annotations
 
 import numpy as np
+from numpy.typing import ArrayLike
 
-from paper_lib.theory.checks import Values, check_decay, check_eta, check_length, check_weights
+from paper_lib.errors import require
+
+Values = float | np.ndarray  # one value, or an array of them that broadcasts with the others
+
+
+def check_eta(eta: ArrayLike, momentum: float = 0.0) -> np.ndarray:
+    """Return eta as float64; ConfigError unless SGD is stable: 0 <= m < 1, 0 < eta < 2 (1 + m)."""
+    require(0 <= momentum < 1, "momentum", momentum, "it must lie in [0, 1)")
+    eta, bound = np.asarray(eta, dtype=np.float64), 2 * (1 + momentum)
+    bad = eta[~((eta > 0) & (eta < bound))]
+    allowed = f"it must lie in (0, {bound:g}) at momentum {momentum:g}"
+    require(bad.size == 0, "eta = lr * curvature", bad.tolist(), allowed)
+    return eta
+
+
+def check_decay(decay: Values) -> None:
+    """ConfigError unless every decay lies in [0, 1)."""
+    inside = (np.asarray(decay) >= 0) & (np.asarray(decay) < 1)
+    require(bool(inside.all()), "decay", decay, "it must lie in [0, 1)")
+
+
+def check_steps(name: str, steps: Values) -> None:
+    """ConfigError unless every number of steps is at least 1; `name` says of what."""
+    require(bool(np.all(np.asarray(steps) >= 1)), name, steps, "it must be at least 1 step")
 
 
 def stationary_variance(eta: Values, s2: Values = 1.0, momentum: float = 0.0) -> np.ndarray:
@@ -24,7 +48,7 @@ def varying_curvature_variance(eta: Values, spread: Values, s2: Values = 1.0) ->
     """v when each batch draws its own curvature, of mean h and relative deviation `spread`.
 
     v = s2 e / (2 - e) with e = eta (1 + spread^2): the noise of a larger learning rate, while the
-    autocorrelation stays (1 - eta)^k. ValueError once e reaches 2.
+    autocorrelation stays (1 - eta)^k. ConfigError once e reaches 2.
     """
     return stationary_variance(check_eta(eta) * (1 + np.square(spread)), s2)
 
@@ -110,7 +134,7 @@ def different_batches_distance(eta: Values, t: Values, s2: Values = 1.0) -> np.n
 
 def two_point_ratio(eta: Values, lag: Values) -> np.ndarray:
     """Variance of the two-point average over v: (1 + q^lag) / 2 (claim C8)."""
-    check_length("lag", lag)
+    check_steps("lag", lag)
     return (1 + (1 - check_eta(eta)) ** np.asarray(lag)) / 2
 
 
@@ -126,7 +150,7 @@ def uniform_ratio(eta: Values, window: Values) -> np.ndarray:
 
     The two terms cancel when eta n is small: the error is about 1e-16 / (eta n).
     """
-    check_length("window", window)
+    check_steps("window", window)
     eta, n = check_eta(eta), np.asarray(window)
     with np.errstate(invalid="ignore", divide="ignore"):  # the logarithm serves eta < 1/2 only
         forgotten = np.where(eta < 0.5, -np.expm1(n * np.log1p(-eta)), 1 - (1 - eta) ** n)
@@ -134,15 +158,13 @@ def uniform_ratio(eta: Values, window: Values) -> np.ndarray:
 
 
 def variance_ratio(a: np.ndarray, rho: np.ndarray) -> np.ndarray:
-    """Variance of any average over that of one iterate: sum_(s,t) a_s a_t rho_|s-t|.
+    """Variance of an average a (n,) over that of one iterate: sum_(s,t) a_s a_t rho_|s-t|.
 
-    a (n,); rho (..., >= n) is an autocorrelation at lags 0, 1, ..., of the model or measured.
+    rho (..., >= n) is an autocorrelation at lags 0, 1, ..., of the model or measured.
     O(n log n): the weights' own autocorrelation, by FFT, against rho.
     """
-    a, rho = check_weights(a), np.asarray(rho)
-    n = a.size
-    if rho.shape[-1] < n:
-        raise ValueError(f"an average of {n} iterates needs lags 0..{n - 1}, got {rho.shape[-1]}")
+    n, lags = len(a), rho.shape[-1]
+    require(lags >= n, "number of lags", lags, f"an average of {n} iterates needs 0..{n - 1}")
     overlap = np.fft.irfft(np.abs(np.fft.rfft(a, 2 * n)) ** 2, 2 * n)[:n]
     overlap[1:] *= 2  # lags k and -k
     return rho[..., :n] @ overlap

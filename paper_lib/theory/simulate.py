@@ -1,8 +1,7 @@
 """Simulates SGD on quadratics with scattered minima: the reference for every closed form.
 
 Batch t has the loss 1/2 (x - c_t)^T H_t (x - c_t); its minimum c_t is drawn around x* = 0, and H_t
-is the same for all batches or one for each. A direction of curvature h steps
-x_t = (1 - lr h) x_(t-1) + lr h c_t.
+is the same for all batches or one for each.
 
 Time is the last axis: minima are (..., T), iterates (..., T+1), and `x @ a` is an average of them.
 Leading axes are seeds and directions in any number.
@@ -12,29 +11,24 @@ from __future__ import annotations
 
 import numpy as np
 
-from paper_lib.theory.checks import Values
+from paper_lib.errors import require
+from paper_lib.theory.quadratic import Values
 
 
 def sample_minima(rng: np.random.Generator, s2: Values, steps: int, seeds: int = 1) -> np.ndarray:
     """Gaussian batch minima around x* = 0 with variances s2 (d,): shape (seeds, d, steps)."""
     s2 = np.atleast_1d(np.asarray(s2, dtype=np.float64))
-    if np.any(s2 < 0):
-        raise ValueError(f"the variances s2 cannot be negative, got {s2.min():g}")
+    require(bool(np.all(s2 >= 0)), "s2", s2.tolist(), "variances cannot be negative")
     return rng.standard_normal((seeds, s2.size, steps)) * np.sqrt(s2)[:, None]
 
 
 def sgd(
-    minima: np.ndarray,
-    lr: Values,
-    curvature: Values = 1.0,
-    start: Values = 0.0,
-    momentum: float = 0.0,
+    minima: np.ndarray, lr: Values, curvature: Values = 1, start: Values = 0, momentum: float = 0
 ) -> np.ndarray:
     """Iterates (..., T+1) of v_t = m v_(t-1) + h_t (x_(t-1) - c_t), x_t = x_(t-1) - lr_t v_t.
 
-    minima (..., T); lr and curvature broadcast to them: a scalar, a schedule (T,), one value per
-    direction (d, 1), both (d, T), one per seed and batch (seeds, d, T). start is x_0, (...) or
-    scalar.
+    lr and curvature broadcast to the minima (..., T): a scalar, a schedule (T,), one value per
+    direction (d, 1), both (d, T), one per seed and batch (seeds, d, T). x_0 = start broadcasts too.
     """
     c = np.asarray(minima, dtype=np.float64)
     lr, h = np.broadcast_to(lr, c.shape), np.broadcast_to(curvature, c.shape)

@@ -17,8 +17,8 @@ import numpy as np
 from numpy.typing import ArrayLike
 from scipy.optimize import nnls
 
+from paper_lib.errors import require
 from paper_lib.theory import quadratic
-from paper_lib.theory.checks import check_eta
 
 
 class Directions:
@@ -26,7 +26,7 @@ class Directions:
 
     noise (d,): variance g2 of batch gradients. gradient (d,): squared full gradient h^2 u at the
     start, 0 at the minimum. All may be densities, where directions are nodes of a quadrature, and
-    unbiased estimates of the gradient may be negative. ValueError unless h and noise are not, and
+    unbiased estimates of the gradient may be negative. ConfigError unless h and noise are not, and
     all have one length.
     """
 
@@ -34,19 +34,16 @@ class Directions:
         given = (h, noise, np.zeros(np.shape(h)) if gradient is None else gradient)
         self.h, self.noise, self.gradient = (np.asarray(z, dtype=np.float64) for z in given)
         shapes = [z.shape for z in (self.h, self.noise, self.gradient)]
-        if len(set(shapes)) != 1 or self.h.ndim != 1:
-            raise ValueError(f"h, noise and gradient must be vectors of one length, got {shapes}")
-        if np.min(self.h) < 0 or np.min(self.noise) < 0:
-            raise ValueError(
-                f"need h >= 0 and noise >= 0, got {self.h.min():g} and {self.noise.min():g}: "
-                "count negative curvatures as flat, h = 0"
-            )
+        same = len(set(shapes)) == 1 and self.h.ndim == 1
+        require(same, "shapes of h, noise and gradient", shapes, "give vectors of one length")
+        for name, least in ("h", self.h.min()), ("noise", self.noise.min()):
+            require(least >= 0, name, float(least), "count negative curvatures as flat, h = 0")
 
-    # --- at a constant learning rate, once stationary: ValueError unless 0 < lr h < 2 (1 + m) ---
+    # --- at a constant learning rate, once stationary: ConfigError unless 0 < lr h < 2 (1 + m) ---
 
     def variances(self, lr: float, momentum: float = 0.0) -> np.ndarray:
         """Stationary variance (d,) of the iterates in each direction."""
-        eta = check_eta(lr * self.h, momentum)
+        eta = quadratic.check_eta(lr * self.h, momentum)  # before h divides
         return quadratic.stationary_variance(eta, self.noise / self.h**2, momentum)
 
     def averaged_loss(self, a: np.ndarray, lr: float, momentum: float = 0.0) -> float:
@@ -71,7 +68,14 @@ class Directions:
 
     def losses(self, lrs: np.ndarray) -> np.ndarray:
         """Expected loss at x_t minus that at x_0 when step t takes lrs[t], (T,), as runs log it."""
-        fall, rise = unit_losses(self.h, lrs)
+        h, d = self.h, self.h.size
+        fall, rise = np.zeros((2, len(lrs), d))  # by a squared gradient, and a noise, of 1
+        kept, variance = np.ones(d), np.zeros(d)
+        for t, lr in enumerate(lrs[:-1]):
+            # (1 - kept) / 2h, but finite at h = 0
+            fall[t + 1] = fall[t] + lr * (1 - lr * h / 2) * kept
+            kept, variance = (1 - lr * h) ** 2 * kept, (1 - lr * h) ** 2 * variance + lr**2
+            rise[t + 1] = h * variance / 2
         return rise @ self.noise - fall @ self.gradient
 
     def response(self, lrs: np.ndarray, lr: float) -> np.ndarray:
@@ -83,27 +87,12 @@ class Directions:
         return float(self.gradient[self.h < below].sum() / self.gradient.sum())
 
 
-def unit_losses(h: np.ndarray, lrs: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """Loss that a squared gradient of 1 has lost, and that noise of variance 1 has added.
-
-    Both (T, d): at x_0..x_(T-1), in directions of curvature h (d,), step t taking lrs[t].
-    """
-    fall, rise = np.zeros((2, len(lrs), h.size))
-    kept, variance = np.ones(h.size), np.zeros(h.size)
-    for t, lr in enumerate(lrs[:-1]):
-        fall[t + 1] = fall[t] + lr * (1 - lr * h / 2) * kept  # (1 - kept) / 2h, but finite at h = 0
-        kept, variance = (1 - lr * h) ** 2 * kept, (1 - lr * h) ** 2 * variance + lr**2
-        rise[t + 1] = h * variance / 2
-    return fall, rise
-
-
 def of_losses(h: ArrayLike, excess: np.ndarray, drift: np.ndarray, lr: float) -> Directions:
     """Directions that keep up an excess loss h v / 2 at lr, and have h m^2 / 2 of drift to lose.
 
-    h, excess and drift (d,), losses in nats. ValueError unless 0 < lr h < 2: no other direction has
-    a stationary state.
+    All (d,), losses in nats. ConfigError unless 0 < lr h < 2: else nothing is stationary.
     """
-    h = check_eta(lr * np.asarray(h)) / lr
+    h = quadratic.check_eta(lr * np.asarray(h)) / lr
     noise = 2 * np.asarray(excess) * (2 - lr * h) / lr
     return Directions(h, noise, 2 * h * (excess + drift))
 
@@ -116,14 +105,12 @@ def fit_response(
     `response` is a run's loss under the schedule lrs (T,) minus that of its twin at the constant
     lr. Slow directions that gain and lose alike would cancel at any size: none is expected to
     exceed the response itself, and the noise of single steps (from their differences) says how
-    strongly to expect it. ValueError for a response that is zero throughout.
+    strongly to expect it. ConfigError for a response that is zero throughout.
     """
     size = np.sqrt(np.mean(response**2))
-    if not size > 0:
-        raise ValueError("the response is zero: the schedule must leave the constant learning rate")
-    one = np.eye(len(h))
-    columns = [of_losses(h, e, 0 * e, lr).response(lrs, lr) for e in one]
-    columns += [of_losses(h, 0 * e, e, lr).response(lrs, lr) for e in one]
+    require(size > 0, "response", 0.0, "the schedule must leave the constant learning rate")
+    parts = np.eye(2 * len(h)).reshape(-1, 2, len(h))  # excess first, then drift
+    columns = [of_losses(h, *part, lr).response(lrs, lr) for part in parts]
     # The median passes over sudden falls; .95 is what it is of Gaussian noise.
     noise = np.median(np.abs(np.diff(response[lrs != lr]))) / 0.95
     rows = np.concatenate([np.stack(columns, axis=1), noise / size * np.eye(2 * len(h))])
