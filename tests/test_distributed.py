@@ -1,4 +1,5 @@
-"""Several processes under torchrun: the trajectory of one process, also after a worker was killed."""
+"""Several processes under torchrun: the trajectory of one process, also after a worker was killed.
+"""
 
 import textwrap
 
