@@ -97,7 +97,7 @@ def on_snapshots(a: np.ndarray, steps: ArrayLike) -> np.ndarray:
     require(increase, "recorded steps", at.tolist(), f"they must increase within 0..{n - 1}")
     nearest = np.searchsorted((at[1:] + at[:-1]) / 2, np.arange(n), side="right")
     recorded = np.zeros((*a.shape[:-1], at.size))
-    np.add.at(recorded, (..., nearest), a)  # type: ignore[arg-type]
+    np.add.at(recorded, (..., nearest), a)
     return recorded
 
 

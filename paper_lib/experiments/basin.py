@@ -56,7 +56,7 @@ def train_companions(
     They are trained on the runs' own data and network. `config` is the settings of the companions
     but for seed and batches: those of the runs, with what is to be recorded.
     """
-    configs = {}
+    configs: dict[tuple[int, str], RunConfig] = {}
     for run in runs:
         kinds = companions(config.replace(seed=run.config.seed), seeds, perturbations)
         configs |= {(run.config.seed, kind): changed for kind, changed in kinds.items()}

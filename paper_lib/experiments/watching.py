@@ -138,7 +138,8 @@ def watch(
     learning rate, and where the run diverges.
     """
     velocity, lr = torch.zeros_like(net.weights), config.lr
-    log, windows = [], {}
+    log: list[tuple[float, ...]] = []
+    windows: dict[int, Window] = {}
     for step, loss in enumerate(_losses(config, dataset, net)):
         # With weight decay: the model is about all that the step descends.
         gradient = net.grad + config.weight_decay * net.weights
@@ -149,8 +150,10 @@ def watch(
         averages.observe(net.weights, gradient)
         log.append((loss, lr, averages.best()[0], max(map(float, averages.gains))))
         loop.sgd_step(net, velocity, lr, config)
-    ends = (vector.cpu().numpy().copy() for vector in (net.weights, averages.best()[1]))
-    return Watched(config.seed, *ends, *np.array(log).T.copy(), windows)
+    average = averages.best()[1]
+    ends = [torch.as_tensor(v).cpu().numpy().copy() for v in (net.weights, average)]
+    loss, rates, memory, gain = np.array(log).T.copy()
+    return Watched(config.seed, *ends, loss, rates, memory, gain, windows)
 
 
 def schedule_free(
@@ -299,7 +302,7 @@ def _averages(
         averages.observe(np.asarray(x[i]), gradient)
         products.append(averages.gains.copy())
         if i in at:
-            points += [x[i], *(vector.copy() for vector in averages.vectors)]
+            points += [x[i], *(np.array(vector) for vector in averages.vectors)]
     return np.mean(products[len(g) // 2 :], axis=0), np.stack(points)
 
 

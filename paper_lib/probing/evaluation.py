@@ -41,7 +41,7 @@ class Evaluator:
         """
         if buffers is None:
             buffers = probe.statistics(self.net, weights, self.statistics_batches)
-        found = {}
+        found: dict[str, float] = {}
         for split, chunks in ("train", zip(*self.train, strict=True)), ("test", self.test):
             loss, accuracy = probe.evaluate(self.net, weights, buffers, chunks)
             found |= {f"{split}_loss": loss, f"{split}_accuracy": accuracy}

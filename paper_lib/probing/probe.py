@@ -64,7 +64,7 @@ def losses(
     def work(own: FlatModel, turns: Iterator[int]) -> None:
         with probing(own, buffers), torch.no_grad():
             for i in turns:
-                load(own, rows[i], buffers if np.ndim(buffers) < 2 else buffers[i])
+                load(own, rows[i], buffers[i] if buffers is not None and buffers.ndim == 2 else buffers)
                 parts = [F.cross_entropy(*piece, reduction="none") for piece in passes(own, x, y)]
                 found[i] = torch.cat(parts).view(y.shape).mean(1).cpu().numpy()
                 bar.update()

@@ -91,8 +91,8 @@ def of_source(*paths: Path) -> str:
 
 
 def _is_text(node: ast.stmt) -> bool:
-    constant = isinstance(node, ast.Expr) and isinstance(node.value, ast.Constant)
-    return constant and isinstance(node.value.value, str)
+    value = node.value if isinstance(node, ast.Expr) else None
+    return isinstance(value, ast.Constant) and isinstance(value.value, str)
 
 
 def _syntax(value: Any) -> Any:

@@ -7,7 +7,6 @@ its config (`identity`) with the method's settings and source.
 
 from __future__ import annotations
 
-import dataclasses
 import functools
 import zipfile
 from collections.abc import Mapping
@@ -66,7 +65,7 @@ def path(
 ) -> Path:
     """The file of what a method ends with, whether it exists or not."""
     name = type(method).__name__.lower()
-    folder = run_folder(config, dataset, net, method=name, settings=dataclasses.asdict(method))
+    folder = run_folder(config, dataset, net, method=name, settings=vars(method))
     return folder.with_name(f"{folder.name}-{name}.npz")
 
 

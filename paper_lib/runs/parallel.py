@@ -181,7 +181,7 @@ def _follow(futures: Sequence[Future], messages: Sequence[_Messages]) -> None:
 
 def _check(future: Future) -> None:
     """Raise a job's error, without the worker's traceback where its message says it all."""
-    error = future.exception()
+    error: Any = future.exception()
     if isinstance(error, BrokenProcessPool):
         raise WorkerError(
             "a training process was killed, perhaps for lack of memory: the same call resumes"

@@ -17,7 +17,7 @@ from collections.abc import Iterable
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 from torch import Tensor
@@ -244,7 +244,7 @@ class Recorder:
             self._create(shapes)
         self.weights, self.buffers, self.averages, self.log = (self._map(name) for name in shapes)
 
-    def _map(self, name: str, mode: str = "r+") -> np.ndarray:
+    def _map(self, name: str, mode: Literal["r", "r+"] = "r+") -> np.memmap:
         return np.load(self.part / f"{name}.npy", mmap_mode=mode)
 
     def _resume(self, shapes: dict[str, tuple[int, ...]]) -> State | None:

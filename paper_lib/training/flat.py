@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Callable, Iterator
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -22,15 +23,15 @@ def forked_rng(device: torch.device) -> contextlib.AbstractContextManager:
 
 @contextlib.contextmanager
 def exact_float32(device: torch.device) -> Iterator[None]:
-    """On a GPU: products and convolutions in IEEE float32, never TF32, and convolutions by
-    repeatable algorithms.
-    """
-    cudnn, blas = torch.backends.cudnn, torch.backends.cuda.matmul
-    wanted = [(cudnn.conv, "fp32_precision", "ieee"), (blas, "fp32_precision", "ieee")]
-    wanted += [(cudnn, "benchmark", False), (cudnn, "deterministic", True)]
-    if (
-        device.type != "cuda"
-    ):  # nothing to set, and threads that probe side by side must not touch global flags
+    """On a GPU: IEEE float32, never TF32, and convolutions by repeatable algorithms."""
+    cudnn: Any = torch.backends.cudnn
+    wanted: list[tuple[Any, str, Any]] = [
+        (cudnn.conv, "fp32_precision", "ieee"),
+        (torch.backends.cuda.matmul, "fp32_precision", "ieee"),
+        (cudnn, "benchmark", False),
+        (cudnn, "deterministic", True),
+    ]
+    if device.type != "cuda":  # threads that probe side by side must not touch global flags
         wanted = []
     before = [getattr(owner, name) for owner, name, _ in wanted]
     try:

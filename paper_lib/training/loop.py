@@ -6,7 +6,7 @@ from __future__ import annotations
 import contextlib
 import time
 from collections.abc import Callable, Iterator
-from typing import Protocol
+from typing import Any, Protocol
 
 import numpy as np
 import torch
@@ -158,7 +158,7 @@ def train_run(
     recorder: Recorder,
     begin: State | None = None,
     report: Report = lambda steps, loss, lr: None,
-) -> tuple[dict[str, object], np.ndarray]:
+) -> tuple[dict[str, Any], np.ndarray]:
     """Train from the network's weights, from `begin`, or from where a killed run stopped.
 
     lrs: the learning rate of each step, (n,).  averages: weight vectors over x_start..x_steps,
@@ -193,7 +193,7 @@ class _Averages:
     """
 
     def __init__(self, vectors: np.ndarray, net: FlatModel):
-        self.weighed = vectors.any(0)
+        self.weighed: np.ndarray = vectors.any(0)
         self.vectors = torch.from_numpy(vectors.T.astype(np.float32)).to(net.device)
         self.sums = net.weights.new_zeros(len(vectors), net.weights.numel())
 
@@ -209,7 +209,8 @@ class _Chunk:
     """
 
     def __init__(self, first: int) -> None:
-        self.first, self.diverged_at = first, None
+        self.first = first
+        self.diverged_at: int | None = None
         self.losses: list[Tensor] = []
         self.snapshots: list[tuple[int, Tensor, Tensor]] = []
 
