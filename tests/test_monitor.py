@@ -147,12 +147,12 @@ def test_blocks_are_longer_than_the_memory(memory, steps):
 @pytest.mark.parametrize(
     ("call", "message"),
     [
-        (lambda: Monitor(memory=1.0), "decay = 1.0"),
-        (lambda: Monitor(memory=-0.1), "decay = -0.1"),
+        (lambda: Monitor(memory=1.0), "memory = 1.0"),
+        (lambda: Monitor(memory=-0.1), "memory = -0.1"),
         (lambda: Monitor(alpha=0.0), "alpha = 0.0"),
         (lambda: Monitor(alpha=0.5), "alpha = 0.5"),
         (lambda: Averages(()), "memories"),
-        (lambda: Averages((1.0,)), "decay = 1.0"),
+        (lambda: Averages((1.0,)), "memory = 1.0"),
         (lambda: Averages().best(), "observe"),
     ],
 )

@@ -65,11 +65,14 @@ def step_of(path: Path) -> int:
 def step_weights(steps: Sequence[int], schedule: str) -> np.ndarray:
     """Weights (n,), sum 1, over checkpoints at n increasing steps of a run at a constant lr.
 
-    The average emulates the named cooldown from the first to the last step (claim C6). It is
+    The average emulates the named cooldown from the first to the last step (claim C6): it is
     `vectors.on_snapshots` of the schedule's tail-sum average in the limit of many steps between
-    checkpoints, so the unit of steps is free. ConfigError for fewer than two or other steps.
+    checkpoints, so the unit of steps is free. Warns of step decays. ConfigError for fewer than two
+    or other steps.
     """
     check_names([schedule], COOLDOWNS, "schedule")
+    if schedule == "step":
+        warnings.warn("averages do not emulate step decays well: see notebook 12", stacklevel=3)
     require(len(steps) > 1, "number of checkpoints", len(steps), "an average needs at least two")
     for before, after in zip(steps, steps[1:], strict=False):
         if after <= before:
@@ -88,12 +91,8 @@ def emulate(
 
     `paths` are files or folders of state dicts (.pt, .pth or .safetensors), plain or under a key
     such as "model"; steps are read from the names and give the order, unless given for each file.
-    Tensors keep the type that they have in the first file; integers, and what is no tensor, are the
-    last's. Memory: the average and one checkpoint. ConfigError, naming the file, for what cannot be
-    read or averaged. Warns of step decays. For BatchNorm, see `batchnorm.recompute_statistics`.
+    For BatchNorm, see `batchnorm.recompute_statistics`. Errors: see `step_weights`, `average`.
     """
-    if schedule == "step":
-        warnings.warn("averages do not emulate step decays well: see notebook 12", stacklevel=2)
     files = find(paths) if steps is None else list(map(Path, paths))
     steps = [step_of(path) for path in files] if steps is None else steps
     allowed = f"there are {len(files)} checkpoints"
@@ -102,7 +101,12 @@ def emulate(
 
 
 def average(files: Sequence[Path], weights: np.ndarray) -> State:
-    """Average of checkpoints by weights (n,) of sum 1; those of no weight, but the last, unread."""
+    """Average of checkpoints by weights (n,) of sum 1; those of no weight, but the last, unread.
+
+    Tensors keep the type that they have in the first file; integers, and what is no tensor, are the
+    last's. Memory: the average and one checkpoint. ConfigError, naming the file, for what cannot be
+    read or averaged.
+    """
     used = [i for i in range(len(files)) if weights[i] > 0 or i == len(files) - 1]
     mean: State = {}
     dtypes, total = {}, 0.0
@@ -117,7 +121,8 @@ def average(files: Sequence[Path], weights: np.ndarray) -> State:
             elif name not in mean:
                 dtypes[name] = value.dtype
                 mean[name] = _widened(value).clone(memory_format=torch.contiguous_format)
-                _require_numbers(where, ~mean[name].isnan())
+                if mean[name].isnan().any():
+                    raise ConfigError(f"{where} holds NaN: leave this checkpoint out")
             else:
                 _move(mean[name], value, weights[i] / total, where)
         del state  # before the next one is read
@@ -141,15 +146,11 @@ def _move(mean: Tensor, tensor: Tensor, share: float, where: str) -> None:
         return
     if tensor.dtype.itemsize == 1:
         raise ConfigError(f"{where} is {tensor.dtype}, too narrow to be averaged: convert it first")
-    _require_numbers(where, wide.isfinite())
+    if not wide.isfinite().all():
+        raise ConfigError(f"{where} holds NaN or infinity: leave this checkpoint out")
     if not mean.isfinite().all():
         raise ConfigError(f"{where} is finite, but not in checkpoints before it: leave those out")
     mean.lerp_(wide, share)
-
-
-def _require_numbers(where: str, are: Tensor) -> None:
-    if not are.all():
-        raise ConfigError(f"{where} holds NaN or infinity: leave this checkpoint out")
 
 
 def _require_same(path: Path, state: State, first: Path, mean: State) -> None:
@@ -232,9 +233,10 @@ def emulate_files(paths: Sequence[str], schedule: str, output: str) -> None:
     is_new = Path(output).resolve() not in [path.resolve() for path in files]
     require(is_new, "output", output, "it is one of the checkpoints")
     steps = [step_of(path) for path in files]
-    for path, step, weight in zip(files, steps, step_weights(steps, schedule), strict=True):
+    weights = step_weights(steps, schedule)
+    for path, step, weight in zip(files, steps, weights, strict=True):
         print(f"{weight:8.4f}  step {step}  {path}")
-    state, key = emulate(files, schedule), load(files[0])[1]
+    state, key = average(files, weights), load(files[0])[1]
     save(state, output, key)
     print(f"wrote {output}" + (f", weights under {key!r} and nothing else" if key else ""))
     if any(name.endswith("running_var") for name in state):

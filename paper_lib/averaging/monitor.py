@@ -62,7 +62,7 @@ class Window:
 
 
 class StationarityTest:
-    """A one-sided t-test for E s_t < 0 on consecutive windows of values s_t, none in two windows.
+    """A one-sided t-test for E s_t < 0 on consecutive, disjoint windows of values s_t.
 
     `alpha` is the nominal rate of false alarms of a window at the edge, E s_t = 0; it falls quickly
     where the run descends. The true rate is higher, most so with few noisy directions, as sums of
@@ -111,10 +111,9 @@ class StationarityTest:
 class Monitor:
     """Watches the gradients of a training loop.
 
-    `memory` is b: the run is tested for being stationary over about 1 / (1 - b) steps; it must not
-    be less than the optimizer's momentum. `alpha` is the rate of false alarms of a window (see
-    `StationarityTest`). It costs a vector, an inner product a step, and one read from the device a
-    window. `windows` lists the tests so far.
+    `memory` is b, not less than the optimizer's momentum: the run is tested for being stationary
+    over about 1 / (1 - b) steps; `alpha` as in `StationarityTest`. It costs a vector, an inner
+    product a step, and one read from the device a window. `windows` lists the tests so far.
     """
 
     def __init__(self, memory: float = 0.9, alpha: float = 0.05):
@@ -166,7 +165,7 @@ class Averages:
     def __init__(self, memories: Sequence[float] = MEMORIES, smoothing: float = 0.99):
         require(len(memories) > 0, "memories", memories, "give at least one")
         for memory in (*memories, smoothing):
-            check_decay(memory)
+            check_decay(memory, "memory")
         self.memories, self.smoothing = tuple(memories), smoothing
         self.gains: list[Any] = [0.0] * len(memories)
         self.vectors: list[Vector] = []
@@ -200,7 +199,7 @@ def _widened(vector: Vector) -> Vector:
 
 def block_length(memory: float) -> int:
     """Steps of the shortest block for a memory b in [0, 1): two then share little of the past."""
-    check_decay(memory)
+    check_decay(memory, "memory")
     return max(2, round(BLOCK / (1 - memory)))
 
 

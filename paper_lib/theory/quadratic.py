@@ -27,14 +27,14 @@ def check_eta(eta: ArrayLike, momentum: float = 0.0) -> np.ndarray:
     return eta
 
 
-def check_decay(decay: Values) -> None:
+def check_decay(decay: Values, name: str = "decay") -> None:
     """ConfigError unless every decay lies in [0, 1)."""
     inside = (np.asarray(decay) >= 0) & (np.asarray(decay) < 1)
-    require(bool(inside.all()), "decay", decay, "it must lie in [0, 1)")
+    require(bool(inside.all()), name, decay, "it must lie in [0, 1)")
 
 
 def check_steps(name: str, steps: Values) -> None:
-    """ConfigError unless every number of steps is at least 1; `name` says of what."""
+    """ConfigError unless every number of steps is at least 1."""
     require(bool(np.all(np.asarray(steps) >= 1)), name, steps, "it must be at least 1 step")
 
 

@@ -110,7 +110,7 @@ def fit_response(
     size = np.sqrt(np.mean(response**2))
     require(size > 0, "response", 0.0, "the schedule must leave the constant learning rate")
     parts = np.eye(2 * len(h)).reshape(-1, 2, len(h))  # excess first, then drift
-    columns = [of_losses(h, *part, lr).response(lrs, lr) for part in parts]
+    columns = [of_losses(h, e, drift, lr).response(lrs, lr) for e, drift in parts]
     # The median passes over sudden falls; .95 is what it is of Gaussian noise.
     noise = np.median(np.abs(np.diff(response[lrs != lr]))) / 0.95
     rows = np.concatenate([np.stack(columns, axis=1), noise / size * np.eye(2 * len(h))])
