@@ -64,7 +64,8 @@ def losses(
     def work(own: FlatModel, turns: Iterator[int]) -> None:
         with probing(own, buffers), torch.no_grad():
             for i in turns:
-                load(own, rows[i], buffers[i] if buffers is not None and buffers.ndim == 2 else buffers)
+                each = buffers is not None and buffers.ndim == 2
+                load(own, rows[i], buffers[i] if each else buffers)
                 parts = [F.cross_entropy(*piece, reduction="none") for piece in passes(own, x, y)]
                 found[i] = torch.cat(parts).view(y.shape).mean(1).cpu().numpy()
                 bar.update()

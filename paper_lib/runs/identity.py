@@ -96,7 +96,7 @@ def _is_text(node: ast.stmt) -> bool:
 
 
 def _syntax(value: Any) -> Any:
-    """A syntax tree as nested lists, without empty fields: which there are depends on the Python."""
+    """A syntax tree as nested lists, without empty fields: which there are differs by version."""
     if isinstance(value, ast.AST):
         fields = ast.iter_fields(value)
         kept = [(name, _syntax(field)) for name, field in fields if field not in (None, [])]
@@ -125,7 +125,7 @@ def of_network(net: nn.Module) -> str:
 
 
 def _of_module(module: nn.Module) -> list[Any]:
-    """Sources of its class and hooks, and its own attributes; a module of torch has the latter two."""
+    """Sources of its class and hooks, and its own attributes (of torch's, the latter two)."""
     bookkeeping = vars(nn.Module())  # some of it counts what happened in this process
     own = {k: _plain(v) for k, v in vars(module).items() if k not in bookkeeping}
     hooks = [

@@ -29,7 +29,7 @@ from paper_lib.training.loop import Report, State
 
 
 def train(study: Study, config: RunConfig, progress: bool = True) -> list[Run]:
-    """The runs of a config for every seed of a study, on the study's own data and network if any."""
+    """The runs of a config for every seed of a study, on its own data and network if any."""
     return train_seeds(config, study.seeds, study.dataset, study.net, progress)
 
 
