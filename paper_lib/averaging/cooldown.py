@@ -176,6 +176,7 @@ def load(path: Path) -> tuple[State, str | None]:
     not executed.
     """
     _require_suffix(path)
+    found: Any
     try:
         if path.suffix == ".safetensors":
             found = safetensors.torch.load_file(path)

@@ -64,8 +64,7 @@ def losses(
     def work(own: FlatModel, turns: Iterator[int]) -> None:
         with probing(own, buffers), torch.no_grad():
             for i in turns:
-                each = buffers is not None and buffers.ndim == 2
-                load(own, rows[i], buffers[i] if each else buffers)
+                load(own, rows[i], _of_row(buffers, i))
                 parts = [F.cross_entropy(*piece, reduction="none") for piece in passes(own, x, y)]
                 found[i] = torch.cat(parts).view(y.shape).mean(1).cpu().numpy()
                 bar.update()
@@ -73,6 +72,11 @@ def losses(
     with bar:
         _in_threads(net, work, range(len(rows)))
     return found if np.ndim(weights) == 2 else found[0]
+
+
+def _of_row(buffers: np.ndarray | None, i: int) -> np.ndarray | None:
+    """The buffers of one row of weights: its own, or those of all."""
+    return buffers if buffers is None or buffers.ndim == 1 else buffers[i]
 
 
 def _in_threads(
