@@ -17,7 +17,7 @@ from paper_lib.training import loop
 
 
 class SmallNet(nn.Module):
-    """A network of a user's own: convolution, BatchNorm, dropout, linear; one channel of any size."""
+    """A network of a user's own: convolution, BatchNorm, dropout, linear; one channel."""
 
     def __init__(self, dropout: float = 0.0):
         super().__init__()

@@ -1,4 +1,4 @@
-"""Several processes under torchrun: the trajectory of one process, also after a worker was killed."""
+"""Several processes under torchrun: the trajectory of one process, also after a kill."""
 
 import textwrap
 

@@ -1,4 +1,4 @@
-"""Watched runs: the same side by side as alone, trained once, never taken for finished too early."""
+"""Watched runs: the same side by side as alone, trained once, never half."""
 
 import dataclasses
 

@@ -1,4 +1,4 @@
-"""The training loop: SGD on a flat weight vector, recorded on the way, resumable to the same bits."""
+"""The training loop: SGD on a flat weight vector, recorded, resumable to the same bits."""
 
 from __future__ import annotations
 
@@ -121,7 +121,7 @@ def _seed_step(device: torch.device, step: int, config: RunConfig) -> None:
 
 
 def set_state(net: FlatModel, state: State) -> Tensor:
-    """Put weights and buffers into the network; return the momentum, (P,), zero if there is none."""
+    """Put weights and buffers into the network; return the momentum, (P,), or zeros."""
     net.weights.copy_(torch.from_numpy(np.array(state["weights"])))
     net.buffers.copy_(torch.from_numpy(np.array(state["buffers"])))
     if state["momentum"].size == 0:
@@ -137,7 +137,7 @@ def get_state(net: FlatModel, momentum: Tensor | None) -> State:
 
 
 def _perturbation(config: RunConfig, weights: Tensor) -> Tensor:
-    """A Gaussian direction of norm config.perturbation * |weights|, (P,), a function of the seed."""
+    """A Gaussian direction of norm config.perturbation * |weights|, (P,), by its seed."""
     generator = torch.Generator().manual_seed(config.seed)
     direction = torch.randn(weights.numel(), generator=generator).to(weights.device)
     return direction * (config.perturbation * weights.norm() / direction.norm())
@@ -186,7 +186,7 @@ def train_run(
 
 
 class _Averages:
-    """The run's averages so far: sums of iterates, weighed by each average's vector, on the device."""
+    """The run's averages so far: sums of iterates, weighed by each average's vector."""
 
     def __init__(self, vectors: np.ndarray, net: FlatModel):
         self.weighed: np.ndarray = vectors.any(0)
