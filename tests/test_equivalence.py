@@ -77,14 +77,6 @@ def test_every_cooldown_is_an_average(name, horizon, before, eta):
     assert_allclose(to_schedule(a, eta), factors, atol=1e-12)
 
 
-@given(averages(), st.data())
-def test_schedule_is_each_weight_over_those_up_to_it(a, data):
-    eta = data.draw(etas((a.size - 1,), 0.05, 0.9))
-    w = equivalence.batch_weights(a, eta)
-    schedule = eta * to_schedule(a, eta)
-    assert_allclose(schedule, (w / w.cumsum())[1:], rtol=1e-10)
-
-
 @given(averages(), momenta, seeds)
 def test_batch_weights_are_the_average_as_a_sum_over_batches(a, momentum, seed):
     rng = np.random.default_rng(seed)

@@ -86,7 +86,7 @@ def to_average(
     """
     f = np.asarray(schedule, dtype=np.float64)
     finite = f.ndim > 0 and bool(np.isfinite(f).all())
-    require(finite, "schedule", f.tolist(), "it is an array of finite factors")
+    require(finite, "schedule", f, "it is an array of finite factors")
     steps = f.shape[-1]
     eta, f = np.broadcast_arrays(_per_step(eta, steps, momentum), f)
     f = np.concatenate([np.ones((*f.shape[:-1], 1)), f], axis=-1)  # f_0 = 1, then the schedule

@@ -24,7 +24,7 @@ def check_weights(a: ArrayLike, n: int | None = None) -> np.ndarray:
     """Return averages a (..., n) as float64; ConfigError unless finite, of sum 1 and n entries."""
     a = np.asarray(a, dtype=np.float64)
     vector = a.ndim > 0 and bool(np.isfinite(a).all())
-    require(vector, "average", a.tolist(), "it is a vector of finite weights")
+    require(vector, "average", a, "it is a vector of finite weights")
     sums = np.ravel(a.sum(-1))
     worst = float(sums[np.abs(sums - 1).argmax()])
     require(abs(worst - 1) <= 1e-8, "sum of an average's weights", worst, "rescale them to sum 1")
