@@ -182,14 +182,15 @@ def _follow(futures: Sequence[Future], messages: Sequence[_Messages]) -> None:
 def _check(future: Future) -> None:
     """Raise a job's error, without the worker's traceback where its message says it all."""
     error = future.exception()
+    if error is None:
+        return
     if isinstance(error, BrokenProcessPool):
         raise WorkerError(
             "a training process was killed, perhaps for lack of memory: the same call resumes"
         ) from None
     if isinstance(error, OSError | MemoryError) or type(error).__module__.startswith("paper_lib."):
         raise error from None
-    if error is not None:
-        raise error
+    raise error
 
 
 # --- a worker -----------------------------------------------------------------------------------

@@ -30,7 +30,7 @@ T = TypeVar("T")
 PATIENCE = timedelta(days=7)  # while the first process waits for a lock, or writes
 
 # On the CPU, for decisions; tensors go through the default group.
-_control: dist.ProcessGroup | None = None
+_control: Any = None
 
 
 @contextlib.contextmanager
@@ -47,7 +47,8 @@ def processes() -> Iterator[None]:
         yield
     except BaseException:
         for group in (_control, dist.group.WORLD):
-            group.abort()  # nothing may wait for the others any more
+            if group is not None:
+                group.abort()  # nothing may wait for the others any more
         raise
     _part()
 
@@ -126,7 +127,8 @@ def own_seed(seed: int) -> int:
 class _Silent:
     """Stands in for a recorder where another process writes: nothing to keep, nothing happens."""
 
-    resumed, steps, keep = None, (), frozenset()
+    resumed, steps = None, ()
+    keep: frozenset[int] = frozenset()
 
     def __getattr__(self, name: str) -> Callable[..., None]:
         return lambda *values: None
@@ -192,20 +194,20 @@ def synchronize(module: nn.Module) -> None:
     """Let BatchNorm in training mode normalize by statistics of the parts of all processes."""
     for layer in module.modules():
         if isinstance(layer, _BatchNorm):
-            layer.forward = _SynchronizedNorm(layer)
+            layer.forward = _SynchronizedNorm(layer)  # type: ignore[method-assign, assignment]
 
 
 class _Sum(torch.autograd.Function):
     """Sum over the processes, of gradients too."""
 
     @staticmethod
-    def forward(ctx, x: Tensor) -> Tensor:
+    def forward(ctx: Any, x: Tensor) -> Tensor:
         total = x.clone()
         dist.all_reduce(total)
         return total
 
     @staticmethod
-    def backward(ctx, gradient: Tensor) -> Tensor:
+    def backward(ctx: Any, gradient: Tensor) -> Tensor:
         return _Sum.forward(ctx, gradient)
 
 
@@ -226,7 +228,7 @@ class _SynchronizedNorm:
         mean = _Sum.apply(values.sum(others)) / n
         centered = values - mean.view(shape)
         variance = _Sum.apply(centered.square().sum(others)) / n
-        if layer.running_mean is not None:
+        if layer.running_mean is not None and layer.running_var is not None:
             with torch.no_grad():
                 layer.running_mean.lerp_(mean, layer.momentum)
                 layer.running_var.lerp_(variance * (n / (n - 1)), layer.momentum)
