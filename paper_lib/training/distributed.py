@@ -46,9 +46,9 @@ def processes() -> Iterator[None]:
     try:
         yield
     except BaseException:
-        groups: tuple[Any, ...] = (_control, dist.group.WORLD)
-        for group in groups:
-            group.abort()  # nothing may wait for the others any more
+        for group in (_control, dist.group.WORLD):
+            if group is not None:
+                group.abort()  # nothing may wait for the others any more
         raise
     _part()
 
@@ -127,7 +127,8 @@ def own_seed(seed: int) -> int:
 class _Silent:
     """Stands in for a recorder where another process writes: nothing to keep, nothing happens."""
 
-    resumed, steps, keep = None, (), frozenset[int]()
+    resumed, steps = None, ()
+    keep: frozenset[int] = frozenset()
 
     def __getattr__(self, name: str) -> Callable[..., None]:
         return lambda *values: None
@@ -193,7 +194,7 @@ def synchronize(module: nn.Module) -> None:
     """Let BatchNorm in training mode normalize by statistics of the parts of all processes."""
     for layer in module.modules():
         if isinstance(layer, _BatchNorm):
-            layer.forward = _SynchronizedNorm(layer)
+            layer.forward = _SynchronizedNorm(layer)  # type: ignore[method-assign, assignment]
 
 
 class _Sum(torch.autograd.Function):
