@@ -94,7 +94,7 @@ $(STAMPS)/%: | $(ENV)
 # What is out of date is what make would run now; settings and data are checked before it does.
 figures: $(ENV) ## run every notebook whose result is out of date, into results/CONFIG; compare with the committed
 	@planned=$$($(MAKE) --no-print-directory -n $(NOTEBOOKS)) || exit 2; \
-	todo=$$(echo "$$planned" | sed -n 's/.*results\.notebooks run \([^ ]*\).*/\1/p'); \
+	todo=$$(echo "$$planned" | sed -n 's/.*scripts\.notebooks run \([^ ]*\).*/\1/p'); \
 	test -z "$$todo" || { \
 	$(PY) -m scripts.notebooks begin $$todo --preset "$$CONFIG" --seeds "$$SEEDS" --stamps $(STAMPS) --jobs "$$JOBS" && \
 	TODO="$$todo" $(MAKE) --no-print-directory $$todo && \

@@ -194,7 +194,7 @@ def synchronize(module: nn.Module) -> None:
     """Let BatchNorm in training mode normalize by statistics of the parts of all processes."""
     for layer in module.modules():
         if isinstance(layer, _BatchNorm):
-            layer.forward = _SynchronizedNorm(layer)  # type: ignore[method-assign, assignment]
+            layer.forward = _SynchronizedNorm(layer)
 
 
 class _Sum(torch.autograd.Function):
