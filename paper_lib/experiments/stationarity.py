@@ -1,5 +1,4 @@
-"""Claim C10, where the truth is known: false alarms, power and delays of the stationarity test on
-quadratics.
+"""The stationarity test on quadratics, where the truth is known: closed forms and simulation (C10).
 
 The gradient noise has variance 1 in every direction, so that a stationary direction of eta = lr x
 curvature has E g_t^2 = 2 / (2 - eta). A run that never stops descending has one more direction, in
@@ -12,16 +11,19 @@ from __future__ import annotations
 import numpy as np
 from scipy.signal import lfilter
 
-from paper_lib.averaging.monitor import BLOCKS, StationarityTest, Window
+from paper_lib.averaging.monitor import BLOCKS, StationarityTest, Window, block_length
 from paper_lib.theory import simulate
 
-SPECTRA = {  # eta of every direction
-    "1 direction, eta 0.1": np.full(1, 0.1),
-    "10 directions, eta 0.1": np.full(10, 0.1),
-    "10 directions, eta 0.01": np.full(10, 0.01),
-    "50 directions, eta 0.001 to 1": np.geomspace(0.001, 1, 50),
-}
-ALPHAS = (0.01, 0.02, 0.05, 0.1, 0.2)
+
+def lengths(memory: float) -> tuple[int, int]:
+    """Steps of a block, and of a whole window, of the test with this memory."""
+    block = block_length(memory)
+    return block, BLOCKS * block
+
+
+def threshold(alpha: float) -> float:
+    """t below which a window is taken for stationary, at this rate of false alarms."""
+    return StationarityTest(alpha).threshold
 
 
 # --- closed forms ---------------------------------------------------------------------------------
