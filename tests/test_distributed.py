@@ -39,12 +39,13 @@ JOB = textwrap.dedent(
         assert distributed.active()
         run = runs.obtain(CONFIG, small_data(), SmallNet, report)
         if sys.argv[1] == "resume":
-            runs.obtain(CONFIG.branch(5, record="35"), small_data(), SmallNet) assert
-            runs.obtain(CONFIG.replace(lr=1e30, weight_decay=0.1), small_data(), SmallNet).diverged
+            runs.obtain(CONFIG.branch(5, record="35"), small_data(), SmallNet)
+            bad = CONFIG.replace(lr=1e30, weight_decay=0.1)
+            assert runs.obtain(bad, small_data(), SmallNet).diverged
         assert run.status["processes"] == 2  # it is there for every process
-    # A thread of gloo that outlives its group can end the process by SIGABRT while Python is
-    finalized. tasks = pathlib.Path("/proc/self/task").glob("*/comm") assert not [name for name in
-    (task.read_text() for task in tasks) if "gloo" in name]
+    # A thread of gloo that outlives its group can end the process by SIGABRT.
+    tasks = pathlib.Path("/proc/self/task").glob("*/comm")
+    assert not [name for name in (task.read_text() for task in tasks) if "gloo" in name]
     """
 )
 
