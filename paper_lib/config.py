@@ -89,7 +89,11 @@ def _one_line(error: ValidationError) -> ConfigError:
         return cause
     path = [part for part in fault["loc"] if str(part).isalnum() or str(part).isidentifier()]
     name = ".".join(map(str, path))
-    allowed = str(cause or fault["msg"]).replace("Input should be", "it must be")
+    allowed = (
+        str(cause or fault["msg"])
+        .replace("Input should be", "it must be")
+        .replace("valid tuple", "list, such as [0, 1]")
+    )
     return ConfigError(f"{name} = {brief(fault['input'])} is not allowed: {allowed}")
 
 

@@ -41,7 +41,7 @@ def test_probes_do_not_know_how_a_run_was_trained(pair):
     dataset = small_data()
     x, y = probe.fixed_batches(dataset, 4, 8, seed=0)
     weights = pair[0][0].at(80)
-    found = [probe.losses(runs.network(r[0], dataset, SmallNet), weights, x, y) for r in pair]
+    found = [probe.losses(r[0].network(), weights, x, y) for r in pair]
     np.testing.assert_array_equal(*found)
     net = SmallNet().double()
     copy = flat.FlatModel(SmallNet())

@@ -211,7 +211,10 @@ IMAGES, VECTORS = (
             lambda: runs.train_seeds(SMALL, [0], VECTORS),
             r"shape of an image = \(5,\) .* your own as net=",
         ),
-        (lambda: runs.train_seeds(SMALL, None, IMAGES, SmallNet), "seeds = None .* give integers"),
+        (
+            lambda: runs.train_seeds(SMALL, None, IMAGES, SmallNet),
+            "seeds = None .* a list, such as",
+        ),
     ],
 )
 def test_a_network_or_seeds_of_the_wrong_kind_are_refused(call, message):

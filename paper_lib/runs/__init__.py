@@ -5,7 +5,6 @@ from paper_lib.runs.methods import train_methods
 from paper_lib.runs.obtain import (
     branch_all,
     load_dataset,
-    network,
     obtain,
     run_folder,
     train,
@@ -21,7 +20,6 @@ __all__ = [
     "branch_all",
     "learning_rates",
     "load_dataset",
-    "network",
     "obtain",
     "run_folder",
     "run_key",

@@ -62,8 +62,12 @@ def train_all(
     share each run.
     """
 
+    @functools.cache  # a key costs building the network and hashing it
+    def run(config: RunConfig) -> Run:
+        return _run(config, dataset, net)
+
     def absent(some: Sequence[RunConfig]) -> list[RunConfig]:
-        return distributed.share([c for c in some if not run_folder(c, dataset, net).exists()])
+        return distributed.share([c for c in some if not run(c).folder.exists()])
 
     for generation in _generations(absent(configs)):
         missing = absent(generation)
@@ -74,24 +78,27 @@ def train_all(
                 for c in missing:
                     obtain(c, dataset, net, report)
             else:
-                _train_side_by_side(missing, dataset, net, report)
-    found = [_run(c, dataset, net) for c in configs]
-    for run in found:
-        if distributed.first() and run.diverged:
-            at = f"(lr = {run.config.lr}) diverged at step {run.status['diverged_at']}"
-            warnings.warn(f"the run {run.folder.name} {at}", stacklevel=2)
+                jobs = [(c, run(c).folder) for c in missing]
+                _train_side_by_side(jobs, dataset, net, report)
+    found = [run(c) for c in configs]
+    for one in found:
+        if distributed.first() and one.diverged:
+            at = f"(lr = {one.config.lr}) diverged at step {one.status['diverged_at']}"
+            warnings.warn(f"the run {one.folder.name} {at}", stacklevel=2)
     return found
 
 
 def _train_side_by_side(
-    configs: Sequence[RunConfig], dataset: Dataset | None, net: NetFactory | None, report: Report
+    jobs: Sequence[tuple[RunConfig, Path]],
+    dataset: Dataset | None,
+    net: NetFactory | None,
+    report: Report,
 ) -> None:
     """Train runs in worker processes, which load a registered dataset and are sent any other."""
+    configs = [config for config, _ in jobs]
     for c in configs:
         _begin(c, dataset, net)  # a parent that kept too little: say so here
-    folders = [run_folder(c, dataset, net) for c in configs]
     function = functools.partial(_obtain_in_worker, *carried(dataset, configs), net)
-    jobs = list(zip(configs, folders, strict=True))
     parallel.side_by_side(function, jobs, parallel.slots(configs, net), report)
 
 
@@ -165,8 +172,8 @@ def _out_of_memory(config: RunConfig, net: FlatModel) -> str:
     batch = distributed.part_of_batch(config.batch_size)
     return (
         f"{net.device} ran out of memory training {config.model} of width {config.width} with "
-        f"batches of {batch} in {config.precision} (vectors take "
-        f"{vectors:.2f} GB, activations the rest): lower `batch_size` or `width`, use precision = "
+        f"batches of {batch} in {config.precision} (vectors take {vectors:.2f} GB, activations the "
+        f"rest): lower `batch_size` or `width`, use precision = "
         '"bfloat16", or let torchrun share each batch'
     )
 
@@ -200,9 +207,7 @@ def _run(config: RunConfig, dataset: Dataset | None, net: NetFactory | None) -> 
 
 
 def _check_network(dataset: Dataset, net: NetFactory | None) -> None:
-    """ConfigError for a network in place of the function that makes it, or none where one is
-    needed.
-    """
+    """ConfigError for a network in place of what makes it, or none where one is needed."""
     if net is None:
         allowed = "the networks of paper_lib take (channels, height, width): give your own as net="
         require(len(dataset.shape) == 3, "shape of an image", dataset.shape, allowed)
@@ -275,8 +280,3 @@ def _progress(configs: Sequence[RunConfig], own_net: bool, show: bool) -> Iterat
             bar.set_postfix_str(f"loss {loss:.3f}, lr {lr:.3g}{speed}", refresh=False)
 
         yield report
-
-
-def network(run: Run, dataset: Dataset | None = None, model: NetFactory | None = None) -> FlatModel:
-    """A network of the run's architecture (for modules that do not use `Run.network` yet)."""
-    return run.network()
