@@ -74,7 +74,7 @@ def test_a_run_that_cannot_work_is_refused_by_name_and_value(settings, message):
         (lambda: study("digits", "{lr: 0.5}"), r"overrides = '{lr: 0.5}' .* write them as"),
         (lambda: study("digits", "[1]"), r"overrides"),
         (lambda: check_seeds([]), r"at least 1 item"),
-        (lambda: check_seeds(None), r"seeds = None .* must be a valid tuple"),
+        (lambda: check_seeds(None), r"seeds = None .* must be a list, such as"),
         (lambda: own(small_data(), SmallNet(), lr=1, steps=9), r"net = 'SmallNet' .* the function"),
         (lambda: own(small_data(), "SmallNet", lr=1, steps=9), r"net = 'str' .* the function"),
         (lambda: own(np.zeros(3), SmallNet, lr=1, steps=9), r"dataset = 'ndarray' .*from_tensors"),
