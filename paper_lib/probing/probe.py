@@ -59,12 +59,13 @@ def losses(
     rows = np.atleast_2d(weights)
     check_batches(x, y)
     found = np.empty((len(rows), len(x)), np.float32)
+    per_row = buffers if buffers is not None and buffers.ndim == 2 else [buffers] * len(rows)
     bar = tqdm(total=len(rows), desc=progress, disable=not progress)
 
     def work(own: FlatModel, turns: Iterator[int]) -> None:
         with probing(own, buffers), torch.no_grad():
             for i in turns:
-                load(own, rows[i], _of_row(buffers, i))
+                load(own, rows[i], per_row[i])
                 parts = [F.cross_entropy(*piece, reduction="none") for piece in passes(own, x, y)]
                 found[i] = torch.cat(parts).view(y.shape).mean(1).cpu().numpy()
                 bar.update()
@@ -72,11 +73,6 @@ def losses(
     with bar:
         _in_threads(net, work, range(len(rows)))
     return found if np.ndim(weights) == 2 else found[0]
-
-
-def _of_row(buffers: np.ndarray | None, i: int) -> np.ndarray | None:
-    """The buffers of one row of weights: its own, or those of all."""
-    return buffers if buffers is None or buffers.ndim == 1 else buffers[i]
 
 
 def _in_threads(
