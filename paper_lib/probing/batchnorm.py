@@ -20,7 +20,7 @@ def batchwise_statistics(module: nn.Module, n_batches: int) -> Iterator[None]:
     """
     found = [m for m in layers(module) if m.training or m.running_mean is None]
     for layer in found:
-        layer.forward = partial(_normalized, layer, n_batches)  # type: ignore[method-assign]
+        layer.forward = partial(_normalized, layer, n_batches)
     try:
         yield
     finally:
