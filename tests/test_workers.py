@@ -28,14 +28,16 @@ def own_folder(tmp_path, monkeypatch):
     return tmp_path / "runs"
 
 
-def variable(name, report):
-    """A job: a variable of its worker; it takes long enough for others to take the next."""
-    time.sleep(0.3)
-    return os.environ.get(name)
+def meet(folder, report):
+    """A job: its worker's number and GPU, once another worker is in the folder too."""
+    (folder / str(os.getpid())).touch()
+    deadline = time.monotonic() + 60
+    while len(list(folder.iterdir())) < 2 and time.monotonic() < deadline:
+        time.sleep(0.05)
+    return os.getpid(), os.environ.get("CUDA_VISIBLE_DEVICES")
 
 
 def process_id(job, report):
-    time.sleep(0.3)
     return os.getpid()
 
 
@@ -70,10 +72,9 @@ def test_workers_take_the_processors_that_they_may_use(monkeypatch):
     assert len(parallel.slots([config.replace(threads=2) for config in many])) == 2
 
 
-def test_each_worker_has_a_gpu_of_its_own_and_ends_with_the_call():
-    names = ["CUDA_VISIBLE_DEVICES"] * 2
-    found = side_by_side(variable, names, ["3", "5"])
-    assert sorted(found) == ["3", "5"]
+def test_each_worker_has_a_gpu_of_its_own_and_ends_with_the_call(tmp_path):
+    found = side_by_side(meet, [tmp_path] * 2, ["3", "5"])
+    assert sorted(gpu for _, gpu in found) == ["3", "5"]
     assert parallel._pool is None  # a worker would go on holding the memory of its GPU
 
 
@@ -81,7 +82,7 @@ def test_each_worker_has_a_gpu_of_its_own_and_ends_with_the_call():
 
 
 def test_workers_wait_for_the_next_call_and_take_on_its_surroundings(monkeypatch, tmp_path):
-    first = side_by_side(process_id, range(2), ["", ""])
+    first = [number for number, _ in side_by_side(meet, [tmp_path] * 2, ["", ""])]
     assert len(set(first)) == 2 and os.getpid() not in first
     monkeypatch.setenv("PAPER_RUNS", "elsewhere")
     monkeypatch.chdir(tmp_path)
@@ -174,7 +175,10 @@ def test_a_killed_worker_is_said_and_the_next_call_works():
 
     with pytest.raises(WorkerError, match="was killed.*: the same call resumes"):
         side_by_side(die, [0, 1], ["", ""])
-    assert side_by_side(variable, ["OMP_NUM_THREADS"], [""]) == ["1"]
+    (waiting,) = side_by_side(process_id, [0], [""])
+    os.kill(waiting, signal.SIGKILL)
+    time.sleep(1.0)
+    assert side_by_side(process_id, [0], [""]) != [waiting]
 
 
 SETUP = """

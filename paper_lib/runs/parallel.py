@@ -91,7 +91,8 @@ def side_by_side(
 def _workers(gpus: Sequence[str]) -> Iterator[ProcessPoolExecutor]:
     """Yield a pool with at least a worker for each slot; after an error its workers end."""
     global _pool, _size
-    if _pool is None or _size < len(gpus):
+    # Broken: one that waited was killed.
+    if _pool is None or _pool._flags.broken or _size < len(gpus):
         end_workers()
         # A worker that has come to need far more memory than at first is replaced; no one minds.
         warnings.filterwarnings("ignore", "A worker stopped while some jobs were given")
@@ -119,9 +120,9 @@ def _start(gpus: Sequence[str]) -> ProcessPoolExecutor:
 def end_workers() -> None:
     """End all workers at once; what they saved is where they go on in the next call."""
     global _pool
-    if _pool is not None:
-        _pool.shutdown(kill_workers=True)
-    _pool = None
+    pool, _pool = _pool, None  # at first: a second interrupt may come
+    if pool is not None:
+        pool.shutdown(kill_workers=True)
 
 
 def _carry(function: Callable, path: Path) -> None:
