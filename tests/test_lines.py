@@ -113,5 +113,5 @@ def test_bad_input_is_named(runs):
         lines.from_points(runs, [])
     with pytest.raises(ConfigError, match="ends must differ"):
         lines.on_chords([(runs[0], runs[0])], [(5, 5)])
-    with pytest.raises(ValueError, match="batch size 1000"):
+    with pytest.raises(ValueError, match="batch size = 1000"):
         lines.from_points(runs, [5], batch_size=1000)
