@@ -73,6 +73,7 @@ def test_workers_take_the_processors_that_they_may_use(monkeypatch):
 
 
 def test_each_worker_has_a_gpu_of_its_own_and_ends_with_the_call(tmp_path):
+    side_by_side(process_id, [0, 1], ["", ""])  # workers of another call, without a GPU, wait
     found = side_by_side(meet, [tmp_path] * 2, ["3", "5"])
     assert sorted(gpu for _, gpu in found) == ["3", "5"]
     assert parallel._pool is None  # a worker would go on holding the memory of its GPU

@@ -91,8 +91,8 @@ def side_by_side(
 def _workers(gpus: Sequence[str]) -> Iterator[ProcessPoolExecutor]:
     """Yield a pool with at least a worker for each slot; after an error its workers end."""
     global _pool, _size
-    # Broken: one that waited was killed.
-    if _pool is None or _pool._flags.broken or _size < len(gpus):
+    # Broken: one that waited was killed. Those that wait have no GPU.
+    if _pool is None or _pool._flags.broken or _size < len(gpus) or any(gpus):
         end_workers()
         # A worker that has come to need far more memory than at first is replaced; no one minds.
         warnings.filterwarnings("ignore", "A worker stopped while some jobs were given")
