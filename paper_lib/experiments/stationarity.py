@@ -78,9 +78,7 @@ def gradients(
 
 
 def statistic(g: np.ndarray, memory: float) -> np.ndarray:
-    """s_t = g_t . u_(t-1) for t = 1, 2, ... of gradients (..., d, T): (..., T - 1), what `Monitor`
-    looks at.
-    """
+    """s_t = g_t . u_(t-1) for t = 1, 2, ..., as `Monitor` has it: (..., d, T) to (..., T - 1)."""
     past = lfilter([1.0], [1.0, -memory], g, axis=-1)
     return np.sum(g[..., 1:] * past[..., :-1], axis=-2)
 

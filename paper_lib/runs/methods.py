@@ -48,7 +48,8 @@ def train_methods(
     """
     jobs = [(m, config.replace(seed=seed)) for m in methods.values() for seed in study.seeds]
     paths = {job: path(*job, study.dataset, study.net) for job in jobs}
-    missing = [job for job, place in paths.items() if _read(place) is None]
+    kept = {job: _read(place) for job, place in paths.items()}
+    missing = [job for job in paths if kept[job] is None]
     if missing:
         configs = [c for _, c in missing]
         train = functools.partial(_train, *carried(study.dataset, configs), study.net)
@@ -56,7 +57,8 @@ def train_methods(
         with tqdm(total=sum(c.steps for c in configs), desc="other methods", unit="step") as bar:
             slots = parallel.slots(configs, study.net)
             parallel.side_by_side(train, placed, slots, lambda steps, loss, lr: bar.update(steps))
-    found = iter([method.result(c.seed, _read(paths[method, c])) for method, c in jobs])
+    kept |= {job: _read(paths[job]) for job in missing}
+    found = iter([method.result(c.seed, kept[method, c]) for method, c in jobs])
     return {name: [next(found) for _ in study.seeds] for name in methods}
 
 

@@ -15,9 +15,7 @@ NetFactory = Callable[[], nn.Module]  # a user's function or class that makes a 
 
 
 def forked_rng(device: torch.device) -> contextlib.AbstractContextManager:
-    """Give back the random states of the CPU and of this device afterwards, and touch those of no
-    other GPU.
-    """
+    """Give back the random states of the CPU and of this device afterwards; touch no other GPU."""
     return torch.random.fork_rng([device] if device.type == "cuda" else [])
 
 
@@ -111,9 +109,7 @@ class FlatModel:
 
     @contextlib.contextmanager
     def preserved(self, train: bool) -> Iterator[FlatModel]:
-        """Evaluate in train or eval mode at any weights; weights, gradient, buffers, modes and RNG
-        come back.
-        """
+        """Evaluate in train or eval mode at any weights; whatever that changes comes back."""
         modes = {sub: sub.training for sub in self.module.modules()}
         saved = [v.clone() for v in (self.weights, self.grad, self.buffers)]
         try:
@@ -128,9 +124,7 @@ class FlatModel:
 
 
 def _flatten(tensors: list[Tensor]) -> Tensor:
-    """Concatenate copies of tensors into one float32 vector, images-like 4-D ones in channels_last
-    order.
-    """
+    """Concatenate copies of tensors into one float32 vector, 4-D ones in channels_last order."""
     if not tensors:
         return torch.zeros(0)
     parts = [

@@ -200,9 +200,7 @@ class _Averages:
 
 
 class _Chunk:
-    """Losses and snapshots of up to CHUNK steps from `first` on, on the device until written
-    together.
-    """
+    """Losses and snapshots of up to CHUNK steps from `first` on, on the device until written."""
 
     def __init__(self, first: int) -> None:
         self.first = first
@@ -211,9 +209,7 @@ class _Chunk:
         self.snapshots: list[tuple[int, Tensor, Tensor]] = []
 
     def write(self, recorder: Recorder, lrs: np.ndarray) -> float:
-        """Write everything; set `diverged_at` to the first step of a non-finite loss. The last
-        loss.
-        """
+        """Write everything; note the first bad loss in `diverged_at`; return the last loss."""
         losses = distributed.mean(torch.stack(self.losses)).cpu().numpy()
         recorder.write_log(self.first, losses, lrs)
         for step, weights, buffers in self.snapshots:
@@ -224,9 +220,7 @@ class _Chunk:
 
 
 class _Training:
-    """A run in progress: the network, its momentum, its averages so far, and the recorder of it
-    all.
-    """
+    """A run in progress: the network, its momentum, its averages so far, and its recorder."""
 
     def __init__(
         self,
@@ -281,9 +275,7 @@ class _Training:
         return None
 
     def _save(self, step: int, clock: float) -> None:
-        """Save what a killed run goes on from, in the process that writes, where it is time for
-        that.
-        """
+        """Save what a killed run goes on from, in the process that writes, where it is time."""
         now = time.monotonic()
         if now < self.next_save or not distributed.first():
             return

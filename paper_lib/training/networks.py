@@ -97,9 +97,7 @@ class Shift(nn.Module):
 
 
 def _torchvision(name: str, n_classes: int, norm: str) -> nn.Module:
-    """One of torchvision's networks; without normalization each block starts as the identity, as in
-    `ResNet`.
-    """
+    """One of torchvision's networks; without normalization its blocks start as in `ResNet`."""
     import torchvision  # slow to import, and only these networks need it
 
     layer = {"batch": None, "none": Shift}.get(norm, lambda channels: normalization(norm, channels))
