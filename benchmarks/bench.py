@@ -42,7 +42,8 @@ def empty_run_cache() -> Iterator[None]:
 def plain_network(config: RunConfig, dataset: Dataset) -> torch.nn.Module:
     """The network of a run as a plain module, freshly initialized."""
     shape = (dataset.shape[0], dataset.n_classes)
-    return networks.build(config.model, *shape, config.width, config.norm).to(dataset.device)
+    net = networks.build(config.model, *shape, config.width, config.norm, config.activation)
+    return net.to(dataset.device)
 
 
 def plain_loop(config: RunConfig, dataset: Dataset) -> None:

@@ -61,6 +61,7 @@ Floats = Annotated[tuple[Float, ...], BeforeValidator(as_items)]
 Names = Annotated[tuple[str, ...], BeforeValidator(as_names)]
 Seeds = Annotated[Naturals, Field(min_length=1), AfterValidator(unique)]
 Norm = Literal["batch", "group", "none"]
+Activation = Literal["relu", "silu", "gelu"]
 Precision = Literal["float32", "bfloat16"]
 
 
@@ -117,6 +118,7 @@ class RunConfig:
     model: Annotated[str, "a network of training, such as resnet8 or resnet50"] = "resnet8"
     width: Annotated[Positive, "channels of the network's first stage"] = 8
     norm: Annotated[Norm, "batch, group or none"] = "batch"
+    activation: Annotated[Activation, "relu, silu or gelu"] = "relu"
     batch_size: Annotated[Positive, "images in a batch"] = 64
     lr: Annotated[Float, "learning rate"] = 1.0
     schedule: Annotated[str | Floats, "a name, or one factor of lr per step"] = "constant"
@@ -218,6 +220,10 @@ class Study:
             "EMA, decay 0.99": "EMA 0.99",
             f"uniform average of {half}": f"uniform {half}",
         }
+
+    def with_run(self, **changes: Any) -> Study:
+        """The study of another warm-up: settings of `run` changed."""
+        return dataclasses.replace(self, run=self.run.replace(**changes))
 
     def stationary(self, n_steps: int | None = None, **changes: Any) -> RunConfig:
         """The run after the warm-up at constant lr, every iterate recorded; by default `window`."""

@@ -1,150 +1,262 @@
-"""A notebook's ledger: criteria stated before the measurement, verdicts, one CSV of them."""
+"""The paper's claims, and a notebook's ledger of them: criteria, controls, verdicts, one CSV."""
 
 from __future__ import annotations
 
 import math
 import re
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pandas as pd
+from scipy import stats
 
 from paper_lib.errors import check_names
 from paper_lib.files import replacing
 
+CLAIMS = {
+    "C1": "The loss of one fixed mini-batch, followed along the SGD trajectory, looks convex.",
+    "C2": "For ResNets that loss is close to a quadratic.",
+    "C3": "One large step takes its own batch's loss very low; held-out batches look different.",
+    "C4": "Per-batch quadratics with scattered minima explain how gradients align.",
+    "C5": "In that model every average of iterates equals SGD under some schedule.",
+    "C6": "Averages of real ResNet runs track runs under the equivalent schedule.",
+    "C7": "At a fixed learning rate the weights soon move on an ellipsoid around the minimum.",
+    "C8": "Two distant points averaged gain as much as half the learning rate; an EMA gains more.",
+    "C9": "Runs that see the same batches from different starts approach each other.",
+    "C10": "Open in the paper: full trajectories, and learning rates that depend on them.",
+}
+ROLES = {
+    "claim": "what the claim says: one criterion for each clause",
+    "limit": "where the claim should end, or how far it reaches",
+    "control": "what must fail the claim's criterion, if that criterion means anything",
+    "check": "of an estimate or a simulation",
+}
+CONFIDENCE = 0.95  # of the two-sided t interval over seeds that decides
 Bound = float | tuple[float, float]
-Values = float | Sequence[float] | np.ndarray
-COLUMNS = "claim quantity predicted measured spread seeds criterion holds notebook reason".split()
+Values = float | Sequence[float] | np.ndarray | pd.Series
+COLUMNS = (
+    "claim role quantity predicted measured spread seeds low high criterion verdict notebook "
+    "network reason"
+).split()
 
 
 class LedgerError(ValueError):
     """Claims stated or measured in the wrong order, twice, or not at all."""
 
 
-# How each kind of criterion reads, and when mean m and prediction p satisfy it (bounds low, high).
-KINDS: dict[str, tuple[str, Callable[[float, float, float, float], bool]]] = {
-    "between": ("{low:g} <= mean <= {high:g}", lambda m, p, low, high: low <= m <= high),
-    "below": ("mean < {high:g}", lambda m, p, low, high: m < high),
-    "above": ("mean > {low:g}", lambda m, p, low, high: m > low),
-    "within": ("within {high:g} of predicted", lambda m, p, low, high: abs(m - p) <= high),
-    "rel": (
-        "within {percent:g} % of predicted",
-        lambda m, p, low, high: abs(m - p) <= high * abs(p),
-    ),
+# How each kind of criterion reads. The interval over seeds is that of the mean; of the difference
+# to the prediction for within; of the ratio to it for rel.
+KINDS = {
+    "between": "{low:g} <= mean <= {high:g}",
+    "below": "mean < {high:g}",
+    "above": "mean > {low:g}",
+    "within": "within {high:g} of predicted",
+    "rel": "within {percent:g} % of predicted",
 }
 RELATIVE = ("within", "rel")  # to a prediction
 
 
-@dataclass
-class _Entry:
-    """One expectation (a kind of KINDS with its bounds) and its measurement over seeds."""
+@dataclass(eq=False)
+class Criterion:
+    """One thing stated of a claim before measuring, and its measurement over seeds."""
 
     claim: str
+    role: str
     quantity: str
     kind: str
     low: float
     high: float
-    predicted: np.ndarray | None
+    predict: Callable[..., Any] | None
+    _ledger: Ledger = field(repr=False)
+    controls: list[Criterion] = field(default_factory=list, repr=False)
     measured: np.ndarray | None = None
+    predicted: np.ndarray | None = None
     reason: str = ""
 
+    def control(self, quantity: str) -> Criterion:
+        """State what must fail this criterion: the same bounds, measured on something else.
+
+        Where it does not fail, a criterion that holds proves nothing and is undecided.
+        """
+        settings = {"predict": self.predict, "_ledger": self._ledger}
+        bounds = {"kind": self.kind, "low": self.low, "high": self.high}
+        other = Criterion(self.claim, "control", quantity, **bounds, **settings)
+        self._ledger.add(other)
+        self.controls.append(other)
+        return other
+
+    def measure(self, values: Values, *data: Any, reason: str = "") -> None:
+        """Record one value per seed, and what the stated prediction says of `data`.
+
+        `reason` is why the criterion fails, shown where it does: a sentence with the number that
+        supports it. LedgerError for a reason without one, or a prediction that does not fit.
+        """
+        _require(self.measured is None, f"{self.quantity!r} is measured twice: give all seeds")
+        measured = _values(values)
+        if data:
+            _require(self.predict, f"{self.quantity!r}: data, but no prediction was stated")
+            predicted = _values(self.predict(*data))  # type: ignore[misc]
+            sizes = f"{predicted.size} predictions for {measured.size} seeds"
+            _require(predicted.size in (1, measured.size), f"{self.quantity!r}: {sizes}")
+            self.predicted = predicted
+        missing = f"{self.quantity!r}: pass the data of which its prediction is a function"
+        _require(data or self.predict is None, missing)
+        supported = not reason or re.search(r"\d", reason)
+        _require(supported, f"{self.quantity!r}: the reason {reason!r} has no number: leave it out")
+        self.measured, self.reason = measured, reason
+
     @property
-    def criterion(self) -> str:
-        words = KINDS[self.kind][0]
+    def sentence(self) -> str:
+        """The criterion in words."""
+        words = KINDS[self.kind]
         return words.format(low=self.low, high=self.high, percent=100 * self.high)
 
     @property
     def state(self) -> str:
+        """measured, not measured, or not finite: what does not depend on numbers."""
         if self.measured is None:
             return "not measured"
-        return (
-            "measured" if self.measured.size and np.isfinite(self.measured).all() else "not finite"
-        )
+        finite = self.measured.size and np.isfinite(self.measured).all()
+        return "measured" if finite else "not finite"
 
-    def row(self) -> list:
-        """All of COLUMNS but the notebook; `reason` is kept only where the criterion fails."""
+    def interval(self) -> tuple[float, float]:
+        """The interval over seeds that is held against `bounds`; NaN where there is none."""
         values = np.empty(0) if self.measured is None else self.measured
-        mean, spread = mean_and_spread(values)
-        predicted = math.nan if self.predicted is None else float(np.mean(self.predicted))
-        finite = self.state == "measured"
-        holds = finite and KINDS[self.kind][1](mean, predicted, self.low, self.high)
-        reason = self.reason if finite else f"not measurable: values {values.tolist()}"
-        numbers = [predicted, mean, spread, values.size]
-        return [self.claim, self.quantity, *numbers, self.criterion, holds, "" if holds else reason]
+        if self.kind in RELATIVE and self.predicted is not None:
+            away = np.subtract if self.kind == "within" else np.divide
+            values = away(values, self.predicted)
+        return t_interval(values)
+
+    def own_verdict(self) -> str:
+        """holds, fails or undecided, whatever its controls say."""
+        low, high = self.low, self.high
+        if self.kind == "within":
+            low = -high
+        if self.kind == "rel":
+            low, high = 1 - high, 1 + high
+        return judge(self.interval(), low, high, strict=self.kind in ("below", "above"))
+
+    def verdict(self) -> tuple[str, str]:
+        """The verdict and, where it does not hold, the reason."""
+        verdict, passing = self.own_verdict(), [c for c in self.controls if not c.fails()]
+        if self.state != "measured":
+            values = [] if self.measured is None else self.measured.tolist()
+            return verdict, f"not measurable: values {values}"
+        if verdict == "holds" and passing:
+            return "undecided", f"its control does not fail: {passing[0].quantity}"
+        if verdict == "fails" and self.role != "control":
+            return verdict, self.reason or "reason not known"
+        return verdict, ""
+
+    def fails(self) -> bool:
+        """Whether the interval over seeds lies beyond the bounds."""
+        return self.own_verdict() == "fails"
+
+
+def t_interval(values: np.ndarray) -> tuple[float, float]:
+    """The two-sided 95 % t interval of the mean of values (n,); NaN for fewer than two."""
+    if values.size < 2 or not np.isfinite(values).all():
+        return math.nan, math.nan
+    mean, spread = mean_and_spread(values)
+    t = stats.t.ppf((1 + CONFIDENCE) / 2, values.size - 1)
+    half = float(t * spread / math.sqrt(values.size))
+    return mean - half, mean + half
+
+
+def judge(interval: tuple[float, float], low: float, high: float, strict: bool = True) -> str:
+    """holds if an interval lies within (low, high), fails if beyond, undecided if across.
+
+    An interval that touches a bound, as that of equal values can, is within unless `strict`.
+    """
+    first, last = interval
+    if math.isnan(first):
+        return "undecided"
+    if low < first and last < high or (not strict and low <= first and last <= high):
+        return "holds"
+    beyond = last <= low or first >= high if strict else last < low or first > high
+    return "fails" if beyond else "undecided"
 
 
 class Ledger:
-    """Expectations, then measurements, then verdicts of one notebook.
+    """Criteria, then measurements, then verdicts of one notebook.
 
-    Every `expect` comes before the first `measure`: no criterion can follow from what was found.
-    `verdict` writes <results>/claims/<notebook>.csv. Misuse raises LedgerError.
+    Every criterion is stated before the first measurement: none can follow from what was found.
+    `verdict` writes <results>/claims/<notebook>.csv. `network` is False where no network is
+    trained: such rows are counted apart. Misuse raises LedgerError.
     """
 
-    def __init__(self, results: Path | str, notebook: str) -> None:
-        self.results, self.notebook = Path(results), notebook
-        self._entries: dict[str, _Entry] = {}
+    def __init__(self, results: Path | str, notebook: str, network: bool = True) -> None:
+        self.results, self.notebook, self.network = Path(results), notebook, network
+        self._criteria: dict[str, Criterion] = {}
 
     def expect(
-        self, claim: str, quantity: str, *, predicted: float | None = None, **criterion: Bound
-    ) -> None:
-        """State what `quantity`, averaged over seeds, must satisfy for claim "C<n>": one criterion.
+        self,
+        claim: str,
+        quantity: str,
+        *,
+        role: str = "claim",
+        predicted: Callable[..., Any] | None = None,
+        **criterion: Bound,
+    ) -> Criterion:
+        """State what `quantity`, averaged over seeds, must satisfy for claim "C<n>".
 
         between=(low, high), inclusive, below= and above= are bounds in the quantity's own units;
-        within= (absolute) and rel= (a fraction) are tolerances around the prediction, given as
-        `predicted` here or later to `measure`.
+        within= (absolute) and rel= (a fraction) are tolerances around the prediction. `predicted`
+        is a function of the data that `measure` is given, never a number. See ROLES for `role`;
+        for controls see `Criterion.control`.
         """
-        kinds = f"give exactly one of {', '.join(KINDS)}"
+        check_names([claim], CLAIMS, "claim")
+        check_names([role], [name for name in ROLES if name != "control"], "role")
         given = f"{quantity!r} has criteria {list(criterion)}"
-        _require(len(criterion) == 1 and set(criterion) <= set(KINDS), f"{given}: {kinds}")
-        _require(re.fullmatch(r"C[1-9]\d*", claim), f"{claim!r} is no claim: write C1, C2, ...")
-        _require(
-            quantity not in self._entries, f"{quantity!r} is expected twice: one criterion each"
-        )
-        late = (
-            f"{quantity!r} is expected after a measurement: state every criterion before measuring"
-        )
-        _require(all(entry.measured is None for entry in self._entries.values()), late)
+        exactly = f"{given}: give exactly one of {', '.join(KINDS)}"
+        _require(len(criterion) == 1 and set(criterion) <= set(KINDS), exactly)
         ((kind, bounds),) = criterion.items()
-        stated = None if predicted is None else _values(predicted)
         low, high = _bounds(kind, np.atleast_1d(bounds).astype(float).tolist())
-        self._entries[quantity] = _Entry(claim, quantity, kind, low, high, stated)
-
-    def measure(
-        self, quantity: str, values: Values, predicted: Values | None = None, reason: str = ""
-    ) -> None:
-        """Record a value per seed; `predicted` is one, or one per seed; `reason` is a failure's."""
-        check_names([quantity], list(self._entries), "quantity")
-        entry, measured = self._entries[quantity], _values(values)
-        _require(entry.measured is None, f"{quantity!r} is measured twice: give all seeds at once")
         if predicted is not None:
-            given = _values(predicted)
-            _require(entry.predicted is None, f"{quantity!r} already has a prediction: give one")
-            sizes = f"{given.size} predictions for {measured.size} seeds"
-            _require(given.size in (1, measured.size), f"{quantity!r}: {sizes}")
-            entry.predicted = given
-        needed = entry.kind in RELATIVE and entry.predicted is None
-        _require(not needed, f"{quantity!r} ({entry.criterion}) has no prediction: pass predicted=")
-        entry.measured, entry.reason = measured, reason
+            number = f"{quantity!r}: predicted = {predicted!r} must be a function of the data"
+            _require(callable(predicted), number)
+        _require(kind not in RELATIVE or predicted, f"{given}: state what is predicted, too")
+        stated = Criterion(claim, role, quantity, kind, low, high, predicted, self)
+        self.add(stated)
+        return stated
+
+    def add(self, criterion: Criterion) -> None:
+        """Enter a criterion; LedgerError if its quantity is there, or something was measured."""
+        quantity, entries = criterion.quantity, self._criteria
+        _require(quantity not in entries, f"{quantity!r} is stated twice: one criterion each")
+        late = f"{quantity!r} is stated after a measurement: state every criterion before measuring"
+        _require(all(entry.measured is None for entry in entries.values()), late)
+        entries[quantity] = criterion
 
     def verdict(self) -> Verdict:
-        """Judge every expectation and write the rows; LedgerError if one was not measured."""
-        entries = list(self._entries.values())
+        """Judge every criterion and write the rows; LedgerError if one was not measured."""
+        entries = list(self._criteria.values())
         missing = [entry.quantity for entry in entries if entry.measured is None]
-        _require(entries, "nothing was expected")
+        _require(entries, "nothing was stated")
         _require(not missing, f"not measured: {missing}")
-        columns = [name for name in COLUMNS if name != "notebook"]
-        rows = pd.DataFrame([entry.row() for entry in entries], columns=columns)
-        rows = rows.assign(notebook=self.notebook)[COLUMNS]
+        rows = pd.DataFrame([self._row(entry) for entry in entries], columns=COLUMNS)
         with replacing(self.results / "claims" / f"{self.notebook}.csv") as temporary:
             rows.to_csv(temporary, index=False, float_format="%.6g", lineterminator="\n")
         return Verdict(rows)
 
+    def _row(self, entry: Criterion) -> list:
+        """All of COLUMNS."""
+        measured = np.empty(0) if entry.measured is None else entry.measured
+        mean, spread = mean_and_spread(measured)
+        predicted = math.nan if entry.predicted is None else float(np.mean(entry.predicted))
+        verdict, reason = entry.verdict()
+        numbers = [predicted, mean, spread, measured.size, *entry.interval()]
+        stated = [entry.claim, entry.role, entry.quantity]
+        return [*stated, *numbers, entry.sentence, verdict, self.notebook, self.network, reason]
+
     def check(self) -> None:
-        """Print what is expected and whether it was measured: text that depends on no number."""
-        for entry in self._entries.values():
-            print(f"{entry.claim}  {entry.quantity}: {entry.criterion} [{entry.state}]")
+        """Print what is stated and whether it was measured: text that depends on no number."""
+        for entry in self._criteria.values():
+            said = f"{entry.claim} {entry.role}: {entry.quantity}: {entry.sentence}"
+            print(f"{said} [{entry.state}]")
 
 
 def _require(holds: object, message: str) -> None:
@@ -153,15 +265,16 @@ def _require(holds: object, message: str) -> None:
 
 
 def _bounds(kind: str, bounds: list[float]) -> tuple[float, float]:
-    """The low and the high bound of a criterion, which are the same but for between."""
+    """The low and the high bound of a criterion; a tolerance is the high one."""
     n = 2 if kind == "between" else 1
     finite = len(bounds) == n and all(map(math.isfinite, bounds))
     _require(finite, f"{kind} = {bounds}: give {n} finite number(s)")
     _require(n == 1 or bounds[0] < bounds[1], f"between = {bounds}: the first must be the smaller")
-    _require(
-        kind not in RELATIVE or bounds[0] > 0, f"{kind} = {bounds[0]}: a tolerance must be > 0"
-    )
-    return bounds[0], bounds[-1]
+    positive = kind not in RELATIVE or bounds[0] > 0
+    _require(positive, f"{kind} = {bounds[0]}: a tolerance must be > 0")
+    low = -math.inf if kind == "below" else bounds[0]
+    high = math.inf if kind == "above" else bounds[-1]
+    return low, high
 
 
 def mean_and_spread(values: np.ndarray) -> tuple[float, float]:
@@ -173,19 +286,58 @@ def mean_and_spread(values: np.ndarray) -> tuple[float, float]:
         return mean, float(np.std(values, ddof=1)) if values.size > 1 else math.nan
 
 
+def _values(values: Any) -> np.ndarray:
+    """One float or several as a float64 array, shape (n,)."""
+    array = np.atleast_1d(np.asarray(values, dtype=np.float64))
+    _require(array.ndim == 1, f"values of shape {array.shape}: give one number per seed")
+    return array
+
+
+# --- verdicts on claims -------------------------------------------------------------------------
+
+
 @dataclass(frozen=True, eq=False)
 class Verdict:
-    """The judged rows of one notebook, which Jupyter shows as a table of whole sentences."""
+    """The judged rows of one notebook, which Jupyter shows as tables of whole sentences."""
 
     rows: pd.DataFrame
 
     def _repr_markdown_(self) -> str:
-        return f"{count(self.rows)}\n\n{markdown(self.rows)}"
+        said = [f"**{row.claim} {row.verdict}**: {row.counted}." for row in by_claim(self.rows)]
+        return "\n\n".join([*said, markdown(self.rows)])
 
 
-def count(claims: pd.DataFrame) -> str:
-    """How many criteria hold, as a sentence."""
-    return f"{int(claims.holds.sum())} of {len(claims)} criteria hold."
+@dataclass(frozen=True)
+class ClaimVerdict:
+    """What the claim criteria of one claim say together."""
+
+    claim: str
+    verdict: str
+    counted: str
+
+
+def by_claim(rows: pd.DataFrame) -> list[ClaimVerdict]:
+    """The verdict on each claim that rows judge: holds, fails, undecided, or holds in part.
+
+    It holds if all its claim criteria hold, fails if all fail, is undecided if none fails and some
+    are undecided, and else holds in part.
+    """
+    judged = rows[rows.role == "claim"]
+    found = []
+    for claim in sorted(judged.claim.unique(), key=lambda name: int(name[1:])):
+        verdicts = judged[judged.claim == claim].verdict.tolist()
+        counts = {name: verdicts.count(name) for name in ("holds", "fails", "undecided")}
+        if counts["holds"] == len(verdicts):
+            verdict = "holds"
+        elif counts["fails"] == len(verdicts):
+            verdict = "fails"
+        else:
+            verdict = "holds in part" if counts["fails"] else "undecided"
+        said = f"{counts['holds']} of {len(verdicts)} criteria hold"
+        said += f", {counts['fails']} fail" * bool(counts["fails"])
+        said += f", {counts['undecided']} undecided" * bool(counts["undecided"])
+        found.append(ClaimVerdict(claim, verdict, said))
+    return found
 
 
 def read(path: Path) -> pd.DataFrame:
@@ -203,16 +355,22 @@ def table(results: Path | str) -> pd.DataFrame:
     return rows.iloc[numbers.argsort(kind="stable")].reset_index(drop=True)
 
 
-def markdown(claims: pd.DataFrame) -> str:
-    """Return the claims as a GitHub table, one line a claim, failures with their reason."""
-    head = ["claim", "quantity", "predicted", "measured", "criterion", "holds"]
+def markdown(rows: pd.DataFrame) -> str:
+    """Return criteria as a GitHub table, the claim's own first, failures with their reason."""
+    head = ["claim", "role", "quantity", "predicted", "measured", "criterion", "verdict"]
     lines = [head, ["---"] * len(head)]
-    for row in claims.itertuples():
+    order = rows.role.map(list(ROLES).index)
+    for row in rows.iloc[order.argsort(kind="stable")].itertuples():
         predicted = "" if math.isnan(row.predicted) else f"{row.predicted:.3g}"
-        verdict = "yes" if row.holds else "**no**" + (f": {row.reason}" if row.reason else "")
         measured = f"{with_spread(row.measured, row.spread)} (n = {row.seeds})"
         criterion = re.sub(r"\d+\.\d{4,}", lambda n: f"{float(n[0]):.3g}", row.criterion)
-        lines.append([row.claim, row.quantity, predicted, measured, criterion, verdict])
+        if row.role == "control":
+            verdict = {"fails": "fails, as it must"}.get(row.verdict, f"**{row.verdict}**")
+        else:
+            verdict = row.verdict if row.verdict == "holds" else f"**{row.verdict}**"
+        verdict += f": {row.reason}" if row.reason else ""
+        said = [row.claim, row.role, row.quantity, predicted, measured, criterion, verdict]
+        lines.append(said)
     return pipes(lines)
 
 
@@ -232,10 +390,3 @@ def with_spread(mean: float, spread: float) -> str:
     decimals = 1 - math.floor(math.log10(written))
     rounded = [round(value, decimals) + 0.0 for value in (mean, spread)]  # + 0: never -0
     return " ± ".join(f"{value:.{max(decimals, 0)}f}" for value in rounded)
-
-
-def _values(values: Values) -> np.ndarray:
-    """One float or several as a float64 array, shape (n,)."""
-    array = np.atleast_1d(np.asarray(values, dtype=np.float64))
-    _require(array.ndim == 1, f"values of shape {array.shape}: give one number per seed")
-    return array

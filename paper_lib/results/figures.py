@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import matplotlib as mpl
+import matplotlib.pyplot as plt
 import numpy as np
 import pandas as pd
 import seaborn as sns
@@ -16,6 +17,8 @@ from matplotlib.figure import Figure
 from paper_lib.files import replacing
 from paper_lib.results.palette import shrink
 
+README_WIDTH, LEAST_TICKS = 830, 11
+"""Pixels: the width at which GitHub shows a figure, and how high its tick labels must be there."""
 PREDICTION = {"color": "black", "linestyle": "--", "linewidth": 2.0, "zorder": 5}
 """Line style of everything the model predicts; measurements are coloured and solid."""
 ETA = "η = learning rate × curvature"
@@ -39,12 +42,20 @@ def style() -> None:
     )
 
 
+def panels(columns: int = 2, rows: int = 1) -> tuple[Figure, Any]:
+    """Return a figure of one or two columns of panels that can be read in the README: (fig, axes).
+
+    `axes` is an Axes for one panel, an array of them for several.
+    """
+    return plt.subplots(rows, columns, figsize=(6.2 * columns, 4.6 * rows))
+
+
 def save(fig: Figure, results: Path | str, name: str, data: pd.DataFrame) -> None:
     """Write <results>/figures/<name>.png, .svg and .csv.
 
     `data` holds the numbers that the figure shows, one row a point, kept to six significant digits.
-    The same figure gives the same bytes. Raises ValueError for no data, or a name that is not
-    letters, digits, "-" and "_".
+    The same figure gives the same bytes. Raises ValueError for no data, a name that is not letters,
+    digits, "-" and "_", or a figure too wide for its tick labels to be read in the README.
     """
     if not re.fullmatch(r"[\w-]+", name):
         raise ValueError(
@@ -52,6 +63,7 @@ def save(fig: Figure, results: Path | str, name: str, data: pd.DataFrame) -> Non
         )
     if data.empty:
         raise ValueError(f"figure {name!r} has no data: pass the numbers that it shows")
+    _require_legible(fig, name)
     _fit_title(fig)
     stem = Path(results) / "figures" / name
     # A fixed salt and no date make the SVG's ids and header reproducible; text can be searched.
@@ -67,6 +79,18 @@ def save(fig: Figure, results: Path | str, name: str, data: pd.DataFrame) -> Non
                     temporary.write_bytes(shrink(temporary.read_bytes()))
     with replacing(stem.with_name(name + ".csv")) as temporary:
         data.to_csv(temporary, index=False, float_format="%.6g", lineterminator="\n")
+
+
+def _require_legible(fig: Figure, name: str) -> None:
+    """Raise ValueError where tick labels would be too small at the README's width."""
+    ticks = [label for ax in fig.axes for label in (*ax.get_xticklabels(), *ax.get_yticklabels())]
+    smallest = min((float(label.get_fontsize()) for label in ticks), default=np.inf)
+    height = smallest / 72 * README_WIDTH / fig.get_figwidth()
+    if height < LEAST_TICKS:
+        raise ValueError(
+            f"figure {name!r}: its tick labels are {height:.1f} pixels high at {README_WIDTH} "
+            f"pixels, {LEAST_TICKS} is the least: make it narrower, as figures.panels() does"
+        )
 
 
 def _fit_title(fig: Figure) -> None:
@@ -162,6 +186,6 @@ def annotate_n(ax: Axes, n: int, of: str = "seeds", log: bool = False) -> None:
         textcoords="offset points",
         ha="right",
         va="bottom",
-        fontsize="x-small",
+        fontsize="small",
         color="0.35",
     )

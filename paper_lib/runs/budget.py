@@ -97,6 +97,6 @@ def _size(study: Study) -> tuple[int, int]:
         if study.net is not None:
             net = study.net()
         else:
-            net = networks.build(run.model, channels, classes, run.width, run.norm)
+            net = networks.build(run.model, channels, classes, run.width, run.norm, run.activation)
     n_buffers = sum(b.numel() for b in net.buffers() if b.is_floating_point())
     return sum(p.numel() for p in net.parameters()), n_buffers

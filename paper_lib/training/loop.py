@@ -60,7 +60,9 @@ def initial_model(config: RunConfig, dataset: Dataset, net: NetFactory | None = 
         torch.manual_seed(config.seed)
         if net is None:
             shape = dataset.shape[0], dataset.n_classes
-            module = networks.build(config.model, *shape, config.width, config.norm)
+            module = networks.build(
+                config.model, *shape, config.width, config.norm, config.activation
+            )
         else:
             module = net()
     return FlatModel(module, dataset.device)

@@ -5,10 +5,12 @@ from __future__ import annotations
 import re
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from paper_lib.errors import require
+
+ACTIVATIONS: dict[str, type[nn.Module]] = {"relu": nn.ReLU, "silu": nn.SiLU, "gelu": nn.GELU}
+"""ReLU has a kink, which autograd's Hessian does not see; the others are smooth."""
 
 
 def normalization(norm: str, channels: int) -> nn.Module:
@@ -26,9 +28,10 @@ def normalization(norm: str, channels: int) -> nn.Module:
 class BasicBlock(nn.Module):
     """Two 3x3 convolutions and a shortcut, projected where the shape changes (He et al. 2016)."""
 
-    def __init__(self, c_in: int, c_out: int, stride: int, norm: str):
+    def __init__(self, c_in: int, c_out: int, stride: int, norm: str, activation: str):
         super().__init__()
         bias = norm == "none"
+        self.activation = ACTIVATIONS[activation]()
         self.conv1 = nn.Conv2d(c_in, c_out, 3, stride, 1, bias=bias)
         self.norm1 = normalization(norm, c_out)
         self.conv2 = nn.Conv2d(c_out, c_out, 3, 1, 1, bias=bias)
@@ -39,9 +42,9 @@ class BasicBlock(nn.Module):
             self.shortcut = nn.Sequential(projection, normalization(norm, c_out))
 
     def forward(self, x: Tensor) -> Tensor:
-        h = F.relu(self.norm1(self.conv1(x)))
+        h = self.activation(self.norm1(self.conv1(x)))
         h = self.norm2(self.conv2(h))
-        return F.relu(h + self.shortcut(x))
+        return self.activation(h + self.shortcut(x))
 
 
 class ResNet(nn.Module):
@@ -53,19 +56,26 @@ class ResNet(nn.Module):
     """
 
     def __init__(
-        self, blocks: tuple[int, ...], width: int, norm: str, in_channels: int, n_classes: int
+        self,
+        blocks: tuple[int, ...],
+        width: int,
+        norm: str,
+        activation: str,
+        in_channels: int,
+        n_classes: int,
     ):
         super().__init__()
         self.stem = nn.Sequential(
             nn.Conv2d(in_channels, width, 3, 1, 1, bias=norm == "none"),
             normalization(norm, width),
-            nn.ReLU(),
+            ACTIVATIONS[activation](),
         )
         layers, channels = [], width
         for stage, n_blocks in enumerate(blocks):
             for i in range(n_blocks):
                 out = width * 2**stage
-                layers.append(BasicBlock(channels, out, 2 if stage > 0 and i == 0 else 1, norm))
+                stride = 2 if stage > 0 and i == 0 else 1
+                layers.append(BasicBlock(channels, out, stride, norm, activation))
                 channels = out
         self.blocks = nn.Sequential(*layers)
         self.head = nn.Linear(channels, n_classes)
@@ -96,12 +106,14 @@ class Shift(nn.Module):
         return x + self.bias.view(-1, 1, 1)
 
 
-def _torchvision(name: str, n_classes: int, norm: str) -> nn.Module:
+def _torchvision(name: str, n_classes: int, norm: str, activation: str) -> nn.Module:
     """One of torchvision's networks; without normalization its blocks start as in `ResNet`."""
     import torchvision  # slow to import, and only these networks need it
 
     layer = {"batch": None, "none": Shift}.get(norm, lambda channels: normalization(norm, channels))
     net = getattr(torchvision.models, name)(num_classes=n_classes, norm_layer=layer)
+    for module in [m for m in net.modules() if hasattr(m, "relu")]:
+        module.relu = ACTIVATIONS[activation]()
     if norm == "none":
         last = (
             "conv2" if name in ("resnet18", "resnet34") else "conv3"
@@ -114,7 +126,12 @@ def _torchvision(name: str, n_classes: int, norm: str) -> nn.Module:
 
 
 def build(
-    name: str, in_channels: int, n_classes: int, width: int = 16, norm: str = "batch"
+    name: str,
+    in_channels: int,
+    n_classes: int,
+    width: int = 16,
+    norm: str = "batch",
+    activation: str = "relu",
 ) -> nn.Module:
     """Return a network by name, initialized from torch's current random state.
 
@@ -124,16 +141,16 @@ def build(
     Raises ConfigError for any other name, or a torchvision network with other than 3 channels.
     """
     if name == "resnet18_cifar":
-        return ResNet((2, 2, 2, 2), width, norm, in_channels, n_classes)
+        return ResNet((2, 2, 2, 2), width, norm, activation, in_channels, n_classes)
     if name in TORCHVISION_MODELS:
         require(
             in_channels == 3, "in_channels", in_channels, f"{name} is torchvision's and needs 3"
         )
-        return _torchvision(name, n_classes, norm)
+        return _torchvision(name, n_classes, norm, activation)
     match = re.fullmatch(r"resnet(\d+)", name)
     allowed = (
         f"resnet8, resnet14, resnet20, ... (6n+2), resnet18_cifar, {', '.join(TORCHVISION_MODELS)}"
     )
     depth = int(match.group(1)) if match else 0
     require(depth >= 8 and depth % 6 == 2, "model", name, allowed)
-    return ResNet(((depth - 2) // 6,) * 3, width, norm, in_channels, n_classes)
+    return ResNet(((depth - 2) // 6,) * 3, width, norm, activation, in_channels, n_classes)
