@@ -126,8 +126,8 @@ def own(dataset: Any, net: Any = None, *, lr: float, steps: int, **settings: Any
 
     `net` is a class or function without arguments that makes an nn.Module; without it the settings
     `model`, `width`, `norm` and `activation` choose a ResNet. A warm-up of `steps` at the constant
-    learning rate `lr` should reach the stationary state. What is not given follows from `steps` and the dataset:
-    `window` and `decay` are half of `steps`, within 60 to 400.
+    learning rate `lr` should reach the stationary state. What is not given follows from `steps` and
+    the dataset: `window` and `decay` are half of `steps`, within 60 to 400.
     Raises ConfigError for a network instead of the function that makes it, or a bad setting.
     """
     usable = all(hasattr(dataset, name) for name in ("batch", "sizes", "name"))

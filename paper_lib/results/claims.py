@@ -36,7 +36,6 @@ ROLES = {
 }
 CONFIDENCE = 0.95  # of the two-sided t interval over seeds that decides
 Bound = float | tuple[float, float]
-Values = float | Sequence[float] | np.ndarray | pd.Series
 COLUMNS = (
     "claim role quantity predicted measured spread seeds low high criterion verdict notebook "
     "network reason"
@@ -88,7 +87,7 @@ class Criterion:
         self.controls.append(other)
         return other
 
-    def measure(self, values: Values, *data: Any, reason: str = "") -> None:
+    def measure(self, values: Any, *data: Any, reason: str = "") -> None:
         """Record one value per seed, and what the stated prediction says of `data`.
 
         `reason` is why the criterion fails, shown where it does: a sentence with the number that
