@@ -2,7 +2,8 @@
 
 | what                          | agrees if                                                    |
 |-------------------------------|--------------------------------------------------------------|
-| a claim's criterion, verdict  | equal                                                        |
+| a claim's criterion           | equal                                                        |
+| a claim's verdict             | equal, or one of the two is undecided                        |
 | a claim's measured mean       | moved by at most 3 combined spreads, or 5 % if that is more  |
 | a figure's rows and labels    | equal                                                        |
 | a figure's column of numbers  | rms change at most 10 % of its rms or, if that is more, 3    |
@@ -43,9 +44,9 @@ def compare_claims(old: pd.DataFrame, new: pd.DataFrame) -> list[str]:
             where = "committed" if row.side == "left_only" else "new"
             lines.append(f"{name}: only in the {where} results")
             continue
-        for what in ("criterion", "holds"):
+        for what in ("role", "criterion", "verdict"):
             before, after = getattr(row, what), getattr(row, f"{what}_new")
-            if before != after:
+            if before != after and "undecided" not in (before, after):
                 lines.append(f"{name}: {what} was {before}, is {after}")
         before, after = row.measured, row.measured_new
         spread = float(np.hypot(row.spread, row.spread_new))
