@@ -7,7 +7,7 @@ Runs begin in their stationary state unless they have a start.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 
 import numpy as np
 import pandas as pd
@@ -82,13 +82,17 @@ def cooldown_weights(
 
 
 def equivalence_errors(
-    seeds: Sequence[int], etas: np.ndarray, steps: int = 2000, momentum: float = 0.0
+    seeds: Sequence[int],
+    etas: np.ndarray,
+    steps: int = 2000,
+    momentum: float = 0.0,
+    schedule: Callable[..., np.ndarray] = equivalence.to_schedule,
 ) -> pd.DataFrame:
     """How far SGD under the equivalent schedule ends from the average, on the same batches.
 
-    `error` is the distance over the root mean square of the averaged run's iterates: rounding, if
-    the algebra is right. One row per seed, average and eta; both runs have the momentum. ValueError
-    as in equivalence.to_schedule.
+    `schedule` maps (average, eta, momentum) to factors. `error` is the distance over the root mean
+    square of the averaged run's iterates: rounding, if the map is right. One row per seed, average
+    and eta; both runs have the momentum. ValueError as in equivalence.to_schedule.
     """
     tables, column = [], np.asarray(etas)[:, None]
     for seed in seeds:
@@ -98,7 +102,7 @@ def equivalence_errors(
         averages = {name: weights(steps + 1, 100) for name, (weights, _) in AVERAGES.items()}
         averages["random"] = random_average(rng, steps + 1)
         for name, a in averages.items():
-            factors = equivalence.to_schedule(a, column, momentum)
+            factors = schedule(a, column, momentum)
             end = simulate.sgd(c, column * factors, start=FAR, momentum=momentum)[:, -1]
             columns = {"eta": etas, "error": _relative(x @ a - end, x)}
             tables.append(pd.DataFrame({"seed": seed, "average": name, **columns}))
@@ -106,9 +110,16 @@ def equivalence_errors(
 
 
 def cooldown_errors(
-    seeds: Sequence[int], etas: np.ndarray, steps: int = 2000, horizon: int = 500
+    seeds: Sequence[int],
+    etas: np.ndarray,
+    steps: int = 2000,
+    horizon: int = 500,
+    average: Callable[..., np.ndarray] = equivalence.to_average,
 ) -> pd.DataFrame:
-    """As equivalence_errors, of averages of a constant-lr run that stand for named cooldowns."""
+    """As equivalence_errors, of averages of a constant-lr run that stand for named cooldowns.
+
+    `average` maps (factors, eta) to weights.
+    """
     tables, column = [], np.asarray(etas)[:, None]
     for seed in seeds:
         rng = np.random.default_rng(seed)
@@ -117,10 +128,25 @@ def cooldown_errors(
         for name in schedules.COOLDOWNS:
             factors = schedules.cooldown(name, steps, horizon)
             end = simulate.sgd(c, column * factors, start=FAR)[:, -1]
-            average = (x * equivalence.to_average(factors, column)).sum(-1)
-            columns = {"eta": etas, "error": _relative(average - end, x)}
+            emulated = (x * average(factors, column)).sum(-1)
+            columns = {"eta": etas, "error": _relative(emulated - end, x)}
             tables.append(pd.DataFrame({"seed": seed, "schedule": name, **columns}))
     return pd.concat(tables, ignore_index=True)
+
+
+def worst_error(table: pd.DataFrame) -> pd.Series:
+    """Per seed, the decimal logarithm of the largest error."""
+    return np.log10(table.groupby("seed").error.max())
+
+
+def negative_share(seeds: Sequence[int], eta: float, n: int = 200, steps: int = 100) -> pd.Series:
+    """Per seed, the share of n random averages whose schedule needs a negative learning rate."""
+    shares = {}
+    for seed in seeds:
+        rng = np.random.default_rng(seed)
+        found = [equivalence.to_schedule(random_average(rng, steps), eta) for _ in range(n)]
+        shares[seed] = np.mean([factors.min() < 0 for factors in found])
+    return pd.Series(shares, name="share")
 
 
 def _relative(distance: np.ndarray, x: np.ndarray) -> np.ndarray:
@@ -167,31 +193,6 @@ def _estimates(samples: np.ndarray) -> dict[str, np.ndarray]:
     """Means (d,) of independent samples (n, d), `measured`, and their standard `error`."""
     error = samples.std(0, ddof=1) / np.sqrt(len(samples))
     return {"measured": samples.mean(0), "error": error}
-
-
-def probe_losses(
-    seeds: Sequence[int], probes: np.ndarray, etas: Sequence[float] = ETAS
-) -> pd.DataFrame:
-    """Expected loss after a step of `probe` learning rates on one batch, of it and of all batches.
-
-    Directions have equal shares in the held-out loss before the step, so that none hides the
-    others: s2 is such that h v / 2 = 1 / d in each. One row per seed, probe and direction, `eta`:
-    the batch's `own` loss, that of all, `held`, and `decrease`, the first-order decrease of the
-    latter in a full step, lr times its slope. Averages over 200 steps of 500 runs.
-    """
-    tables, h = [], np.asarray(etas)[:, None]
-    v = quadratic.stationary_variance(h[:, 0])
-    scale = 2 / (len(etas) * h[:, 0] * v)  # of the losses, by the choice of s2
-    for seed in seeds:
-        x, c = stationary(seed, etas, steps=200, chains=500)
-        x = x[..., :-1]
-        decrease = scale * (h * (x - c) * h * x).mean((0, 2))
-        for p in probes:
-            after = x - p * h * (x - c)
-            own, held = (scale * (h * z**2 / 2).mean((0, 2)) for z in (after - c, after))
-            columns = {"eta": etas, "own": own, "held": held, "decrease": decrease}
-            tables.append(pd.DataFrame({"seed": seed, "probe": p, **columns}))
-    return pd.concat(tables, ignore_index=True)
 
 
 def timescales(
