@@ -1,4 +1,4 @@
-"""The ledger: criteria before measurements, controls, verdicts by intervals, one file a notebook."""
+"""The ledger: criteria before measurements, controls, verdicts by intervals over seeds."""
 
 import json
 

@@ -158,3 +158,13 @@ def test_a_title_too_long_for_its_figure_is_made_to_fit(tmp_path):
         assert fig._suptitle.get_window_extent().width <= fig.bbox.width
         plt.close(fig)
     assert sizes[0] == 12 > sizes[1]
+
+
+def test_a_figure_whose_ticks_could_not_be_read_is_refused(tmp_path, data):
+    figures.style()
+    fig, _ = figures.panels(2)
+    figures.save(fig, tmp_path, "narrow", data)
+    wide, _ = plt.subplots(1, 3, figsize=(18, 5))
+    with pytest.raises(ValueError, match=r"8\.\d pixels high at 830 pixels, 11 is the least"):
+        figures.save(wide, tmp_path, "wide", data)
+    plt.close("all")

@@ -1,9 +1,8 @@
-"""The simulated model: its checks agree with closed forms and can fail; the plane and sliders."""
+"""The simulated model: its checks agree with closed forms and can fail; the plane."""
 
 import numpy as np
 import pandas as pd
 import pytest
-from jupyter_client.manager import start_new_kernel
 
 from paper_lib.averaging import equivalence, schedules, vectors
 from paper_lib.experiments import model, model_plane
@@ -112,42 +111,6 @@ def test_a_cloud_has_the_predicted_covariance():
         np.testing.assert_allclose(measured, variance, rtol=0.12)
 
 
-def test_rotation_keeps_lengths_and_the_path_its_start():
+def test_rotation_keeps_lengths():
     z = np.random.default_rng(0).standard_normal((5, 2))
     np.testing.assert_allclose((model_plane.rotate(z) ** 2).sum(1), (z**2).sum(1))
-    run = model_plane.path(lr=0.4, decay=0.9, seed=0, steps=30)
-    assert run.kind.value_counts().to_dict() == {"minimum": 30, "iterate": 31, "EMA": 31}
-    first = run.groupby("kind", sort=False)[["x", "y"]].first()
-    np.testing.assert_allclose(first.loc["iterate"], first.loc["EMA"])
-
-
-def test_a_moved_slider_redraws_the_figure(monkeypatch):
-    drawn = []
-    monkeypatch.setattr(model_plane, "live", lambda: True)
-
-    def draw(lr, decay, lag, seed):
-        drawn.append((pytest.approx(lr), decay, lag, seed))
-
-    sliders = model_plane.sliders(draw, lr=0.2, lag=7)
-    lr, decay, lag, seed = sliders.children[:4]
-    assert (lr.value, decay.value, lag.value, seed.value) == (pytest.approx(0.2), 0.95, 7, 0)
-    lag.value = 9
-    decay.value = 0.5
-    assert drawn[-2:] == [(0.2, 0.95, 9, 0), (0.2, 0.5, 9, 0)]
-
-
-def test_sliders_appear_only_where_somebody_can_move_them():
-    assert model_plane.sliders(print) is None  # no kernel at all
-    manager, client = start_new_kernel()
-    try:
-        for asked in (True, False):  # as JupyterLab asks, and as papermill does
-            said = []
-            code = "from paper_lib.experiments import model_plane; print(model_plane.live())"
-            client.execute_interactive(
-                code, allow_stdin=asked, output_hook=said.append, timeout=120
-            )
-            printed = [m["content"]["text"] for m in said if m["msg_type"] == "stream"]
-            assert printed == [f"{asked}\n"]
-    finally:
-        client.stop_channels()
-        manager.shutdown_kernel(now=True)
