@@ -1,4 +1,9 @@
-"""Write results/<preset>/README.md: a preset's verdicts, its figures, and what made them."""
+"""Write results/<preset>/README.md: a preset's verdicts, claim by claim, and what made them.
+
+What people wrote of a preset's results stands in results/<preset>/found.md, a section a claim: one
+sentence, then a paragraph. Numbers in it are `{{ measured("quantity") }}`: the ledger's, by name.
+The README's own table of claims is that of the digits.
+"""
 
 from __future__ import annotations
 
@@ -8,37 +13,91 @@ import sys
 from collections import defaultdict
 from pathlib import Path
 
+import jinja2
+import pandas as pd
+
+from paper_lib.errors import check_names
 from paper_lib.files import replacing
 from paper_lib.presets import PRESETS
 from paper_lib.results import claims
 from scripts import ROOT
 
+MARKS = "<!-- claims: written by make readme -->\n", "<!-- end of claims -->"
+HOW = (
+    "A criterion holds or fails where the two-sided 95 % t interval over seeds lies within or "
+    "beyond its bound, and is undecided where it contains it, or where its control does not fail. "
+    "A claim holds if all of its criteria hold, in part if some fail."
+)
+
 
 def page(results: Path) -> str:
     """Return a preset's page in Markdown; FileNotFoundError if there are no results."""
-    table = claims.table(results)
+    rows = claims.table(results)
     label = PRESETS[results.name].label if results.name in PRESETS else results.name
-    parts = [f"# {label}", claims.count(table), notebooks_table(results)]
-    scoreboard = results / "scoreboard.md"
-    if scoreboard.exists():
-        parts += ["## Averages and schedules", scoreboard.read_text()]
-    parts += ["## Every criterion", claims.markdown(table), "## Made with", made_with(results)]
-    return "\n\n".join(part.strip() for part in parts) + "\n"
+    parts = [f"# What was found: {label}", HOW, claims_table(results, "figures", "notebooks")]
+    for verdict in claims.by_claim(rows):
+        parts += section(results, rows, verdict)
+    limits = rows[rows.role.isin(["limit", "check"])]
+    parts += ["## Limits and checks", other_figures(results), claims.markdown(limits)]
+    judged = rows[rows.role.isin(["claim", "control"])]
+    parts += ["## Every criterion of a claim, and its control", claims.markdown(judged)]
+    parts += ["## Made with", made_with(results)]
+    return "\n\n".join(part.strip() for part in parts if part.strip()) + "\n"
 
 
-def notebooks_table(results: Path) -> str:
-    """What each notebook shows, its figures, the criteria that hold, and its wall time."""
-    table, made = claims.table(results), _made(results)
-    lines = [["notebook, as it ran", "figures", "criteria that hold", "seconds"], ["---"] * 4]
-    for name, rows in table.groupby("notebook"):
-        figures = sorted((results / "figures").glob(f"{name[:2]}_*.png"))
-        links = ", ".join(f"[{path.stem}](figures/{path.name})" for path in figures)
-        numbers = ", ".join(dict.fromkeys(rows.claim))
-        held = f"{numbers}: {int(rows.holds.sum())} of {len(rows)}"
-        seconds = made["notebooks"].get(name, {}).get("seconds", "")
-        title = f"[{name}](notebooks/{name}.ipynb): {notebook_title(name)}"
-        lines.append([title, links, held, str(seconds)])
+def section(results: Path, rows: pd.DataFrame, verdict: claims.ClaimVerdict) -> list[str]:
+    """The heading of a claim, its verdict, what was written of it, and its notebooks' figures."""
+    said = found(results).get(verdict.claim, ("", ""))
+    notebooks = dict.fromkeys(rows[rows.claim == verdict.claim].notebook)
+    pictures = [results / "figures" / f"{name}.png" for name in notebooks]
+    shown = [f"![{p.stem}](figures/{p.name})" for p in pictures if p.exists()]
+    heading = f"## {verdict.claim}: {claims.CLAIMS[verdict.claim]}"
+    return [heading, f"**{verdict.verdict}**: {verdict.counted}. {' '.join(said)}", *shown]
+
+
+def found(results: Path) -> dict[str, tuple[str, str]]:
+    """By claim, the sentence and the paragraph of found.md, with the measured numbers filled in.
+
+    Raises ConfigError for a quantity that no ledger has.
+    """
+    path = results / "found.md"
+    path = path if path.exists() else ROOT / "results" / results.name / "found.md"
+    if not path.exists():
+        return {}
+    rows = claims.table(results).set_index("quantity")
+
+    def measured(quantity: str) -> str:
+        check_names([quantity], list(rows.index), "quantity")
+        return claims.with_spread(rows.measured[quantity], rows.spread[quantity])
+
+    text = jinja2.Template(path.read_text()).render(measured=measured)
+    sections = re.findall(r"^## (C\d+)\n+(.+?)\n\n(.*?)\s*(?=^## |\Z)", text, re.M | re.S)
+    return {claim: (sentence, rest) for claim, sentence, rest in sections}
+
+
+def claims_table(results: Path, figures: str, notebooks: str) -> str:
+    """The verdict on each claim and what was found, linked from folders of figures, notebooks."""
+    rows, said = claims.table(results), found(results)
+    lines = [["claim", "verdict", "what was found", "see"], ["---"] * 4]
+    for verdict in claims.by_claim(rows):
+        first = rows[rows.claim == verdict.claim].notebook.iloc[0]
+        links = f"[figure]({figures}/{first}.png), [notebook]({notebooks}/{first}.ipynb)"
+        claim = f"**{verdict.claim}** {claims.CLAIMS[verdict.claim]}"
+        sentence = said.get(verdict.claim, ("", ""))[0]
+        lines.append([claim, verdict.verdict, sentence, links])
     return claims.pipes(lines)
+
+
+def other_figures(results: Path) -> str:
+    """Links to the figures that are not a notebook's first, by notebook."""
+    table, lines = claims.table(results), []
+    for name in sorted(table.notebook.unique()):
+        pictures = sorted((results / "figures").glob(f"{name[:2]}_*.png"))
+        links = [f"[{p.stem[3:]}](figures/{p.name})" for p in pictures if p.stem != name]
+        if links:
+            title = f"[{name}](notebooks/{name}.ipynb), {notebook_title(name)}"
+            lines.append(f"- {title}: {', '.join(links)}")
+    return "\n".join(lines)
 
 
 def notebook_title(name: str) -> str:
@@ -50,17 +109,25 @@ def notebook_title(name: str) -> str:
 
 def made_with(results: Path) -> str:
     """The environment of the latest run, and the commits that made the notebooks, in Markdown."""
-    made, commits = _made(results), defaultdict(list)
+    made, commits = json.loads((results / "environment.json").read_text()), defaultdict(list)
     for name, entry in made["notebooks"].items():
-        commits[entry["commit"]].append(name[:2])
+        commits[entry["commit"]].append(f"{name[:2]} ({entry['seconds']} s)")
     packages = ", ".join(f"{name} {version}" for name, version in made["packages"].items())
     machine = ", ".join(made[key] for key in ("platform", "processor", "device"))
     lines = [f"Python {made['python']} on {machine}, {made['cores']} cores; {packages}.", ""]
-    return "\n".join(lines + [f"- {', '.join(commits[c])}: commit {c}" for c in commits])
+    return "\n".join(lines + [f"- commit {c}: {', '.join(commits[c])}" for c in commits])
 
 
-def _made(results: Path) -> dict:
-    return json.loads((results / "environment.json").read_text())
+def update_readme(results: Path) -> None:
+    """Replace the README's table of claims, if it has one, by that of these results."""
+    path = ROOT / "README.md"
+    text = path.read_text() if path.exists() else ""
+    if MARKS[0] in text:
+        before, rest = text.split(MARKS[0])
+        after = rest.split(MARKS[1])[1]
+        table = claims_table(results, "results/digits/figures", "notebooks")
+        with replacing(path) as temporary:
+            temporary.write_text(before + MARKS[0] + table + MARKS[1] + after)
 
 
 def main(folders: list[str]) -> int:
@@ -73,6 +140,8 @@ def main(folders: list[str]) -> int:
             return 2
         with replacing(results / "README.md") as temporary:
             temporary.write_text(text)
+        if results.resolve() == ROOT / "results" / "digits":
+            update_readme(results)
     return 0
 
 

@@ -14,8 +14,9 @@ from paper_lib.results import claims
 from scripts import compare, report
 
 
-def claim(measured, spread=0.0, holds=True, criterion="mean < 1", quantity="q"):
-    row = ["C1", quantity, np.nan, measured, spread, 3, criterion, holds, "01_one", ""]
+def claim(measured, spread=0.0, verdict="holds", criterion="mean < 1", quantity="q"):
+    numbers = [np.nan, measured, spread, 3, measured, measured]
+    row = ["C1", "claim", quantity, *numbers, criterion, verdict, "01_one", True, ""]
     return pd.DataFrame([row], columns=claims.COLUMNS)
 
 
@@ -26,7 +27,8 @@ def claim(measured, spread=0.0, holds=True, criterion="mean < 1", quantity="q"):
         (claim(1.0), claim(1.051), False),
         (claim(1.0, 0.3), claim(2.49, 0.4), True),  # 3 * hypot(.3, .4) = 1.5
         (claim(1.0, 0.3), claim(2.51, 0.4), False),
-        (claim(1.0), claim(1.0, holds=False), False),
+        (claim(1.0), claim(1.0, verdict="fails"), False),
+        (claim(1.0), claim(1.0, verdict="undecided"), True),
         (claim(1.0), claim(1.0, criterion="mean < 2"), False),
         (claim(1.0), claim(np.nan), False),
         (claim(np.nan), claim(np.nan), True),
@@ -186,6 +188,11 @@ def test_the_committed_pages_are_those_of_the_committed_results():
         if ignored:  # 0: smoke, which is not committed
             page = (results.parent / "README.md").read_text()
             assert page == report.page(results.parent), "run `make readme`"
+    table = report.claims_table(
+        package.ROOT / "results/digits", "results/digits/figures", "notebooks"
+    )
+    readme = (package.ROOT / "README.md").read_text()
+    assert table.join(report.MARKS) in readme, "run `make readme`"
 
 
 def test_a_page_has_every_verdict_every_figure_and_what_made_them(tmp_path, monkeypatch, capsys):
@@ -194,11 +201,34 @@ def test_a_page_has_every_verdict_every_figure_and_what_made_them(tmp_path, monk
     assert report.main([str(results)]) == 2
     assert "make figures" in capsys.readouterr().err
     write(results, "01_one", 1.0)
-    (results / "scoreboard.md").write_text("| method |\n")
+    (results / "figures" / "01_one.png").write_text("the figure of the claim")
+    said = 'It is {{ measured("q") }}.\n\nA paragraph.\n'
+    (results / "found.md").write_text(f"## C1\n\n{said}\n## C2\n\nNothing.\n\nYet.\n")
     assert report.main([str(results)]) == 0
     page = (results / "README.md").read_text()
-    assert page.startswith("# digits, ResNet-8\n\n1 of 1 criteria hold.")
-    assert "[01_curve](figures/01_curve.png) | C1: 1 of 1 | 1.0 |" in page
+    assert page.startswith("# What was found: digits, ResNet-8\n")
+    assert "| holds | It is 1 ± 0. | [figure](figures/01_one.png), [notebook](" in page
+    assert "**holds**: 1 of 1 criteria hold. It is 1 ± 0. A paragraph.\n\n![01_one](" in page
+    assert "- [01_one](notebooks/01_one.ipynb), One step: [curve](figures/01_curve.png)" in page
     assert claims.markdown(claims.table(results)).strip() in page
-    assert "| method |" in page and "Python 1.0 on x, x, x, 1 cores" in page
-    assert "- 01: commit 1.0" in page
+    assert "Python 1.0 on x, x, x, 1 cores" in page
+    assert "- commit 1.0: 01 (1.0 s)" in page
+
+
+def test_what_was_written_of_results_names_measured_quantities_only(tmp_path):
+    results = tmp_path / "digits"
+    write(results, "01_one", 1.0)
+    (results / "found.md").write_text('## C1\n\n{{ measured("qq") }}\n\nMore.\n')
+    with pytest.raises(ValueError, match="unknown quantity 'qq'"):
+        report.found(results)
+
+
+def test_the_readme_has_the_table_of_the_committed_results(tmp_path, monkeypatch):
+    monkeypatch.setattr(report, "ROOT", tmp_path)
+    monkeypatch.setattr(report, "notebook_title", lambda name: "One step")
+    results = tmp_path / "results" / "digits"
+    write(results, "01_one", 1.0)
+    (tmp_path / "README.md").write_text("before\n" + "old table\n".join(report.MARKS) + "\nafter\n")
+    assert report.main([str(results)]) == 0
+    table = report.claims_table(results, "results/digits/figures", "notebooks")
+    assert (tmp_path / "README.md").read_text() == f"before\n{table.join(report.MARKS)}\nafter\n"

@@ -203,8 +203,8 @@ def test_imports_are_found_in_every_form(monkeypatch):
 
 def test_prerequisites_follow_imports_and_names_of_datasets(monkeypatch):
     monkeypatch.chdir(ROOT)
-    names = {str(path) for path in dependencies.prerequisites(Path("notebooks/01_one_step.ipynb"))}
-    assert {"requirements.txt", "notebooks/01_one_step.ipynb", "paper_lib/files.py"} <= names
+    names = {str(path) for path in dependencies.prerequisites(Path("notebooks/03_one_step.ipynb"))}
+    assert {"requirements.txt", "notebooks/03_one_step.ipynb", "paper_lib/files.py"} <= names
     assert {f"paper_lib/data/{name}.py" for name in ("digits", "cifar", "images")} <= names
     assert not {"paper_lib/__main__.py", "paper_lib/results/notebooks.py"} & names
 
@@ -218,8 +218,7 @@ NOTEBOOK = """from paper_lib.presets import study
 from paper_lib.results import claims
 from pathlib import Path
 ledger = claims.Ledger(study(preset, seeds=seeds or (0, 1)).results, "{name}")
-ledger.expect("C1", "q", below=2)
-ledger.measure("q", [float(Path("../runs/number").read_text())] * 2)
+ledger.expect("C1", "q", below=2).measure([float(Path("../runs/number").read_text())] * 2)
 ledger.verdict()"""
 
 

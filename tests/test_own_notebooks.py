@@ -14,7 +14,7 @@ from scripts import ROOT
 STUDY = re.compile(r"^study = presets\.study\(.*\)$", flags=re.M)
 
 
-@pytest.mark.parametrize("name", ["01_one_step", "09_ellipsoid", "14_scoreboard"])
+@pytest.mark.parametrize("name", ["03_one_step", "07_ellipsoid", "08_two_points"])
 def test_a_notebook_reaches_its_verdict_on_your_own_network(name, tmp_path, monkeypatch):
     for kind in ("RUNS", "RESULTS"):
         monkeypatch.setenv(f"PAPER_{kind}", str(tmp_path / kind.lower()))
