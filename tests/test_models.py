@@ -25,6 +25,26 @@ def test_networks_map_images_to_logits(name, width, norm):
     assert net(torch.randn(2, 3, 16, 16)).shape == (2, 7)
 
 
+@pytest.mark.parametrize(
+    ("name", "width"), [("resnet8", 4), ("resnet18_cifar", 4), ("resnet18", 0)]
+)
+@pytest.mark.parametrize("activation", networks.ACTIVATIONS)
+def test_every_activation_is_the_one_asked_for(name, width, activation):
+    net = networks.build(name, 3, 10, width, activation=activation)
+    kinds = tuple(networks.ACTIVATIONS.values())
+    found = {type(module) for module in net.modules() if isinstance(module, kinds)}
+    assert found == {networks.ACTIVATIONS[activation]}
+
+
+def test_only_smooth_activations_bend_between_kinks():
+    x = torch.tensor([0.5], requires_grad=True)
+    bends = {}
+    for name, activation in networks.ACTIVATIONS.items():
+        (slope,) = torch.autograd.grad(activation()(x).sum(), x, create_graph=True)
+        bends[name] = torch.autograd.grad(slope.sum(), x, allow_unused=True)[0]
+    assert not bends["relu"] and bends["silu"] and bends["gelu"]
+
+
 def test_sizes_are_the_published_ones():
     assert parameters(networks.build("resnet20", 3, 10, 16)) == pytest.approx(
         0.27e6, rel=0.02
