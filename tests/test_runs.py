@@ -31,7 +31,8 @@ def own_folder(tmp_path, monkeypatch):
 
 CHANGES = {
     "data": "other", "held_out": 9, "image_size": 32, "model": "resnet14", "width": 9,
-    "norm": "group", "batch_size": 9, "lr": 0.9, "schedule": "linear", "momentum": 0.5,
+    "norm": "group",
+    "activation": "silu", "batch_size": 9, "lr": 0.9, "schedule": "linear", "momentum": 0.5,
     "weight_decay": 0.1, "steps": 41, "record": "3", "checkpoints": (4,),
     "averages": ("EMA 0.5",), "seed": 4, "batch_seed": 4, "precision": "bfloat16",
     "compile": True, "threads": 2, "parent": SMALL, "perturbation": 0.1,
