@@ -231,11 +231,19 @@ def test_check_shows_what_is_missing_or_not_finite(ledger, capsys):
     ],
 )
 def test_what_the_criteria_of_a_claim_say_together(verdicts, together):
-    others = pd.DataFrame({"claim": "C2", "role": ["limit", "control"], "verdict": "fails"})
-    rows = pd.DataFrame({"claim": "C2", "role": "claim", "verdict": verdicts})
+    roles = ["limit", "control"]
+    others = pd.DataFrame({"claim": "C2", "role": roles, "verdict": "fails", "network": True})
+    rows = pd.DataFrame({"claim": "C2", "role": "claim", "verdict": verdicts, "network": True})
     (found,) = claims.by_claim(pd.concat([others, rows]))
     assert (found.claim, found.verdict) == ("C2", together)
     assert found.counted.startswith(f"{verdicts.count('holds')} of 2 criteria hold")
+
+
+def test_rows_without_a_network_are_counted_apart(tmp_path):
+    ledger = claims.Ledger(tmp_path, "05_model", network=False)
+    ledger.expect("C5", "q", below=1).measure([0.0, 0.0])
+    (found,) = claims.by_claim(ledger.verdict().rows)
+    assert found.counted == "1 of 1 criteria hold, of the model alone, without a network"
 
 
 def write(results, notebook, claim, quantities, value=0.5):

@@ -321,8 +321,8 @@ def by_claim(rows: pd.DataFrame) -> list[ClaimVerdict]:
     It holds if all its claim criteria hold, fails if all fail, is undecided if none fails and some
     are undecided, and else holds in part.
     """
-    judged = rows[rows.role == "claim"]
-    found = []
+    judged, found = rows[rows.role == "claim"], []
+    network = judged.groupby("claim").network.any()
     for claim in sorted(judged.claim.unique(), key=lambda name: int(name[1:])):
         verdicts = judged[judged.claim == claim].verdict.tolist()
         counts = {name: verdicts.count(name) for name in ("holds", "fails", "undecided")}
@@ -335,6 +335,7 @@ def by_claim(rows: pd.DataFrame) -> list[ClaimVerdict]:
         said = f"{counts['holds']} of {len(verdicts)} criteria hold"
         said += f", {counts['fails']} fail" * bool(counts["fails"])
         said += f", {counts['undecided']} undecided" * bool(counts["undecided"])
+        said += ", of the model alone, without a network" * (not network[claim])
         found.append(ClaimVerdict(claim, verdict, said))
     return found
 
