@@ -1,4 +1,4 @@
-"""A fixed batch along the trajectory: the dip, an exact identity, convexity where it is known."""
+"""A fixed batch along the trajectory: convexity where it is known, the dip of exact quadratics."""
 
 import numpy as np
 import pandas as pd
@@ -56,69 +56,6 @@ def runs(folder):
     return train(SmallNet)
 
 
-# --- the window around a batch's own step -------------------------------------------------------
-
-
-def test_prediction_is_exact_but_for_the_held_out_loss_where_batches_share_a_hessian(folder):
-    trained = train(Prior)
-    table = fixed_batch.around(trained, [10, 20], 5, 8, n_held=2)
-    assert len(table) == 2 * 2 * 14
-    for (seed, t), window in table.groupby(["seed", "batch"]):
-        run = trained[seed]
-        weights = run.window(t - 5, t + 8)
-        losses = probe.losses(run.network(), weights, *run.held(t, 2)).mean(1)
-        np.testing.assert_allclose(window.own - window.predicted, losses - losses[5], atol=2e-6)
-    bends = table.query("offset == 0").groupby("seed")[["bend_own", "bend_held"]].mean()
-    np.testing.assert_allclose(bends.bend_own / bends.bend_held, 1, rtol=0.01)
-
-
-def test_own_loss_is_the_logged_one_at_offset_zero_and_falls_after_the_step(runs):
-    table = fixed_batch.around(runs[:1], [3, 30], 0, 2).set_index(["batch", "offset"])
-    np.testing.assert_allclose(table.own[3, 0], runs[0].loss[3], rtol=1e-5)
-    assert table.own[3, 1] < table.own[3, 0] and table.own[30, 1] < table.own[30, 0]
-
-
-def test_dip_is_relative_to_the_mean_before_and_the_prediction_to_the_start():
-    columns = {"offset": [-1, 0, 1, 2], "own": [3.0, 1, 0.5, 1.5], "predicted": [0, 1, 0, 0.25]}
-    found = fixed_batch.dip(pd.DataFrame({"seed": 0, "batch": 1, **columns}))
-    assert found.dip.tolist() == [1.5, 0.5]
-    assert found.predicted.tolist() == [1.0, 0.75]
-    assert found.k.tolist() == [0, 1]
-
-
-@pytest.mark.parametrize(
-    ("a", "b", "fast", "slow"),
-    [(1.0, 1.0, 2.0, 50.0), (0.5, 2.0, 2.0, 48.0), (3.0, 0.5, 4.0, 80.0)],
-)
-def test_mixture_fit_recovers_two_decays(a, b, fast, slow):
-    k = np.arange(200)
-    dips = a * np.exp(-k / fast) + b * np.exp(-k / slow)
-    amplitudes, q = fixed_batch.fit_mixture(dips, 2)
-    np.testing.assert_allclose(q[None, :] ** k[:, None] @ amplitudes, dips, atol=0.03 * (a + b))
-    np.testing.assert_allclose(
-        -1 / np.log(q), [slow, fast], rtol=0.35
-    )  # on a grid, a seventh apart
-    (amplitude,), (rate,) = fixed_batch.fit_mixture(2 * 0.9**k, 1)
-    assert amplitude == pytest.approx(2, rel=0.1)
-    assert -1 / np.log(rate) == pytest.approx(-1 / np.log(0.9), rel=0.08)
-
-
-def test_mixture_fit_of_no_dip_has_no_amplitude_and_finite_rates():
-    amplitudes, q = fixed_batch.fit_mixture(-np.ones(20), 2)
-    assert amplitudes.tolist() == [0, 0] and np.all((q > 0) & (q < 1))
-    k = np.arange(20)
-    amplitudes, q = fixed_batch.fit_mixture(0.9**k - 0.5 * 0.3**k, 2)  # one grows
-    assert amplitudes.min() >= 0 and amplitudes.max() > 0.5
-
-
-def test_history_agrees_with_probing_each_snapshot(runs):
-    run = runs[0]
-    table = fixed_batch.history([run], [2, 5], [0, 7])
-    exact = probe.losses(run.network(), run.at(7), *run.batches([5]))[0]
-    assert table.query("step == 7 and batch == 5").loss.item() == pytest.approx(exact, abs=1e-6)
-    assert len(fixed_batch.history([run], [2])) == len(run.steps)
-
-
 # --- convexity between points of a path ---------------------------------------------------------
 
 
@@ -145,7 +82,7 @@ def test_excesses_of_a_saddle_are_those_of_its_closed_form():
 
 def test_convexity_names_path_and_seed(runs):
     paths = [fixed_batch.along(run, 0, 40, n=3) for run in runs]
-    found = fixed_batch.convexity(runs, paths, [0, 1], "held", path="start")
+    found = fixed_batch.convexity(runs, paths, [0, 1], path="start")
     assert sorted(found.seed.unique()) == [0, 1]
     assert set(found.path) == {"start"} and len(found) == 2 * 3 * 2
 
@@ -165,13 +102,66 @@ def test_segment_is_straight_with_both_ends():
     np.testing.assert_array_equal(path, [[0, 0], [1, 2], [2, 4], [3, 6], [4, 8]])
 
 
+def test_points_equally_far_along_a_path():
+    corner = np.array([[0, 0], [1, 0], [2, 0], [2, 2], [2, 3], [2, 4]], np.float32)
+    np.testing.assert_allclose(fixed_batch.lengths(corner), [0, 1, 2, 4, 5, 6])
+    np.testing.assert_array_equal(fixed_batch.equally_far(corner, 4), corner[[0, 2, 3, 5]])
+
+
+# --- the curve itself ---------------------------------------------------------------------------
+
+
+def test_follow_is_the_loss_at_each_point(runs):
+    paths = [fixed_batch.along(run, 0, 40, n=5) for run in runs]
+    table = fixed_batch.follow(runs, paths, [2, 5], "whole")
+    assert len(table) == 2 * 5 * 2 and set(table.path) == {"whole"}
+    last = table.query("seed == 1 and position == 1 and batch == 5").loss.item()
+    exact = probe.losses(runs[1].network(), runs[1].at(40), *runs[1].batches([5]))[0]
+    assert last == pytest.approx(exact, abs=1e-6)
+
+
+def curve(loss):
+    """A table of `follow`: two batches with the losses loss(position), one 3 nats higher."""
+    at = np.array([0, 0.1, 0.3, 0.6, 1])
+    tables = [pd.DataFrame({"position": at, "loss": loss(at) + 3 * i, "batch": i}) for i in (0, 1)]
+    return pd.concat(tables, ignore_index=True).assign(seed=0, path="p")
+
+
+def test_only_a_curve_that_is_not_convex_lies_above_its_chords():
+    bowl = fixed_batch.over_chords(curve(lambda u: u**2))
+    assert len(bowl) == 10 and (bowl.excess < 0).all()
+    np.testing.assert_allclose(bowl.error, 0, atol=1e-12)
+    line = fixed_batch.over_chords(curve(lambda u: 2 * u + 1))
+    np.testing.assert_allclose(line.excess, 0, atol=1e-12)
+    hill = fixed_batch.over_chords(curve(lambda u: u * (1 - u)))
+    assert hill[hill.position == 0.3].excess.max() == pytest.approx(0.3 * 0.7)
+
+
+# --- the dip that the own step leaves -----------------------------------------------------------
+
+
+def test_batches_that_share_a_hessian_dip_as_one_hessian_predicts(folder):
+    found = fixed_batch.dips(train(Prior), [10, 20], [1, 4, 15], n_held=2)
+    assert len(found) == 2 * 2 * 3
+    np.testing.assert_allclose(found.shared, found.dip, atol=2e-6)
+    np.testing.assert_allclose(found.own, found.dip, atol=2e-6)
+
+
+def test_the_own_hessian_predicts_short_dips_of_any_network(folder):
+    large = train(SmallNet, lr=1.0)  # dips far above rounding
+    found = fixed_batch.dips(large, [3, 20, 30], [1])
+    assert found.dip.mean() > 0
+    missed = [(found[name] - found.dip).abs().mean() for name in ("shared", "own")]
+    assert missed[1] < 0.5 * missed[0]
+
+
 def test_bad_windows_say_what_to_do(folder):
     runs = train(SmallNet, record="0-10")
-    with pytest.raises(ConfigError, match="window.*empty"):
-        fixed_batch.around(runs, [3], 0, 0)
     with pytest.raises(ConfigError, match="at least one"):
-        fixed_batch.around(runs, [], 1, 1)
+        fixed_batch.dips(runs, [], [1])
+    with pytest.raises(ConfigError, match="offsets.*1 or more"):
+        fixed_batch.dips(runs, [3], [0, 1])
     with pytest.raises(ConfigError, match="window.*empty"):
         fixed_batch.along(runs[0], 5, 5)
     with pytest.raises(SnapshotError, match="it has 0-10.*`record`"):
-        fixed_batch.around(runs, [9], 1, 5)
+        fixed_batch.dips(runs, [9], [5])

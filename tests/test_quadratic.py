@@ -66,12 +66,6 @@ def test_gradient_alignment(run):
     assert_mean(cosines(own[:, :1], own), quadratic.gradient_cosine(eta, WINDOW, m))
 
 
-def test_fixed_batch_along_the_run(run):
-    eta, m, x, c = run
-    expected = quadratic.own_batch_distance(eta, WINDOW, S2, m)
-    assert_mean((x[:, 1:] - c[:, :1]) ** 2, expected)
-
-
 def test_averages_of_iterates(run):
     eta, m, x, _ = run
     v, n = quadratic.stationary_variance(eta, S2, m), WINDOW + 1
@@ -163,7 +157,6 @@ def test_forms_broadcast_over_directions_and_settings(decay):
     eta = np.array([0.1, 0.2, 1.2])
     assert quadratic.ema_ratio(eta, np.array([[decay], [0.5]])).shape == (2, 3)
     assert quadratic.gradient_cosine(eta[:, None], 5, 0.9).shape == (3, 1, 5)
-    assert quadratic.own_batch_distance(eta, 5, s2=np.ones(3)).shape == (3, 5)
 
 
 @pytest.mark.parametrize("eta", [0.0, -0.1, 2.0, np.nan, [0.5, 2.5]])
@@ -173,7 +166,6 @@ def test_eta_outside_its_range_is_refused_everywhere(eta):
         quadratic.varying_curvature_variance: (0.1,),
         quadratic.autocorrelation: (5,),
         quadratic.gradient_cosine: (5,),
-        quadratic.own_batch_distance: (5,),
         partial(quadratic.own_batch_loss, 0.1): (),
         partial(quadratic.held_out_loss, 0.1): (),
         quadratic.same_batches_distance: (5,),

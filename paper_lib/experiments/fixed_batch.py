@@ -1,7 +1,7 @@
 """Follow the loss of one fixed batch along a trajectory (claim C1).
 
-`around` and `dip` show the dip that the batch's own step leaves, `history` the whole run, and
-`convexity` tests the inequalities of a convex function between points of a path.
+`convexity` tests the inequalities of a convex function between points of a path, `follow` and
+`over_chords` the curve itself, and `dips` shows what the batch's own step leaves.
 """
 
 from __future__ import annotations
@@ -11,7 +11,6 @@ from collections.abc import Sequence
 
 import numpy as np
 import pandas as pd
-from scipy.optimize import nnls
 from torch import Tensor
 from tqdm import tqdm
 
@@ -20,110 +19,10 @@ from paper_lib.probing import derivatives, probe
 from paper_lib.runs import Run
 from paper_lib.training.flat import FlatModel
 
-# --- the window around a batch's own step -------------------------------------------------------
+# --- paths --------------------------------------------------------------------------------------
 
 
-def around(
-    runs: Sequence[Run], at: Sequence[int], before: int, after: int, n_held: int = 4
-) -> pd.DataFrame:
-    """Follow the batch of each step t in `at` from x_{t - before} to x_{t + after}.
-
-    Returns one row per seed, batch (named by t) and offset s: `own`, the batch's loss at x_{t+s}
-    (its own step leads from offset 0 to 1), and what the model predicts from gradients at x_t
-    alone. If all batches share a Hessian, own and held-out loss differ by a linear function; if the
-    held-out loss is stationary, then on average `predicted` = own(0) + (g_own - g_held) . (x_{t+s}
-    - x_t), with g_held the mean over n_held held-out batches. `bend_own` and `bend_held` are what
-    both losses gain over the own step beyond first order: equal in the model. All are in nats.
-    Raises ConfigError for an empty window, SnapshotError where the run did not keep it.
-    """
-    allowed = "it is empty: before >= 0 and after >= 1"
-    require(before >= 0 and after >= 1, "window", (-before, after), allowed)
-    require(len(at) > 0, "at", list(at), "name at least one step whose batch to follow")
-
-    def follow(run: Run, net: FlatModel, t: int) -> pd.DataFrame:
-        own, held = run.batches([t]), run.held(t, n_held)
-        window, start = run.window(t - before, t + after), np.array(run.at(t))
-        g_own = derivatives.gradients(net, start, *own)[0]
-        g_held = derivatives.mean_gradient(net, start, *held)
-        # in float64, as their products with a gradient nearly cancel
-        away = [(row - start).astype(np.float64) for row in window]
-        loss = probe.losses(net, window, *own)[:, 0].astype(np.float64)
-        beside = probe.losses(net, window[before : before + 2], *held).mean(1)
-        columns = {
-            "offset": np.arange(-before, after + 1),
-            "own": loss,
-            "predicted": loss[before] + np.array([np.dot(g_own - g_held, d) for d in away]),
-            "bend_own": loss[before + 1] - loss[before] - np.dot(g_own, away[before + 1]),
-            "bend_held": beside[1] - beside[0] - np.dot(g_held, away[before + 1]),
-        }
-        return pd.DataFrame(columns)
-
-    table = probe.per_run(runs, at, follow, "around the own step")
-    return table.rename(columns={"step": "batch"})
-
-
-def dip(table: pd.DataFrame) -> pd.DataFrame:
-    """How far a batch's loss lies below its level before its own step: a row per seed, offset >= 1.
-
-    Means over batches: `dip` measured and `predicted` (nats), `level` = mean own loss over offsets
-    <= 0, `k` = offset - 1.
-    """
-    level = table.query("offset <= 0").groupby("seed").own.mean().rename("level")
-    start = table.query("offset == 0").groupby("seed").own.mean().rename("start")
-    after = table.query("offset >= 1").groupby(["seed", "offset"])[["own", "predicted"]].mean()
-    means = after.reset_index().join(level, on="seed")
-    # the prediction starts from the loss at x_t
-    predicted = means.join(start, on="seed").start - means.predicted
-    found = means.assign(dip=means.level - means.own, predicted=predicted, k=means.offset - 1)
-    return found.drop(columns="own")
-
-
-def fit_mixture(dips: np.ndarray, n_rates: int) -> tuple[np.ndarray, np.ndarray]:
-    """Least-squares fit of dips[k] = sum_j a_j q_j^k, a_j >= 0: (a, q), each (n_rates,), q falling.
-
-    The model's dip (theory: 2 eta s2 q^k in each direction) is such a mixture over curvatures,
-    q = 1 - lr h. Raises ConfigError for fewer than 2 n_rates + 1 dips.
-    """
-    allowed = f"{n_rates} rate(s) need more than {2 * n_rates} values"
-    require(len(dips) > 2 * n_rates, "dips", len(dips), allowed)
-    k, least = np.arange(len(dips)), np.inf
-    decay_times = np.geomspace(3 * len(dips), 0.3, 60)  # in steps
-    for taus in itertools.combinations(decay_times, n_rates):
-        q = np.exp(-1 / np.array(taus))
-        amplitudes, error = nnls(q[None, :] ** k[:, None], dips)
-        if error < least:
-            least, best = error, (amplitudes, q)
-    return best
-
-
-# --- the whole run ------------------------------------------------------------------------------
-
-
-def history(
-    runs: Sequence[Run], batches: Sequence[int], steps: Sequence[int] | None = None
-) -> pd.DataFrame:
-    """Loss of fixed batches at the snapshots `steps` (default: all), in nats.
-
-    Rows (step, batch, loss, seed); batches are named by the steps that use them.
-    Raises SnapshotError for snapshots that were not kept.
-    """
-    tables = []
-    for run in runs:
-        kept = run.steps if steps is None else np.asarray(steps)
-        weights = run.weights[run.rows(kept)]
-        losses = probe.losses(run.network(), weights, *run.batches(batches), progress="whole run")
-        index = pd.MultiIndex.from_product([kept, batches], names=["step", "batch"])
-        table = pd.DataFrame({"loss": losses.ravel()}, index=index).reset_index()
-        tables.append(table.assign(seed=run.config.seed))
-    return pd.concat(tables, ignore_index=True)
-
-
-# --- convexity between points of a path ---------------------------------------------------------
-
-NOISE = 1e-5  # nats: float32 losses of order 1 are good to about 1e-6; less is no violation
-
-
-def along(run: Run, first: int, last: int, n: int = 9) -> np.ndarray:
+def along(run: Run, first: int, last: int, n: int = 7) -> np.ndarray:
     """n iterates from x_first to x_last, (n, P), about equally far apart in time.
 
     Raises ConfigError for an empty window, SnapshotError for iterates that were not kept.
@@ -147,22 +46,34 @@ def segment(start: np.ndarray, end: np.ndarray, n: int = 9) -> np.ndarray:
     return start + np.linspace(0, 1, n, dtype=np.float32)[:, None] * (end - start)
 
 
-def convexity(
-    runs: Sequence[Run],
-    paths: Sequence[np.ndarray],
-    batches: Sequence[int],
-    split: str = "train",
-    path: str = "",
-) -> pd.DataFrame:
-    """`excesses` of each run's batches on its own path, with columns seed and path.
+def lengths(points: np.ndarray) -> np.ndarray:
+    """Length of the path from its first point to each, (n,), for points (n, P)."""
+    steps = np.linalg.norm(np.diff(points, axis=0), axis=1, keepdims=True)
+    return np.append(0, np.cumsum(steps, dtype=np.float64))
 
-    `paths` has one array (n, P) per run; `split` "train" or "held" says whose batches.
+
+def equally_far(points: np.ndarray, n: int = 9) -> np.ndarray:
+    """Those of `points`, (m, P), that lie about equally far apart along the path, at most n."""
+    at = lengths(points)
+    return points[np.unique(np.abs(at - np.linspace(0, at[-1], n)[:, None]).argmin(1))]
+
+
+# --- the inequalities of a convex function, between points of a path ----------------------------
+
+NOISE = 1e-5  # nats: float32 losses of order 1 are good to about 1e-6; less is no violation
+
+
+def convexity(
+    runs: Sequence[Run], paths: Sequence[np.ndarray], batches: Sequence[int], path: str = ""
+) -> pd.DataFrame:
+    """`excesses` of each run's training batches on its own path, with columns seed and path.
+
+    `paths` has one array (n, P) per run; batches are named by the steps that use them.
     """
     tables = []
     for run, points in zip(tqdm(runs, desc=f"convexity, {path}"), paths, strict=True):
-        c = run.config
-        stacked = run.dataset.batches(batches, c.batch_size, c.stream, split)
-        tables.append(excesses(run.network(), points, *stacked).assign(seed=c.seed, path=path))
+        found = excesses(run.network(), points, *run.batches(batches))
+        tables.append(found.assign(seed=run.config.seed, path=path))
     return pd.concat(tables, ignore_index=True)
 
 
@@ -194,3 +105,84 @@ def excesses(net: FlatModel, points: np.ndarray, x: Tensor, y: Tensor) -> pd.Dat
             "tangent": tangent.ravel(),
         }
     )
+
+
+# --- the curve itself ---------------------------------------------------------------------------
+
+
+def follow(
+    runs: Sequence[Run], paths: Sequence[np.ndarray], batches: Sequence[int], path: str = ""
+) -> pd.DataFrame:
+    """Loss (nats) of each run's training batches at the points of its own path.
+
+    Rows (seed, path, point, position, batch, loss): points are counted from 0, and position is the
+    share of the path's length.
+    """
+    tables = []
+    for run, points in zip(tqdm(runs, desc=f"losses, {path}"), paths, strict=True):
+        at = lengths(points)
+        losses = probe.losses(run.network(), points, *run.batches(batches))
+        index = pd.MultiIndex.from_product([range(len(points)), batches], names=["point", "batch"])
+        table = pd.DataFrame({"loss": losses.ravel()}, index=index).reset_index()
+        position = (at / at[-1])[table.point]
+        tables.append(table.assign(position=position, seed=run.config.seed, path=path))
+    return pd.concat(tables, ignore_index=True)
+
+
+def over_chords(table: pd.DataFrame) -> pd.DataFrame:
+    """How far the curve lies above the chord between any two of its points: not at all if convex.
+
+    For the table of `follow` a row per seed, path and three positions, of which `position` is the
+    middle one: `excess` of the loss there over the chord (nats), a mean over batches, and its
+    standard `error` over batches.
+    """
+    rows = []
+    for (seed, path), losses in table.groupby(["seed", "path"], sort=False):
+        wide = losses.pivot(index="position", columns="batch", values="loss").astype(np.float64)
+        at, loss = wide.index.to_numpy(), wide.to_numpy()
+        i, j, k = np.array(list(itertools.combinations(range(len(at)), 3))).T
+        share = ((at[j] - at[i]) / (at[k] - at[i]))[:, None]
+        excess = pd.DataFrame(loss[j] - (1 - share) * loss[i] - share * loss[k])
+        found = {"position": at[j], "excess": excess.mean(axis=1), "error": excess.sem(axis=1)}
+        rows.append(pd.DataFrame(found).assign(seed=seed, path=path))
+    return pd.concat(rows, ignore_index=True)
+
+
+# --- the dip that the own step leaves -----------------------------------------------------------
+
+
+def dips(
+    runs: Sequence[Run], at: Sequence[int], offsets: Sequence[int], n_held: int = 4
+) -> pd.DataFrame:
+    """How far the batch of each step t in `at` lies below held-out ones at x_{t + offset}.
+
+    Rows (seed, batch, offset), batches named by t. With d = x_{t+offset} - x_t, `dip` = held(t +
+    offset) - held(t) - own(t + offset) + own(t) (nats), held being the mean over n_held held-out
+    batches, and what derivatives at x_t alone predict: `shared` = (g_held - g_own) . d, if all
+    batches share a Hessian, and `own` = shared + d' (H_held - H_own) d / 2, if each has its own.
+    Raises ConfigError for no batch or no offset, SnapshotError where the run kept no iterate.
+    """
+    require(len(at) > 0, "at", list(at), "name at least one step whose batch to follow")
+    later = "they must come after the step: 1 or more"
+    require(len(offsets) > 0 and min(offsets) >= 1, "offsets", list(offsets), later)
+
+    def one_batch(run: Run, net: FlatModel, t: int) -> pd.DataFrame:
+        own, held = run.batches([t]), run.held(t, n_held)
+        points = np.array(run.weights[run.rows([t, *(t + k for k in offsets)])])
+        start, away = points[0], points[1:] - points[0]
+        slope = derivatives.mean_gradient(net, start, *held).astype(np.float64)
+        slope -= derivatives.gradients(net, start, *own)[0]
+        level = probe.losses(net, points, *held).mean(1, dtype=np.float64)
+        level -= probe.losses(net, points, *own)[:, 0]
+        shared = away @ slope
+        bend = [
+            d @ derivatives.mean_hessian_product(net, start, d, *held)
+            - d @ derivatives.hessian_vector_products(net, start, d, *own)[0]
+            for d in away
+        ]
+        own_hessian = shared + np.array(bend) / 2
+        found = {"dip": level[1:] - level[0], "shared": shared, "own": own_hessian}
+        return pd.DataFrame({"offset": offsets, **found})
+
+    table = probe.per_run(runs, at, one_batch, "dips after the own step")
+    return table.rename(columns={"step": "batch"})

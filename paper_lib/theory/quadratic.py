@@ -113,15 +113,6 @@ def gradient_cosine(eta: Values, n: int, momentum: float = 0.0) -> np.ndarray:
     return cosine
 
 
-def own_batch_distance(eta: Values, n: int, s2: Values = 1.0, momentum: float = 0.0) -> np.ndarray:
-    """E (x_(t+k) - c_t)^2 for k = 0..n-1 steps after batch t's own update (claim C1).
-
-    v + s2 - 2 eta s2 q^k: a dip below v + s2, the value for any other batch, forgotten at rate q.
-    """
-    v, s2 = stationary_variance(eta, s2, momentum)[..., None], np.asarray(s2)[..., None]
-    return v + s2 - 2 * s2 * impulse_response(eta, n, momentum)
-
-
 def same_batches_distance(eta: Values, t: Values) -> np.ndarray:
     """|q|^t: distance after t steps, over the first, of two runs on the same batches (claim C9)."""
     return np.abs(1 - check_eta(eta)) ** np.asarray(t)
