@@ -19,10 +19,10 @@ from paper_lib.training import loop
 class SmallNet(nn.Module):
     """A network of a user's own: convolution, BatchNorm, dropout, linear; one channel."""
 
-    def __init__(self, dropout: float = 0.0):
+    def __init__(self, dropout: float = 0.0, activation: type[nn.Module] = nn.ReLU):
         super().__init__()
         self.features = nn.Sequential(
-            nn.Conv2d(1, 4, 3, padding=1), nn.BatchNorm2d(4), nn.ReLU(), nn.Dropout(dropout)
+            nn.Conv2d(1, 4, 3, padding=1), nn.BatchNorm2d(4), activation(), nn.Dropout(dropout)
         )
         self.head = nn.Linear(4, 3)
 

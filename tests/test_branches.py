@@ -1,5 +1,6 @@
 """Averages against branches: exact on the model where eta is known, in its limit on networks."""
 
+import functools
 from types import SimpleNamespace
 
 import numpy as np
@@ -9,6 +10,7 @@ from helpers import SMALL, SmallNet, small_data
 from hypothesis import given
 from hypothesis import strategies as st
 from strategies import seeds
+from torch import nn
 
 from paper_lib import runs
 from paper_lib.config import Study
@@ -17,6 +19,7 @@ from paper_lib.experiments import branches
 from paper_lib.experiments.branches import Emulation
 from paper_lib.probing import evaluation
 from paper_lib.theory import simulate
+from paper_lib.theory.quadratic import stationary_variance
 
 
 class ModelRun:
@@ -180,6 +183,29 @@ def test_following_a_constant_branch_is_following_the_run():
     np.testing.assert_allclose(forgotten, expected, rtol=1e-6)
 
 
+def test_each_batch_with_a_hessian_of_its_own_is_predicted_exactly():
+    rng, lr, factors = np.random.default_rng(5), 0.2, Emulation("EMA", 0.9, 44).schedule
+    roots = rng.normal(size=(44, 3, 3))
+    H, c = roots @ roots.transpose(0, 2, 1) / 3, rng.normal(size=(44, 3))
+
+    def descend(rates):
+        x = [np.ones(3)]
+        for t, rate in enumerate(rates):
+            x.append(x[-1] - rate * H[t] @ (x[-1] - c[t]))
+        return np.array(x)
+
+    x, branch = descend(np.full(44, lr)), descend(lr * factors)
+    own = np.array([y + e for y, e in branches.emulated(x, factors, lambda t, d: lr * H[t] @ d)])
+    np.testing.assert_allclose(own, branch[1:], atol=1e-12)
+    mean = [y + e for y, e in branches.emulated(x, factors, lambda t, d: lr * H.mean(0) @ d)]
+    plain = [y for y, _ in branches.emulated(x, factors)]
+    assert (
+        np.abs(mean[-1] - branch[-1]).max() > 0.05 and np.abs(plain[-1] - branch[-1]).max() > 0.05
+    )
+    a = Emulation("EMA", 0.9, 44).weights()
+    np.testing.assert_allclose(plain[-1], a @ x, atol=1e-12)
+
+
 def test_following_ends_at_the_comparison():
     e = Emulation("EMA", 0.9, end=70)
     run, branch = run_and_branch(4, e, 0.05)
@@ -200,16 +226,33 @@ def comparison(average, schedule, last, seeds=0):
     return pd.DataFrame({"seed": seeds, "last_train_loss": last, **losses})
 
 
-def test_agreement():
-    averages = [0.5, 0.6, 0.7]
-    perfect = branches.agreement(comparison(averages, averages, 0.9)).loc[0]
-    assert perfect.tolist() == pytest.approx([1, 0, 0.2, 0])
-    idle = branches.agreement(comparison(averages, [0.9, 0.9 + 1e-9, 0.9], 0.9)).loc[0]
-    assert idle.share == pytest.approx(1)
-    off = branches.agreement(comparison(averages, [0.53, 0.63, 0.67], 0.9)).loc[0]
-    assert (off.rms, off.share) == pytest.approx((0.03, 0.1))
-    single = branches.agreement(comparison([0.5], [0.5], 0.9)).loc[0]
-    assert np.isnan(single.correlation)
+def test_mismatches():
+    averages = np.array([[0.5, 0.6, 0.7], [0.5, 0.6, 0.9]])
+    table = comparison(averages.ravel(), (averages + 0.01).ravel(), 0.9, np.repeat([0, 1], 3))
+    table["setting"] = [1, 2, 3] * 2
+    found = branches.mismatches(table)
+    np.testing.assert_allclose(found.own, 0.01)
+    np.testing.assert_allclose(found.away, [0.2, 0.4])
+    np.testing.assert_allclose(found.one, [0.22 / 3 - 0.01 / 3, 0.42 / 3 - 0.01 / 3])
+    np.testing.assert_allclose(found.seeds, [0.23 / 3, 0.21 / 3])
+    alone = branches.mismatches(table.query("seed == 0"))
+    assert np.isnan(alone.seeds[0]) and alone.away[0] == pytest.approx(0.2)
+
+
+@pytest.mark.parametrize(("family", "setting", "sign"), [("EMA", 0.9, 1), ("two points", 20, -1)])
+def test_schedules_leave_another_variance_in_steep_directions(family, setting, sign):
+    e, h = Emulation(family, setting, 60), np.array([0.001, 0.3, 0.8])
+    predicted = branches.variance_gap(e, h)
+    assert abs(predicted[0]) < 0.01 and (sign * predicted[1:] > 0.02).all()
+    one = Emulation(family, setting, 60, eta=0.3)
+    assert branches.variance_gap(one, h)[1] == pytest.approx(0, abs=1e-12)
+    rng = np.random.default_rng(0)
+    start = rng.standard_normal((40_000, 3)) * np.sqrt(stationary_variance(h))
+    minima = rng.standard_normal((40_000, 3, e.span))
+    averages = simulate.sgd(minima, 1, h[:, None], start) @ e.weights()
+    ends = simulate.sgd(minima, e.schedule, h[:, None], start)[..., -1]
+    found = (ends.var(0) - averages.var(0)) / stationary_variance(h)
+    np.testing.assert_allclose(found, predicted, atol=0.01)
 
 
 @pytest.mark.parametrize(
@@ -269,6 +312,23 @@ def test_points_are_those_they_name(measured, stationary):
     for point, step in {"last": 70, "start": 50}.items():
         assert row[f"{point}_test_loss"] == evaluate[1](stationary[1].at(step))["test_loss"]
     assert row.noise == pytest.approx(1 / 20)
+
+
+def test_hessians_of_the_batches_predict_where_a_small_smooth_network_goes(folder):
+    config = SMALL.branch(30, record="40-70", lr=0.05)
+    smooth = functools.partial(SmallNet, activation=nn.SiLU)
+    (run,) = runs.train_seeds(config, [0], small_data(), smooth)
+    ((branch,),) = branches.train([Emulation("uniform", 30, 70)], [run])
+    followed = branches.follow([run], [branch], predict=True)
+    assert (followed.predicted_moved == followed.moved).all()
+    later = followed.query("after > 2")  # at first both are at the run's own rate
+    np.testing.assert_allclose(later.predicted_distance, later.distance, rtol=0.05)
+
+
+def test_nothing_is_predicted_with_momentum():
+    run = ModelRun(np.zeros((1, 20)), momentum=0.9)
+    with pytest.raises(ConfigError, match="momentum = 0.9 is not allowed: the prediction has none"):
+        branches.follow([run], [run], predict=True)
 
 
 def test_other_batches_lead_elsewhere(stationary):

@@ -6,7 +6,7 @@ Claim C6 goes from averages to schedules, claim C10 from cooldowns to averages t
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -15,12 +15,14 @@ import pandas as pd
 from tqdm import tqdm
 
 from paper_lib.averaging import schedules, vectors
-from paper_lib.averaging.equivalence import to_average, to_schedule
+from paper_lib.averaging.equivalence import batch_weights, to_average, to_schedule
 from paper_lib.config import RunConfig, describe
 from paper_lib.errors import check_names, require
 from paper_lib.experiments.timescales import Modes, modes
+from paper_lib.probing.derivatives import hessian_vector_products
 from paper_lib.probing.evaluation import Evaluator
 from paper_lib.runs import Run, branch_all
+from paper_lib.theory.quadratic import stationary_variance
 
 EMA_BEGINS = 0.01  # weight of the iterate with which an EMA begins: it needs no longer branch
 RECORDED = 24  # snapshots of a branch, evenly spaced in the logarithm of the steps since it began
@@ -222,42 +224,105 @@ def correction(m: Modes, e: Emulation) -> np.ndarray:
     return shift.astype(np.float32) @ m.directions[m.stable]
 
 
-def follow(runs: Sequence[Run], branches: Sequence[Run]) -> pd.DataFrame:
+def follow(runs: Sequence[Run], branches: Sequence[Run], predict: bool = False) -> pd.DataFrame:
     """Where one branch of each run lies, against the average that emulates its schedule so far.
 
     For a constant schedule that average is the run's own iterate. One row per run and snapshot of
-    its branch: seed, `after` (steps since branching), and the columns of `geometry`.
+    its branch: seed, `after` (steps since branching), and the columns of `geometry`. With `predict`
+    also predicted_<column>: the same of where batches with a Hessian of their own take the branch
+    (`emulated`), at the cost of a Hessian product per step. ConfigError for that with momentum.
     """
     rows = []
     for run, branch in zip(runs, branches, strict=True):
-        first, factors = branch.config.start, branch.lr / run.config.lr
-        start = np.array(run.at(first))
-        for step in branch.steps[branch.steps > first]:
-            n = int(step) - first
-            average = vectors.average(to_average(factors[:n]), run.window(first, first + n))
-            row = {"seed": run.config.seed, "after": n}
-            rows.append(row | geometry(start, average, branch.at(int(step))))
+        c, first, factors = run.config, branch.config.start, branch.lr / run.config.lr
+        require(not (predict and c.momentum), "momentum", c.momentum, "the prediction has none")
+        x, kept = run.window(first, branch.config.steps), set(branch.steps.tolist())
+        product = batch_hessians(run, first) if predict else None
+        for n, (average, gap) in enumerate(emulated(x, factors, product), start=1):
+            if first + n not in kept:
+                continue
+            row = {"seed": c.seed, "after": n, **geometry(x[0], average, branch.at(first + n))}
+            if predict:
+                model = geometry(x[0], average, average + gap)
+                row |= {f"predicted_{name}": value for name, value in model.items()}
+            rows.append(row)
     return pd.DataFrame(rows)
 
 
-def agreement(table: pd.DataFrame, quantity: str = "train_loss") -> pd.DataFrame:
-    """How well the schedules of a sweep follow its averages, per seed, without a free parameter.
+Product = Callable[[int, np.ndarray], np.ndarray]
 
-    `correlation`; `rms` difference; `spread` = the averages' range; `share` = the sum of
-    |schedule - average| as a share of the sum of |last - average|: 0 for equivalence, 1 if the
-    schedule did nothing.
+
+def emulated(
+    x: np.ndarray, factors: np.ndarray, product: Product | None = None
+) -> Iterator[tuple[np.ndarray, np.ndarray]]:
+    """Averages of a run that emulate the first t steps of a schedule, and what they miss.
+
+    x (T + 1, P) are the iterates of plain SGD, `factors` (T,) the schedule's. Yields y_t (P,) and
+    e_t (P,), t = 1..T, float64: y_t = x_0 + sum_(s<t) f_s (x_(s+1) - x_s) is the average, and the
+    iterate of SGD under the schedule on the same batches is y_t + e_t with e_0 = 0,
+    e_(t+1) = e_t - f_t lr H_t (e_t + y_t - x_t), exact where the batches' losses are quadratics,
+    each with a Hessian of its own. `product(t, d)` is lr H_t d with weight decay; without, e_t = 0.
     """
-    rows = {}
-    for seed, of_seed in table.groupby("seed"):
-        average, schedule, last = (of_seed[f"{point}_{quantity}"].to_numpy() for point in POINTS)
-        gap = schedule - average
-        rows[seed] = {
-            "correlation": np.corrcoef(average, schedule)[0, 1] if len(gap) > 1 else math.nan,
-            "rms": np.sqrt(np.mean(gap**2)),
-            "spread": np.ptp(average),
-            "share": np.abs(gap).sum() / np.abs(last - average).sum(),
-        }
-    return pd.DataFrame.from_dict(rows, orient="index").rename_axis("seed")
+    y, e = np.array(x[0], np.float64), np.zeros(x.shape[1])
+    for t, f in enumerate(factors):
+        if product is not None and t:  # at first both are zero
+            e = e - f * product(t, e + y - x[t])
+        y = y + f * (x[t + 1].astype(np.float64) - x[t])
+        yield y, e
+
+
+def batch_hessians(run: Run, first: int) -> Product:
+    """lr (H_t + weight decay) d of the batch of step first + t, at the run's own iterate."""
+    net, c = run.network(), run.config
+
+    def product(t: int, d: np.ndarray) -> np.ndarray:
+        batch = run.batches([first + t])
+        (found,) = hessian_vector_products(net, run.at(first + t), d, *batch)
+        return c.lr * (found + c.weight_decay * d)
+
+    return product
+
+
+def mismatches(table: pd.DataFrame, quantity: str = "train_loss", away: int = 2) -> pd.DataFrame:
+    """How far a family's averages end from their own schedules and from others, per seed.
+
+    Means over settings of |schedule - average| in `quantity`: `own`; `away`, the schedules that
+    many settings away on either side; `one`, the middle setting's schedule for all; `seeds`, the
+    same setting with every other seed (NaN if there is none).
+    """
+    points = ("average", "schedule")
+    tables = [
+        table.pivot(index="setting", columns="seed", values=f"{p}_{quantity}") for p in points
+    ]
+    a, s = (each.to_numpy() for each in tables)  # (settings, seeds)
+    n, seeds = a.shape
+    apart = np.abs(a[:, None] - s)  # by setting of the average, of the schedule, and seed
+    settings = np.abs(np.subtract.outer(range(n), range(n)))
+    columns = {
+        "own": np.abs(a - s).mean(0),
+        "away": apart[settings == min(away, n - 1)].mean(0),
+        "one": apart[:, n // 2].mean(0),
+        "seeds": np.full(seeds, np.nan),
+    }
+    if seeds > 1:
+        others = (np.delete(s, k, axis=1) - a[:, [k]] for k in range(seeds))
+        columns["seeds"] = np.array([np.abs(other).mean() for other in others])
+    return pd.DataFrame(columns, index=tables[0].columns)
+
+
+def variance_gap(e: Emulation, eta: np.ndarray) -> np.ndarray:
+    """Variance under e's schedule minus that of its average, over an iterate's, by eta (n,).
+
+    Both of a stationary run of the quadratic model: how much more noise the schedule leaves in
+    directions that are not slow. Zero where e.eta is eta.
+    """
+    column, v = np.asarray(eta)[:, None], stationary_variance(eta)
+    weights = e.weights(), vectors.last(e.span + 1)
+    rates = column, column * e.schedule
+    pairs = zip(weights, rates, strict=True)
+    average, scheduled = (batch_weights(a, rate) for a, rate in pairs)
+    squares = scheduled**2 - average**2  # of the start and of the minima, whose variance is 1
+    return squares[:, 1:].sum(1) / v + squares[:, 0]
 
 
 def missed(table: pd.DataFrame, quantity: str = "train_loss") -> pd.Series:
