@@ -8,12 +8,11 @@ import torch
 from helpers import SMALL, SmallNet, small_data
 
 from paper_lib import presets, runs
-from paper_lib.experiments import watching
-from paper_lib.experiments.watching import ScheduleFree, Watching
+from paper_lib.experiments.watching import Watching
 from paper_lib.runs import identity, methods
 
 SETTINGS = SMALL.replace(lr=0.3)
-METHODS = {"lowered": Watching(0.0, 0.4, 0.5), "free": ScheduleFree(0.5, 0.9)}
+METHODS = {"lowered": Watching(0.0, 0.4, 0.5), "averaged": Watching(0.0, 0.4, 1)}
 
 
 @pytest.fixture(autouse=True)
@@ -51,12 +50,13 @@ def test_runs_train_side_by_side_as_they_do_alone(own_folder):
         path.unlink()
     alone = [train(seeds=[seed]) for seed in (3, 1)]
     assert_same(together["lowered"], [one["lowered"][0] for one in alone])
-    assert all(map(np.array_equal, together["free"], [one["free"][0] for one in alone]))
+    assert_same(together["averaged"], [one["averaged"][0] for one in alone])
 
 
 def test_a_presets_methods_train_on_its_dataset():
     study = presets.study("smoke", seeds=[0, 1], steps=5)
-    (first, second) = runs.train_methods(study, study.run, {"free": METHODS["free"]})["free"]
+    chosen = {"lowered": METHODS["lowered"]}
+    first, second = (run.weights for run in runs.train_methods(study, study.run, chosen)["lowered"])
     assert first.shape == second.shape and not np.array_equal(first, second)
 
 
@@ -78,36 +78,28 @@ def test_what_has_been_trained_is_loaded_as_it_was(monkeypatch):
     monkeypatch.setattr(methods.parallel, "side_by_side", None)  # calling it would fail
     again = train()
     assert_same(again["lowered"], first["lowered"])
-    assert all(map(np.array_equal, again["free"], first["free"]))
+    assert_same(again["averaged"], first["averaged"])
 
 
 def test_only_missing_runs_are_trained(monkeypatch):
     train(seeds=[0])
     in_this_process(monkeypatch)
-    trained = []
+    trained, train_one = [], Watching.train
 
-    def note(config, *rest):
-        trained.append(config.seed)
-        return np.zeros(1)
+    def note(method, config, *rest):
+        trained.append((method.factor, config.seed))
+        return train_one(method, config, *rest)
 
-    monkeypatch.setattr(watching, "schedule_free", note)
-    train({"free": METHODS["free"]}, seeds=[0, 5])
-    assert trained == [5]
+    monkeypatch.setattr(Watching, "train", note)
+    train(seeds=[0, 5])
+    assert trained == [(0.5, 5), (1.0, 5)]
 
 
 def test_everything_that_decides_is_part_of_the_key(monkeypatch):
-    dataset, method = small_data(), ScheduleFree(0.5, 0.9)
-    others = [
-        Watching(0.5, 0.05, 0.5),
-        Watching(0.6, 0.05, 0.5),
-        Watching(0.5, 0.06, 0.5),
-        Watching(0.5, 0.05, 0.6),
-        ScheduleFree(0.6, 0.9),
-        ScheduleFree(0.5, 0.8),
-    ]
-    for name in ("package", "source"):
-        others.append(dataclasses.replace(method))
-        object.__setattr__(others[-1], name, "another")
+    dataset, method = small_data(), Watching(0.5, 0.05, 0.5)
+    others = [Watching(0.6, 0.05, 0.5), Watching(0.5, 0.06, 0.5), Watching(0.5, 0.05, 0.6)]
+    others.append(dataclasses.replace(method))
+    object.__setattr__(others[-1], "source", "another")
     paths = [methods.path(m, SETTINGS, dataset, SmallNet) for m in (method, *others)]
     paths.append(methods.path(method, SETTINGS.replace(seed=1), dataset, SmallNet))
     paths.append(methods.path(method, SETTINGS, dataset, lambda: SmallNet(dropout=0.1)))
@@ -129,7 +121,7 @@ def test_a_damaged_file_is_made_anew(damage):
     assert methods._read(path) is not None
 
 
-@pytest.mark.parametrize("where", ["schedule_free", "savez"])
+@pytest.mark.parametrize("where", ["train", "savez"])
 def test_an_interrupt_leaves_nothing_that_is_taken_for_finished(monkeypatch, own_folder, where):
     def interrupt(target, *args, **kwargs):
         if where == "savez":
@@ -138,8 +130,8 @@ def test_an_interrupt_leaves_nothing_that_is_taken_for_finished(monkeypatch, own
 
     with monkeypatch.context() as patch:
         in_this_process(patch)
-        patch.setattr(np if where == "savez" else watching, where, interrupt)
+        patch.setattr(np if where == "savez" else Watching, where, interrupt)
         with pytest.raises(KeyboardInterrupt):
-            train({"free": METHODS["free"]}, seeds=[0])
+            train({"lowered": METHODS["lowered"]}, seeds=[0])
     assert not list(own_folder.rglob("*.npz"))
-    assert len(train({"free": METHODS["free"]}, seeds=[0])["free"][0]) > 1
+    assert len(train({"lowered": METHODS["lowered"]}, seeds=[0])["lowered"][0].weights) > 1

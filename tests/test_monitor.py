@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 import torch
 from scipy import stats
+from scipy.signal import lfilter
 
 from paper_lib.averaging.monitor import (
     BLOCKS,
@@ -86,6 +87,25 @@ def test_a_stationary_run_raises_an_alarm_and_a_descending_one_does_not():
     assert any([stationary.observe(gradient) for gradient in g.T])
     assert not any([descending.observe(gradient + slope) for gradient in g.T])
     assert all(window.descending for window in descending.windows)
+
+
+@pytest.mark.parametrize(("directions", "most"), [(1, 3), (50, 2)])
+def test_at_the_edge_of_descent_false_alarms_are_a_few_times_the_nominal_rate(directions, most):
+    """One more direction descends for ever, just so steeply that E s_t = 0."""
+    eta, memory, alpha, chains, steps = 0.1, 0.8, 0.05, 40, 3200
+    rng = np.random.default_rng(directions)
+    opposition = directions * eta / ((2 - eta) * (1 - memory * (1 - eta)))  # -E s_t without it
+    slope, alarms = np.sqrt((1 - memory) * opposition), []
+    for _ in range(chains):
+        minima = simulate.sample_minima(rng, np.full(directions, eta**-2.0), steps + 500)[0]
+        x = simulate.sgd(minima, 1.0, np.full((directions, 1), eta))
+        g = (eta * (x[:, :-1] - minima))[:, 500:]
+        g = np.concatenate([g, slope + rng.standard_normal((1, steps))])
+        past = lfilter([1.0], [1.0, -memory], g, axis=-1)
+        values = np.sum(g[:, 1:] * past[:, :-1], axis=0)
+        found = windows_of(values, alpha=alpha, block=block_length(memory))
+        alarms += [window.stationary for window in found]
+    assert 0 < np.mean(alarms) < most * alpha
 
 
 def test_after_an_alarm_everything_begins_again():

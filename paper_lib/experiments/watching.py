@@ -1,28 +1,23 @@
-"""Watch runs by their gradients, next to fixed schedules; read gains off gradients (claim C10)."""
+"""Watch runs by their gradients; read off them what averages save (claim C10)."""
 
 from __future__ import annotations
 
 import dataclasses
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
-from importlib.metadata import version
 from pathlib import Path
 
 import numpy as np
 import pandas as pd
-import schedulefree
 import torch
-from torch import nn
 
 from paper_lib.averaging import monitor
-from paper_lib.averaging.monitor import BLOCKS, Averages, Monitor, Window
+from paper_lib.averaging.monitor import Averages, Monitor, Window
 from paper_lib.config import RunConfig, Study
 from paper_lib.data import Dataset
 from paper_lib.errors import require
-from paper_lib.experiments.stationarity import replay
 from paper_lib.probing import evaluation, probe
-from paper_lib.probing.derivatives import full_gradients
-from paper_lib.runs import Run, train_all
+from paper_lib.runs import Run
 from paper_lib.runs.identity import of_source
 from paper_lib.runs.methods import Arrays
 from paper_lib.training import loop
@@ -105,24 +100,6 @@ class Watching:
         return Watched.from_arrays(seed, kept)
 
 
-@dataclass(frozen=True)
-class ScheduleFree:
-    """`schedule_free` with this learning rate and momentum; ends with weights (P,)."""
-
-    lr: float
-    momentum: float
-    package: str = field(default=version("schedulefree"), init=False)  # it takes the steps
-    source: str = field(default=SOURCE, init=False, repr=False)
-
-    def train(self, config: RunConfig, dataset: Dataset, net: FlatModel) -> Arrays:
-        """Train from the network's weights; see `runs.methods.Method`."""
-        return {"weights": schedule_free(config, dataset, net, self.lr, self.momentum)}
-
-    def result(self, seed: int, kept: Arrays) -> np.ndarray:
-        """The averaged weights, (P,)."""
-        return kept["weights"]
-
-
 def watch(
     config: RunConfig,
     dataset: Dataset,
@@ -156,24 +133,6 @@ def watch(
     return Watched(config.seed, *ends, loss, rates, memory, gain, windows)
 
 
-def schedule_free(
-    config: RunConfig, dataset: Dataset, net: FlatModel, lr: float, momentum: float
-) -> np.ndarray:
-    """The averaged weights (P,) of schedule-free SGD (Defazio et al. 2024), on config's batches.
-
-    Raises ConfigError as `watch` does.
-    """
-    weights = nn.Parameter(net.weights)  # shares its memory, as the gradient does
-    weights.grad = net.grad
-    settings = {"lr": lr, "momentum": momentum, "weight_decay": config.weight_decay}
-    optimizer = schedulefree.SGDScheduleFree([weights], **settings)
-    optimizer.train()
-    for _ in _losses(config, dataset, net):
-        optimizer.step()
-    optimizer.eval()
-    return net.weights.cpu().numpy().copy()
-
-
 def _losses(config: RunConfig, dataset: Dataset, net: FlatModel) -> Iterator[float]:
     """Leave the gradient of each batch of a new run in net.grad, and yield the batch's loss.
 
@@ -189,34 +148,7 @@ def _losses(config: RunConfig, dataset: Dataset, net: FlatModel) -> Iterator[flo
         yield float(loop.backward(net, step, x, y, config))
 
 
-# --- fixed schedules ----------------------------------------------------------------------------
-
-
-def train_fixed(
-    study: Study, step_at: float = 0.75, linear_at: float = 0.6
-) -> dict[str, list[Run]]:
-    """Runs of as many steps as the study's warm-up under schedules that know the end, by seed.
-
-    "step" divides the learning rate by 10, "linear" begins to lower it to zero, at the last
-    snapshot of the warm-up that lies in the given fraction of its steps. With momentum, the warm-up
-    keeps the states that they start from.
-    """
-    run = study.run
-    snapshots = run.snapshot_steps
-    step, linear = (
-        int(snapshots[snapshots <= part * run.steps].max()) for part in (step_at, linear_at)
-    )
-    if run.momentum:
-        run = run.replace(checkpoints=tuple(sorted({*run.checkpoints, step, linear})))
-    configs = {
-        "constant": run,
-        "step": run.branch(run.steps - step, at=step, schedule=(0.1,) * (run.steps - step)),
-        "linear": run.branch(run.steps - linear, at=linear, schedule="linear"),
-        "cosine": run.replace(schedule="cosine", record="", checkpoints=()),
-    }
-    every = [c.replace(seed=seed) for c in configs.values() for seed in study.seeds]
-    trained = iter(train_all(every, study.dataset, study.net))
-    return {name: [next(trained) for _ in study.seeds] for name in configs}
+# --- tables -------------------------------------------------------------------------------------
 
 
 def compare(
@@ -238,79 +170,50 @@ def compare(
 # --- what gradients say, on recorded runs -------------------------------------------------------
 
 
-def measure_velocity(
-    runs: Sequence[Run], first: int, n_points: int = 100, n_batches: int = 4
-) -> pd.DataFrame:
-    """E g_t . v_(t-1) along runs, and what the model makes of it, -|E g|^2 / (1 + m).
-
-    One row per seed: seed; `used`, over all steps from first + 1 (first + 2 with momentum) to the
-    end; `predicted`, from the product of g_t with the mean gradient G_t of n_batches held-out
-    batches at n_points of these steps.
-    """
-    rows = []
-    for run in runs:
-        c = run.config
-        begin = first + (1 if c.momentum else 0)
-        g, v = run.gradients(begin, c.steps - 1)
-        steps = np.linspace(begin, c.steps - 1, n_points).astype(int)
-        products = [g[t - begin] @ full for t, _, full in full_gradients(run, steps, n_batches)]
-        used = np.einsum("tp,tp->t", g[1:], v[:-1]).mean()
-        predicted = -np.mean(products) / (1 + c.momentum)
-        rows.append({"seed": c.seed, "used": used, "predicted": predicted})
-    return pd.DataFrame(rows)
-
-
 def measure_gains(
     runs: Sequence[Run],
     first: int,
     memories: Sequence[float],
-    n_points: int = 8,
+    n_points: int = 32,
     n_batches: int = 8,
 ) -> pd.DataFrame:
     """What averages save: predicted from the gradients used, measured on held-out batches.
 
     Averages begin at step `first` of a run; its second half from there counts. One row per seed and
     memory: seed; memory; `predicted`, the mean of g_t . (x_t - a_t) / (1 + b) (see `Averages`);
-    `measured`, the mean of the loss at x_t minus that at a_t over n_points steps, with batch
-    statistics and weight decay, as the gradients have it.
+    `unrelated`, the same with the gradients of the next run, a control; `measured`, the mean of the
+    loss at x_t minus that at a_t over n_points steps, with batch statistics and weight decay, as
+    the gradients have it.
     """
-    tables = []
-    for run in runs:
+    tables, others = [], [*runs[1:], runs[0]]
+    for run, other in zip(runs, others, strict=True):
         c = run.config
-        predicted, points = _averages(run, first, memories, n_points)
+        begin = first + (1 if c.momentum else 0)
+        x, gradients = run.window(begin, c.steps), run.gradients(begin, c.steps - 1)[0]
+        predicted, points = _averages(x, gradients, memories, n_points)
+        unrelated = _averages(x, other.gradients(begin, c.steps - 1)[0], memories, 1)[0]
         held = run.dataset.batches(n_batches, c.batch_size, c.stream, "held")
         losses = probe.losses(run.network(), points, *held).mean(1)
         losses = losses + c.weight_decay / 2 * np.square(points).sum(1)
         losses = losses.reshape(n_points, 1 + len(memories))
         measured = (losses[:, :1] - losses[:, 1:]).mean(0)
-        found = {"memory": memories, "predicted": predicted, "measured": measured}
-        tables.append(pd.DataFrame({"seed": c.seed, **found}))
+        found = {"predicted": predicted, "unrelated": unrelated, "measured": measured}
+        tables.append(pd.DataFrame({"seed": c.seed, "memory": memories, **found}))
     return pd.concat(tables, ignore_index=True)
 
 
 def _averages(
-    run: Run, first: int, memories: Sequence[float], n_points: int
+    x: np.ndarray, gradients: np.ndarray, memories: Sequence[float], n_points: int
 ) -> tuple[np.ndarray, np.ndarray]:
-    """Mean predicted gain of each memory over the second half from `first`, (K,), and x_t and
-    averages at n_points steps of it, (n_points * (1 + K), P).
+    """Mean predicted gain of each memory over the second half of iterates x (n + 1, P) and
+    gradients (n, P), (K,), and x_t and averages at n_points steps of it, (n_points * (1 + K), P).
     """
-    begin, end = first + (1 if run.config.momentum else 0), run.config.steps
-    x, (g, _) = run.window(begin, end), run.gradients(begin, end - 1)
     averages, products, points = Averages(memories, smoothing=0), [], []
-    at = np.linspace(len(g) // 2, len(g) - 1, n_points).astype(int)
-    for i, gradient in enumerate(g):
+    n = len(gradients)
+    at = np.linspace(n // 2, n - 1, n_points).astype(int)
+    for i, gradient in enumerate(gradients):
         averages.observe(np.asarray(x[i]), gradient)
         products.append(averages.gains.copy())
-        if i in at:
+        for _ in range(np.count_nonzero(at == i)):  # a short run has fewer steps than points
             points += [x[i], *(np.array(vector) for vector in averages.vectors)]
-    return np.mean(products[len(g) // 2 :], axis=0), np.stack(points)
-
-
-def t_of_run(run: Run, first: int, memory: float, alpha: float) -> float:
-    """t of the test when a plain SGD run's steps from `first` to its end are one window."""
-    g, _ = run.gradients(first, run.config.steps - 1)
-    past, values = g[0].copy(), []
-    for gradient in g[1:]:
-        values.append(gradient @ past)
-        past = memory * past + gradient
-    return replay(np.array(values), alpha, len(values) // BLOCKS)[0].t
+    return np.mean(products[n // 2 :], axis=0), np.stack(points)
