@@ -15,54 +15,63 @@ from paper_lib.probing import derivatives, probe
 # --- losses in closed form ----------------------------------------------------------------------
 
 
-def table_of(loss, slope, curvature, best):
-    """A table of `from_points`: one snapshot whose loss along the gradient is loss(step size)."""
-    tables = [
-        pd.DataFrame({"position": u, "loss": loss(u * best), "line": line})
-        for line, u in (("gradient", lines.EVEN), ("close", lines.CLOSE))
-    ]
-    name = {"point": "p", "seed": 0, "step": 3, "batch": 3}
-    start = {"best": best, "slope": slope, "curvature": curvature}
-    return pd.concat(tables, ignore_index=True).assign(**name, **start)
+def table_of(power, star=1.6, line="gradient"):
+    """A table of `from_points`: one line with the loss |position - star|^power."""
+    position = np.concatenate([lines.STEP, star * lines.BEYOND])
+    fit = np.arange(len(position)) < len(lines.STEP)
+    table = pd.DataFrame({"position": position, "fit": fit, "star": star, "loss": 0.0})
+    return lines.synthetic(table.assign(line=line, seed=0, batch=3), power)
 
 
-@given(st.floats(0.1, 10), st.floats(0.1, 10))
-def test_exact_parabolas_are_recognized_and_one_point_predicts_them(slope, curvature):
-    def loss(s):
-        return 3 - slope * s + slope * curvature * s**2 / 2
-
-    table = table_of(loss, slope, curvature, 1 / curvature)
-    fit = lines.fits(table, upto=4)
-    assert len(fit) == 1
-    assert fit.r2.item() == pytest.approx(1)
-    assert fit.worst.item() == pytest.approx(0, abs=1e-9)
-    minimum = lines.predicted_minima(table)
-    assert minimum.place.item() == pytest.approx(1)
-    assert minimum["drop"].item() == pytest.approx(1)
-    np.testing.assert_allclose(lines.secants(table).secant, 1, rtol=1e-6)
+@given(st.floats(1, 5), st.floats(0.3, 3))
+def test_the_exponent_is_that_of_the_loss(power, star):
+    found = lines.shapes(table_of(power, star))
+    assert found.exponent.item() == pytest.approx(power, abs=0.01)
 
 
-def test_r2_and_worst_residual_of_a_cubic():
-    table = table_of(lambda s: s**3, 1, 1, 1.0)
-    s = lines.EVEN[lines.EVEN <= 2]
-    residual = s**3 - np.polyval(np.polyfit(s, s**3, 2), s)
-    fit = lines.fits(table)
-    assert fit.r2.item() == pytest.approx(1 - residual.var() / (s**3).var())
-    assert fit.r2.item() < 0.999
-    assert fit.worst.item() == pytest.approx(np.abs(residual).max() / 8)
-    assert lines.fits(table, upto=1).r2.item() != fit.r2.item()
+@given(st.floats(0.2, 5), st.floats(-3, 3), st.floats(0.1, 3))
+def test_exact_parabolas_are_recognized_and_one_point_predicts_them(scale, shift, star):
+    table = table_of(2, star)
+    table = table.assign(loss=scale * table.loss + shift, slope=scale * table.slope)
+    table["bend"] = scale * table.bend
+    shape, point = lines.shapes(table), lines.from_one_point(table)
+    assert shape.exponent.item() == pytest.approx(2, abs=1e-3)
+    assert shape.r2.item() == pytest.approx(1) and shape.cubic.item() == pytest.approx(0, abs=1e-6)
+    assert point[["best", "later"]].to_numpy() == pytest.approx(1)
+    if abs(star - 0.5) > 0.05:  # else a whole step gains nothing
+        assert point["decrease"].item() == pytest.approx(1, rel=1e-6)
 
 
-def test_secant_curvature_of_a_cubic_falls_linearly_with_distance():
-    table = table_of(lambda s: 1 - s + s**2 / 2 - s**3 / 6, slope=1, curvature=1, best=0.5)
-    found = lines.secants(table)
-    np.testing.assert_allclose(found.secant, 1 - found.position * 0.5 / 3, rtol=1e-6)
-    assert found.position.is_monotonic_increasing
+def test_a_v_and_a_quartic_are_told_from_a_parabola_where_r2_cannot():
+    v, quartic = (lines.shapes(table_of(power)) for power in (1, 4))
+    assert v.r2.item() > 0.99 and quartic.r2.item() > 0.99
+    assert v.exponent.item() == pytest.approx(1, abs=0.01)
+    assert quartic.exponent.item() == pytest.approx(4, abs=0.01)
+    assert np.isnan(v.cubic.item()) and quartic.cubic.item() < -0.2
+    local = lines.from_one_point(table_of(4))
+    assert local["decrease"].item() < 0.75 and local.best.item() == pytest.approx(1 / 3)
+    assert local.later.item() < 0.1
+
+
+def test_the_cubic_term_is_measured_about_the_middle():
+    table = table_of(2)
+    u = table.position - 0.5
+    found = lines.shapes(table.assign(loss=3 * u**2 - 0.6 * u**3))
+    assert found.cubic.item() == pytest.approx(0.5 * -0.6 / 3)
 
 
 def test_no_minimum_is_predicted_from_negative_curvature():
-    minimum = lines.predicted_minima(table_of(lambda s: (s - 1) ** 2, 2, -1, 1.0))
-    assert minimum[["place", "drop"]].isna().to_numpy().all()
+    found = lines.from_one_point(table_of(2).assign(bend=-1.0))
+    assert np.isnan(found.best.item()) and np.isnan(found.later.item())
+
+
+def test_scaled_lines_are_their_powers_and_those_without_a_minimum_left_out():
+    found = lines.scaled(pd.concat([table_of(2), table_of(4, 0.7, "other")]))
+    for line, power in (("gradient", 2), ("other", 4)):
+        one = found[found.line == line]
+        np.testing.assert_allclose(one.height, np.abs(1 - one.u) ** power, atol=0.05)
+    falling = table_of(2, line="falling").query("position < 1.6")
+    assert set(lines.scaled(pd.concat([table_of(2), falling])).line) == {"gradient"}
 
 
 # --- real runs ----------------------------------------------------------------------------------
@@ -75,28 +84,20 @@ def runs(tmp_path_factory):
         return run_cache.train_seeds(SMALL, [0, 1], small_data(), SmallNet, progress=False)
 
 
-def test_lines_from_points_start_at_the_snapshot_and_have_their_minimum_at_one(runs):
-    table = lines.from_points(runs, [20], n_batches=2, batch_size=16, point="p")
-    assert table.groupby(lines.LINE).ngroups == 2 * 2 * 3
-    run, net = runs[1], runs[1].network()
-    x, y = run.batches([21], 16)
-    mine = table.query("seed == 1 and batch == 21")
+def test_lines_from_points_start_at_the_snapshot_with_its_derivatives(runs):
+    table = lines.from_points(runs, [20, 30], "along", batch_size=16)
+    assert table.groupby(lines.LINE).ngroups == 2 * 2
+    run, net, lr = runs[1], runs[1].network(), runs[1].config.lr
+    x, y = run.batches([20], 16)
+    mine = table.query("seed == 1 and batch == 20")
     gradient = derivatives.gradients(net, run.at(20), x, y)[0]
-    for line in ("gradient", "close"):
-        part = mine[mine.line == line]
-        expected = probe.line(net, run.at(20), -gradient, part.position * part.best, x, y)[:, 0]
-        np.testing.assert_allclose(part.loss, expected, atol=1e-6)
-    assert mine.slope.iloc[0] == pytest.approx(gradient @ gradient)
-    along = mine.query("line == 'gradient'")
-    assert along.position.iloc[along.loss.argmin()] == pytest.approx(1, abs=0.4)
-
-
-def test_random_lines_are_as_long_as_the_gradient_and_repeatable(runs):
-    again = [lines.from_points(runs[:1], [20]) for _ in range(2)]
-    pd.testing.assert_frame_equal(*again)
-    random, gradient = (again[0].query("line == @line") for line in ("random", "gradient"))
-    assert random.loss.iloc[0] == pytest.approx(gradient.loss.iloc[0], abs=1e-6)
-    assert np.ptp(random.loss) < np.ptp(gradient.loss)
+    expected = probe.line(net, run.at(20), -lr * gradient, mine.position, x, y)[:, 0]
+    np.testing.assert_allclose(mine.loss, expected, atol=1e-6)
+    assert mine.slope.iloc[0] == pytest.approx(lr * gradient @ gradient)
+    start, second = mine.iloc[0], mine.iloc[1]
+    bent = start.loss - second.position * start.slope + second.position**2 * start.bend / 2
+    assert second.loss == pytest.approx(bent, abs=1e-5)
+    assert mine.loss.min() == pytest.approx(mine.loss[mine.position == start.star].min(), abs=1e-3)
 
 
 def test_chords_join_the_two_snapshots(runs):
@@ -104,14 +105,16 @@ def test_chords_join_the_two_snapshots(runs):
     table = lines.on_chords(pairs, [(5, 30)], "near")
     run, weights = runs[0], np.stack([runs[0].at(5), runs[0].at(30)])
     ends = probe.losses(run.network(), weights, *run.batches([5]))[:, 0]
-    np.testing.assert_allclose(table.query("seed == 0").loss.iloc[[0, -1]], ends, atol=1e-6)
-    assert set(lines.fits(table).columns) == {*lines.LINE, "r2", "worst"}
+    between = table.query("seed == 0 and fit")
+    np.testing.assert_allclose(between.loss.iloc[[0, -1]], ends, atol=1e-6)
+    assert between.position.min() == 0 and between.position.max() == 1
+    assert set(lines.shapes(table).columns) == {*lines.LINE, "exponent", "r2", "cubic"}
 
 
 def test_bad_input_is_named(runs):
     with pytest.raises(ConfigError, match="name at least one"):
-        lines.from_points(runs, [])
+        lines.from_points(runs, [], "none")
     with pytest.raises(ConfigError, match="ends must differ"):
-        lines.on_chords([(runs[0], runs[0])], [(5, 5)])
+        lines.on_chords([(runs[0], runs[0])], [(5, 5)], "none")
     with pytest.raises(ValueError, match="batch size = 1000"):
-        lines.from_points(runs, [5], batch_size=1000)
+        lines.from_points(runs, [5], "large", batch_size=1000)

@@ -57,6 +57,17 @@ def test_probe_losses(run):
         assert_mean(H / 2 * after**2, quadratic.held_out_loss(p, eta, H, S2, m))
 
 
+def test_best_held_out_step(run):
+    eta, m, x, c = run
+    start, own = x[:, 0], x[:, 0] - c[:, 0]
+    best = (1 - m) / eta * np.mean(start * own, 0) / np.mean(own**2, 0)  # (x - p own)^2 is least
+    assert_allclose(best, quadratic.best_held_out_step(eta, m), rtol=0.1)
+    p = quadratic.best_held_out_step(eta, m) * eta / (1 - m)
+    around = quadratic.held_out_loss(np.multiply.outer([0, 0.99, 1, 1.01, 2], p), eta, 1, S2, m)
+    assert (around.argmin(0) == 2).all()
+    assert_allclose(around[4], around[0])
+
+
 def test_gradient_alignment(run):
     eta, m, x, c = run
     at_start, own = x[:, 0], x[:, :-1] - c
@@ -163,6 +174,7 @@ def test_forms_broadcast_over_directions_and_settings(decay):
 def test_eta_outside_its_range_is_refused_everywhere(eta):
     after_eta = {
         quadratic.stationary_variance: (),
+        quadratic.best_held_out_step: (),
         quadratic.varying_curvature_variance: (0.1,),
         quadratic.autocorrelation: (5,),
         quadratic.gradient_cosine: (5,),

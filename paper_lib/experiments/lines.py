@@ -1,16 +1,16 @@
-"""Measure how well a parabola fits the loss of one batch on lines in weight space (claim C2).
+"""Measure how near to a parabola the loss of one batch is on lines in weight space (claim C2).
 
-`from_points` and `on_chords` record the lines; `fits`, `predicted_minima` and `secants` say how far
-they are parabolas.
+`from_points` and `on_chords` record lines, `shapes` and `from_one_point` judge them; `synthetic`
+puts another function on the same lines, which must be told from a parabola.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 
 import numpy as np
 import pandas as pd
-from torch import Tensor
+from scipy.optimize import minimize_scalar
 from tqdm import tqdm
 
 from paper_lib.errors import require
@@ -19,91 +19,62 @@ from paper_lib.probing import derivatives, probe
 from paper_lib.runs import Run
 from paper_lib.training.flat import FlatModel
 
-EVEN = np.linspace(0, 4, 21)
-"""Positions on a line from a snapshot over the batch's best step; fits use a beginning of them."""
-CLOSE = np.array([0.01, 0.03, 0.1])
-"""Positions nearer to the snapshot, to see how the curvature changes with distance."""
-CHORD = np.linspace(0, 1, 17)
-LINE = ["point", "seed", "step", "batch", "line"]  # the columns that name a line
+STEP = np.linspace(0, 1, 9)
+"""Positions from a snapshot along -gradient, over the learning rate: where the run moves."""
+BEYOND = np.linspace(0, 2, 17)
+"""Positions over the batch's best step, to draw."""
+CHORD = np.linspace(-0.5, 1.5, 33)
+"""Positions on a chord, 0 and 1 at its ends; beyond them its minimum is sought."""
+LINE = ["line", "seed", "batch"]  # the columns that name a line
+EXPONENTS = np.linspace(0.25, 8, 32)  # where the search for one begins
 
 # --- recording lines ----------------------------------------------------------------------------
 
 
 def from_points(
-    runs: Sequence[Run],
-    at: Sequence[int],
-    n_batches: int = 1,
-    batch_size: int | None = None,
-    point: str = "",
+    runs: Sequence[Run], at: Sequence[int], line: str, batch_size: int | None = None
 ) -> pd.DataFrame:
-    """Walk from the snapshots `at` along the gradients of the n_batches batches that are used next.
+    """Walk from the snapshots `at` along the gradient of the batch that is used next.
 
-    One row per seed, snapshot, batch, line and position: `loss` of the batch (nats), with `best`
-    (its best step along the gradient), `slope` = |g|^2 and `curvature` = g^T H g / |g|^2 at the
-    snapshot. Positions are in units of `best`. The line "gradient" has the positions EVEN, "close"
-    the positions CLOSE in the same direction, and "random" is as long as "gradient" in a Gaussian
-    direction. Batches have `batch_size` samples (default: the run's).
+    One row per seed, batch (named by its step) and position, in units of lr: `loss` of the batch
+    (nats), with `star` (the position of its minimum) and `slope` and `bend`, what -dl/dposition and
+    its second derivative are at the snapshot (nats). Rows with `fit` are the positions STEP, the
+    others BEYOND times star. Batches have `batch_size` samples (default: the run's).
     Raises ConfigError for no snapshots, SnapshotError for one that was not kept.
     """
     require(len(at) > 0, "at", list(at), "name at least one snapshot to start from")
 
     def from_point(run: Run, net: FlatModel, step: int) -> pd.DataFrame:
-        weights, tables = np.array(run.at(step)), []
-        for batch in range(step, step + n_batches):
-            rng = np.random.default_rng((run.config.seed, step, batch))
-            stacked = run.batches([batch], batch_size)
-            lines = _lines_from(net, weights, stacked, run.config.lr, rng)
-            tables += [line.assign(batch=batch) for line in lines]
-        return pd.concat(tables)
+        weights, batch = np.array(run.at(step)), run.batches([step], batch_size)
+        gradient = derivatives.gradients(net, weights, *batch)[0]
+        lr, squared = run.config.lr, float(gradient @ gradient)
+        curvature = float(derivatives.curvature(net, weights, gradient, *batch)[0])
+        sought = np.geomspace(1 / 32, 32, 21)
+        loss = probe.line(net, weights, -lr * gradient, sought, *batch)[:, 0]
+        star = minimum(sought, loss)[0]
+        position = np.concatenate([STEP, star * BEYOND])
+        start = {"star": star, "slope": lr * squared, "bend": lr**2 * squared * curvature}
+        return pd.DataFrame(
+            {
+                "position": position,
+                "loss": probe.line(net, weights, -lr * gradient, position, *batch)[:, 0],
+                "fit": np.arange(len(position)) < len(STEP),
+                **start,
+            }
+        )
 
-    progress = f"lines from points {point}".strip()
-    return probe.per_run(runs, at, from_point, progress).assign(point=point)
-
-
-def _lines_from(
-    net: FlatModel,
-    weights: np.ndarray,
-    batch: tuple[Tensor, Tensor],
-    lr: float,
-    rng: np.random.Generator,
-) -> Iterator[pd.DataFrame]:
-    """The three lines of one snapshot and one batch."""
-    gradient = derivatives.gradients(net, weights, *batch)[0]
-    start = {
-        "best": _best_step(net, weights, gradient, batch, lr),
-        "slope": float(gradient @ gradient),
-        "curvature": float(derivatives.curvature(net, weights, gradient, *batch)[0]),
-    }
-    random = rng.standard_normal(len(weights)).astype(np.float32)
-    random *= np.linalg.norm(gradient) / np.linalg.norm(random)
-    for line, direction, positions in (
-        ("gradient", -gradient, EVEN),
-        ("close", -gradient, CLOSE),
-        ("random", random, EVEN),
-    ):
-        loss = probe.line(net, weights, direction, start["best"] * positions, *batch)[:, 0]
-        yield pd.DataFrame({"position": positions, "loss": loss, **start, "line": line})
-
-
-def _best_step(
-    net: FlatModel,
-    weights: np.ndarray,
-    gradient: np.ndarray,
-    batch: tuple[Tensor, Tensor],
-    lr: float,
-) -> float:
-    """The step along -gradient of the batch's least loss, searched from lr / 64 to 64 lr."""
-    steps = lr * np.geomspace(1 / 64, 64, 25)
-    return minimum(steps, probe.line(net, weights, -gradient, steps, *batch)[:, 0])[0]
+    table = probe.per_run(runs, at, from_point, f"lines, {line}")
+    return table.rename(columns={"step": "batch"}).assign(line=line)
 
 
 def on_chords(
-    pairs: Sequence[tuple[Run, Run]], chords: Sequence[tuple[int, int]], line: str = ""
+    pairs: Sequence[tuple[Run, Run]], chords: Sequence[tuple[int, int]], line: str
 ) -> pd.DataFrame:
     """Loss of batch s on the straight lines from x_s to x_t, for every pair (s, t) in `chords`.
 
-    `pairs` has two runs per seed, the ones that kept x_s and x_t. Rows as in `from_points`, with
-    positions from 0 at x_s to 1 at x_t, for the point "". Raises ConfigError for s = t.
+    `pairs` has two runs per seed, the ones that kept x_s and x_t. Rows as in `from_points`, without
+    derivatives: positions CHORD, of which those with `fit` lie between the ends, 0 and 1.
+    Raises ConfigError for s = t.
     """
     tables = []
     jobs = [(first, second, int(s), int(t)) for first, second in pairs for s, t in chords]
@@ -113,65 +84,90 @@ def on_chords(
         start = np.array(first.at(s))
         away = np.array(second.at(t)) - start
         loss = probe.line(nets[first], start, away, CHORD, *first.batches([s]))[:, 0]
-        table = pd.DataFrame({"position": CHORD, "loss": loss})
-        tables.append(table.assign(seed=first.config.seed, step=s, batch=s))
-    return pd.concat(tables, ignore_index=True).assign(line=line, point="")
+        found = {"position": CHORD, "loss": loss, "fit": (CHORD >= 0) & (CHORD <= 1)}
+        table = pd.DataFrame(found).assign(star=minimum(CHORD, loss)[0])
+        tables.append(table.assign(seed=first.config.seed, batch=s))
+    return pd.concat(tables, ignore_index=True).assign(line=line)
+
+
+def synthetic(table: pd.DataFrame, power: float) -> pd.DataFrame:
+    """The same lines with the loss |position - star|^power: a V for 1, a parabola for 2."""
+    away, star = (table.position - table.star).abs(), table.star.abs()
+    first, second = power * star ** (power - 1), power * (power - 1) * star ** (power - 2)
+    return table.assign(loss=away**power, slope=first, bend=second)
 
 
 # --- how far they are parabolas -----------------------------------------------------------------
 
 
-def fits(table: pd.DataFrame, upto: float = 2.0) -> pd.DataFrame:
-    """Fit a parabola to each line up to a position: rows (point, seed, step, batch, line).
+def shapes(table: pd.DataFrame) -> pd.DataFrame:
+    """What functions fit each line where it has `fit`: a row per line.
 
-    `r2` is the fraction of the line's variance that the parabola explains, `worst` its largest
-    residual as a fraction of the range of the line's losses. The line "close" is left out.
-    """
-    chosen = table[(table.position <= upto + 1e-9) & (table.line != "close")]
-    rows = [
-        (*name, *_fit(line.position.to_numpy(), line.loss.to_numpy(np.float64)))
-        for name, line in chosen.groupby(LINE, sort=False)
-    ]
-    return pd.DataFrame(rows, columns=[*LINE, "r2", "worst"])
-
-
-def _fit(position: np.ndarray, loss: np.ndarray) -> tuple[float, float]:
-    """R2 and the worst residual relative to the range."""
-    residual = loss - np.polyval(np.polyfit(position, loss, 2), position)
-    return 1 - residual.var() / loss.var(), np.abs(residual).max() / np.ptp(loss)
-
-
-def predicted_minima(table: pd.DataFrame) -> pd.DataFrame:
-    """What value, slope and curvature at a snapshot say of the minimum on the gradient line.
-
-    One row per line, beside the truth: `place` = predicted / actual best step, `drop` = predicted /
-    actual decrease of the loss, from best = 1 / curvature and drop = slope / (2 curvature). NaN
-    where the curvature is not positive.
+    `exponent` is the p of the best a + b |position - star|^p, 2 for a parabola. `r2` is the share
+    of the line's variance that a parabola explains. `cubic` is the third-order over the quadratic
+    term of a cubic at an end of the line, both about its middle; NaN for a straight line.
     """
     rows = []
-    for name, line in table.query("line == 'gradient'").groupby(LINE[:-1], sort=False):
-        start = line.iloc[0]
-        curvature = start.curvature if start.curvature > 0 else np.nan
-        drop = start.loss - minimum(line.position.to_numpy(), line.loss.to_numpy())[1]
-        place = 1 / (curvature * start.best)
-        rows.append((*name, place, start.slope / (2 * curvature) / drop))
-    return pd.DataFrame(rows, columns=[*LINE[:-1], "place", "drop"])
+    for name, line in table[table.fit].groupby(LINE, sort=False):
+        at, loss = line.position.to_numpy(), line.loss.to_numpy(np.float64)
+        residual = loss - np.polyval(np.polyfit(at, loss, 2), at)
+        half = np.ptp(at) / 2
+        third, second = np.polyfit(at - at.mean(), loss, 3)[:2]
+        second = second if abs(second) > 1e-9 * np.ptp(loss) else np.nan  # a straight line
+        fitted = {"exponent": exponent(at, loss, line.star.iloc[0])}
+        fitted |= {"r2": 1 - residual.var() / loss.var(), "cubic": half * third / second}
+        rows.append(dict(zip(LINE, name, strict=True)) | fitted)
+    return pd.DataFrame(rows)
 
 
-def secants(table: pd.DataFrame) -> pd.DataFrame:
-    """Curvature over a distance relative to that at the snapshot: rows (point, seed, position).
+def exponent(position: np.ndarray, loss: np.ndarray, star: float) -> float:
+    """The p, 0.25 to 8, of the least-squares fit a + b |position - star|^p to a line (n,)."""
 
-    Over the distance s it is that of the parabola through l(0), l'(0) = -|g|^2 and l(s); `secant`
-    is the ratio of its mean over lines to the mean of the curvature at the snapshot, both weighted
-    by |g|^2.
+    def missed(p: float) -> float:
+        power = np.abs(position - star) ** p
+        terms = np.stack([np.ones_like(power), power], axis=1)
+        terms /= np.linalg.norm(terms, axis=0)
+        return float(np.square(loss - terms @ np.linalg.lstsq(terms, loss)[0]).sum())
+
+    i = int(np.argmin([missed(p) for p in EXPONENTS]))
+    around = EXPONENTS[max(i - 1, 0)], EXPONENTS[min(i + 1, len(EXPONENTS) - 1)]
+    return float(minimize_scalar(missed, bounds=around, method="bounded").x)
+
+
+def from_one_point(table: pd.DataFrame) -> pd.DataFrame:
+    """What value, slope and bend at a snapshot say of its gradient line: a row per line.
+
+    `decrease` = predicted / actual decrease of the loss at position 1, a step of lr: slope - bend /
+    2. `best` = predicted / actual place of the minimum, slope / bend, NaN where the bend is not
+    positive. `later` = the bend about the minimum, a quarter of its distance to either
+    side, over the bend at 0.
     """
-    lines = table[table.line.isin(["gradient", "close"])]
-    start = lines.query("position == 0").set_index(LINE[:-1]).loss.rename("start")
-    s = lines.join(start, on=LINE[:-1]).query("position > 0")
-    distance = s.position * s.best
-    s = s.assign(
-        over=2 * (s.loss - s.start + distance * s.slope) / distance**2,  # |g|^2 times curvature
-        at=s.slope * s.curvature,
-    )
-    sums = s.groupby(["point", "seed", "position"], sort=False)[["over", "at"]].sum().reset_index()
-    return sums.assign(secant=sums.over / sums["at"]).sort_values("position")
+    rows = []
+    for name, line in table.groupby(LINE, sort=False):
+        at, loss = line.position.to_numpy(), line.loss.to_numpy(np.float64)
+        star, slope, bend = line[["star", "slope", "bend"]].iloc[0]
+        bend = bend if bend > 0 else np.nan
+        wanted = (1.0, 0.75 * star, star, 1.25 * star)
+        end, before, least, after = (loss[np.abs(at - place).argmin()] for place in wanted)
+        found = {"decrease": (slope - bend / 2) / (loss[0] - end), "best": slope / bend / star}
+        found["later"] = (before - 2 * least + after) / (star / 4) ** 2 / bend
+        rows.append(dict(zip(LINE, name, strict=True)) | found)
+    return pd.DataFrame(rows)
+
+
+def scaled(table: pd.DataFrame) -> pd.DataFrame:
+    """Each line as a parabola would be (1 - u)^2: rows (line, seed, u, height), means over lines.
+
+    u = position / star on the grid BEYOND, and height = (loss - least) / (loss at 0 - least). Left
+    out are lines whose minimum does not lie beyond 0, and where a line does not reach.
+    """
+    rows = []
+    for (line, seed, _), one in table.groupby(LINE, sort=False):
+        if one.star.iloc[0] > 0 and one.loss.to_numpy()[one.position.argmax()] > one.loss.min():
+            one = one.sort_values("position")
+            u, loss = one.position / one.star, one.loss.to_numpy(np.float64)
+            at_zero, least = np.interp(0, u, loss), loss.min()
+            height = (np.interp(BEYOND, u, loss, right=np.nan) - least) / (at_zero - least)
+            rows.append(pd.DataFrame({"line": line, "seed": seed, "u": BEYOND, "height": height}))
+    means = pd.concat(rows).groupby(["line", "seed", "u"], sort=False).height.mean()
+    return means.dropna().reset_index()

@@ -100,6 +100,17 @@ def held_out_loss(
     return 0.5 * h * ((1 - p) ** 2 * v + p**2 * s2)
 
 
+def best_held_out_step(eta: Values, momentum: float = 0.0) -> np.ndarray:
+    """Best held-out probe step over a full one, (1 - m) s*/lr = 1/2 / (1 + m eta / (1 - m^2)).
+
+    v / (v + s2) = p is where `held_out_loss` is least; it is back at its start at twice that. In
+    many dimensions eta = lr G'HG / |G|^2 along the full gradient G. A test of stationarity alone:
+    half a step for m = 0, whatever the curvatures.
+    """
+    eta, m = check_eta(eta, momentum), momentum
+    return 0.5 / (1 + m * eta / (1 - m**2))
+
+
 def gradient_cosine(eta: Values, n: int, momentum: float = 0.0) -> np.ndarray:
     """Cosine of the gradients used k = 0..n-1 steps apart (claim C4).
 
