@@ -83,7 +83,7 @@ def distances(run: Run, other: Run, kind: str = "") -> pd.DataFrame:
 
 
 def loss_weighted(
-    run: Run, others: Mapping[str, Run], after: Sequence[int], n_batches: int = 32
+    run: Run, others: Mapping[str, Run], after: Sequence[int], n_batches: int = 24
 ) -> pd.DataFrame:
     """What the training loss feels of the distance of a run x from others y, by kind.
 
