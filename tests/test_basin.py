@@ -1,16 +1,19 @@
-"""Basin: which runs are compared; distances, barriers and planes against what is known of them."""
+"""Basin: which runs are compared; distances and barriers against what is known of them."""
+
+import functools
 
 import numpy as np
 import pandas as pd
 import pytest
 from helpers import SMALL, SmallNet, small_data
+from torch import nn
 
 from paper_lib import runs as run_cache
 from paper_lib.averaging import vectors
 from paper_lib.config import RunConfig
 from paper_lib.errors import ConfigError
 from paper_lib.experiments import basin
-from paper_lib.probing import probe
+from paper_lib.probing import derivatives, probe
 from paper_lib.theory.quadratic import different_batches_distance, same_batches_distance
 from paper_lib.theory.simulate import sample_minima, sgd
 
@@ -20,17 +23,19 @@ def branch():
     return RunConfig(steps=20, seed=1).branch(10, record="20-30")
 
 
-def test_companions_share_what_they_say(branch):
-    batches, displaced, start = basin.companions(branch, (0, 1, 2), [0.01]).values()
-    assert batches.parent == displaced.parent == branch.parent
-    assert batches.stream != branch.stream
-    assert displaced.stream == start.stream == branch.stream
-    assert displaced.perturbation == 0.01
-    assert (start.seed, start.parent.seed, start.parent.stream) == (2, 2, 2)
-    *_, around = basin.companions(branch.replace(seed=2), (0, 1, 2), []).values()
-    assert around.seed == 0
-    *_, alone = basin.companions(branch, (1,), []).values()
-    assert alone.seed == 2
+def test_second_starts_see_the_batches_that_they_say(branch):
+    parted, same, other = basin.second_starts(branch, every=4).values()
+    assert (parted.start, parted.steps, parted.parent) == (20, 30, branch.parent)
+    assert parted.stream == other.stream != branch.stream == same.stream
+    assert same.parent == other.parent == parted
+    assert (same.start, same.steps) == (other.start, other.steps) == (30, 40)
+    assert parted.record == "20-30/4,30" and same.record == other.record == "30-40/4,40"
+
+
+def test_another_start(branch):
+    start = basin.other_start(branch, basin.following(1, (0, 1, 2)))
+    assert (start.seed, start.parent.seed, start.parent.stream, start.stream) == (2, 2, 2, 1)
+    assert basin.following(2, (0, 1, 2)) == 0 and basin.following(2, (2,)) == 3
 
 
 def test_another_start_needs_another_seed(branch):
@@ -63,7 +68,11 @@ def pair(same):
 
 
 def test_same_batches_contract_as_the_model_says():
-    table = basin.distances(*pair(same=True)).query("step <= 30")
+    run, other = pair(same=True)
+    table = basin.distances(run, other).query("step <= 30")
+    np.testing.assert_allclose(table.ratio, same_batches_distance(0.3, table.step), rtol=1e-6)
+    later = Run(other.weights[10:], start=10)
+    table = basin.distances(run, later).query("step <= 20")
     np.testing.assert_allclose(table.ratio, same_batches_distance(0.3, table.step), rtol=1e-6)
 
 
@@ -96,39 +105,58 @@ def test_barriers():
     assert found.middle["down"] == pytest.approx(-0.5)
 
 
-def test_plane_holds_its_corners():
-    corners = np.random.default_rng(0).standard_normal((3, 40))
-    origin, axes, at = basin.plane(corners)
-    np.testing.assert_allclose(origin + at @ axes, corners, atol=1e-12)
-    np.testing.assert_allclose(axes @ axes.T, np.eye(2), atol=1e-12)
-    with pytest.raises(ConfigError, match="one line"):
-        basin.plane([corners[0], 2 * corners[0], 3 * corners[0]])
+SMOOTH = functools.partial(SmallNet, activation=nn.SiLU)
 
 
-def test_loss_between_runs_and_on_a_plane_of_a_network_of_ones_own(tmp_path, monkeypatch):
-    monkeypatch.setenv("PAPER_RUNS", str(tmp_path))
-    (warmup,) = run_cache.train_seeds(SMALL, [0], small_data(), SmallNet, progress=False)
-    config = SMALL.branch(20, record="40-60")
-    (run,) = run_cache.branch_all([warmup], [config])
-    others = basin.train_companions([run], [0], [0.01], config)
-    assert list(others) == [(0, kind) for kind in basin.companions(config, [0], [0.01])]
-    other, displaced, _ = others.values()
-    assert other.dataset is run.dataset and other.net is SmallNet
-    moved = basin.distances(run, displaced, "displaced")
-    assert moved.distance[0] == pytest.approx(0.01 * np.linalg.norm(run.at(40)), rel=0.01)
+@pytest.fixture(scope="module")
+def small(tmp_path_factory):
+    """A run of a network of a user's own, and runs from a second start after 10 of its steps."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("PAPER_RUNS", str(tmp_path_factory.mktemp("runs")))
+        config = SMALL.branch(20, record="40-60")
+        (run,) = run_cache.train_seeds(config, [0], small_data(), SMOOTH, progress=False)
+        yield run, basin.part([run], SMALL.branch(10), every=5)
 
+
+def test_second_starts_of_a_network_of_ones_own(small):
+    run, second = small
+    assert list(second) == [(0, basin.PARTED), (0, basin.SAME), (0, basin.OTHER)]
+    parted, same, other = second.values()
+    assert other.dataset is run.dataset and other.net is SMOOTH
+    np.testing.assert_array_equal(parted.at(40), run.at(40))
+    for each in (same, other):
+        np.testing.assert_array_equal(each.at(50), parted.at(50))
+        assert basin.distances(run, each).step.tolist() == [0, 5, 10]
+    taken = (same.at(55) - same.at(50)) - (other.at(55) - other.at(50))
+    assert np.linalg.norm(taken) > 0, "on batches of their own"
+
+
+def test_the_loss_feels_curvature_times_the_squared_distance(small):
+    run, second = small
+    x = np.array(run.at(50), np.float64)
+    apart = 1e-2 * np.random.default_rng(0).standard_normal(len(x))
+    near = Near(50, x + apart)
+    table = basin.loss_weighted(run, {"near": near, "same": second[0, basin.SAME]}, [0], 4)
+    batches = probe.fixed_batches(run.dataset, 4, SMALL.batch_size, seed=0)
+    expected = derivatives.curvature(run.network(), x, apart, *batches).mean() * apart @ apart
+    assert table.distance[0] == pytest.approx(expected, rel=0.05)
+    assert table.ratio.tolist() == [1, 1]
+
+
+class Near:
+    """A point beside a run's at one step."""
+
+    def __init__(self, step, weights):
+        self.config, self.weights = type("C", (), {"start": step}), weights
+
+    def at(self, step):
+        return self.weights
+
+
+def test_loss_between_runs_has_the_losses_of_its_ends(small):
+    run, second = small
+    ends = run.at(60), second[0, basin.OTHER].at(60)
+    table = basin.between(run, {"parted": ends}, n_batches=2)
     batches = probe.fixed_batches(run.dataset, 2, SMALL.batch_size, seed=0)
-    corners = [run.at(40), run.at(60), other.at(60)]
-    losses = probe.losses(run.network(), np.stack(corners), *batches).mean(1)
-    table = basin.between(run, {"parted": (corners[1], corners[2])}, n_batches=2)
-    assert table.loss.iloc[[0, -1]].tolist() == pytest.approx(losses[1:], rel=1e-4)
-    table, at = basin.surface(run, corners, n=3, n_batches=2, margin=0)
-    for i, axis in enumerate("uw"):  # the grid ends at the corners
-        assert (table[axis].min(), table[axis].max()) == pytest.approx(
-            (at[:, i].min(), at[:, i].max())
-        )
-    left = table.u.idxmin()
-    origin, axes, _ = basin.plane(corners)
-    point = origin + table.loc[left, ["u", "w"]].to_numpy(float) @ axes
-    expected = probe.losses(run.network(), point, *batches).mean()
-    assert table.loss[left] == pytest.approx(expected, rel=1e-4)
+    losses = probe.losses(run.network(), np.stack(ends), *batches).mean(1)
+    assert table.loss.iloc[[0, -1]].tolist() == pytest.approx(losses, rel=1e-4)

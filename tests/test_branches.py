@@ -122,6 +122,9 @@ def test_what_cannot_be_emulated_is_refused():
         Emulation("linear", 10, 19, stride=11).on_snapshots(ModelRun(np.zeros((1, 20))))
     with pytest.raises(ConfigError, match="stride = 4 is not allowed: only averages of every iter"):
         branches.correction(None, Emulation("linear", 60, 90, stride=4))
+    heavy = ModelRun(np.zeros((1, 20)), momentum=0.9)
+    with pytest.raises(ConfigError, match="momentum = 0.9 is not allowed: the prediction has none"):
+        branches.follow([heavy], [heavy], predict=True)
 
 
 def test_averages_that_do_not_fit_are_left_out():
@@ -323,12 +326,6 @@ def test_hessians_of_the_batches_predict_where_a_small_smooth_network_goes(folde
     assert (followed.predicted_moved == followed.moved).all()
     later = followed.query("after > 2")  # at first both are at the run's own rate
     np.testing.assert_allclose(later.predicted_distance, later.distance, rtol=0.05)
-
-
-def test_nothing_is_predicted_with_momentum():
-    run = ModelRun(np.zeros((1, 20)), momentum=0.9)
-    with pytest.raises(ConfigError, match="momentum = 0.9 is not allowed: the prediction has none"):
-        branches.follow([run], [run], predict=True)
 
 
 def test_other_batches_lead_elsewhere(stationary):

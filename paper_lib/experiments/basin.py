@@ -11,10 +11,12 @@ from paper_lib.averaging import vectors
 from paper_lib.config import RunConfig
 from paper_lib.errors import require
 from paper_lib.probing import probe
+from paper_lib.probing.derivatives import mean_gradient
 from paper_lib.runs import Run, branch_all
 
 OTHER_BATCHES = 1000  # is added to a run's stream for batches that it does not see
 POSITIONS = np.linspace(0, 1, 11)  # on a segment
+PARTED, SAME, OTHER = "parted", "same batches", "other batches"
 
 
 def other_batches(config: RunConfig) -> RunConfig:
@@ -31,68 +33,79 @@ def other_start(config: RunConfig, seed: int) -> RunConfig:
     return config.replace(seed=seed, batch_seed=config.stream)
 
 
-def companions(
-    config: RunConfig, seeds: Sequence[int], perturbations: Sequence[float]
-) -> dict[str, RunConfig]:
-    """The runs to compare with a branch, by kind.
+def following(seed: int, seeds: Sequence[int]) -> int:
+    """The next of the seeds, the first after the last; beside a single one the next number."""
+    return seeds[(list(seeds).index(seed) + 1) % len(seeds)] if len(seeds) > 1 else seed + 1
 
-    On other batches; on its own from starts at these distances (relative to the norm of the
-    weights); and on its own from the start of the next of the seeds.
+
+def second_starts(config: RunConfig, every: int) -> dict[str, RunConfig]:
+    """Runs to hold against one that goes on after `config`, by kind.
+
+    PARTED leaves where `config` does and sees other batches for as many steps; from its end, the
+    second start, SAME sees the batches that come after those of `config`, and OTHER goes on with
+    its own, for as many steps again. Every `every`-th step is recorded, and the last.
     """
-    following = config.seed + 1
-    if len(seeds) > 1:
-        following = seeds[(list(seeds).index(config.seed) + 1) % len(seeds)]
-    kinds = {"other batches, same start": other_batches(config)}
-    for size in perturbations:
-        kinds[f"same batches, start {size:g} away"] = config.replace(perturbation=size)
-    return {**kinds, "same batches, another seed's start": other_start(config, following)}
+    n = config.steps - config.start
+
+    def record(first: int) -> str:
+        return f"{first}-{first + n}/{every},{first + n}"
+
+    parted = other_batches(config).replace(record=record(config.start))
+    other = parted.branch(n, record=record(config.steps))
+    return {PARTED: parted, SAME: other.replace(batch_seed=config.stream), OTHER: other}
 
 
-def train_companions(
-    runs: Sequence[Run], seeds: Sequence[int], perturbations: Sequence[float], config: RunConfig
-) -> dict[tuple[int, str], Run]:
-    """The `companions` of runs, one per run and kind, by (seed, kind).
-
-    They are trained on the runs' own data and network. `config` is the settings of the companions
-    but for seed and batches: those of the runs, with what is to be recorded.
-    """
-    configs: dict[tuple[int, str], RunConfig] = {}
-    for run in runs:
-        kinds = companions(config.replace(seed=run.config.seed), seeds, perturbations)
-        configs |= {(run.config.seed, kind): changed for kind, changed in kinds.items()}
+def part(runs: Sequence[Run], config: RunConfig, every: int) -> dict[tuple[int, str], Run]:
+    """The `second_starts` of `config` with the seed of each run, on its data, by (seed, kind)."""
+    seeds = [run.config.seed for run in runs]
+    kinds = {seed: second_starts(config.replace(seed=seed), every) for seed in seeds}
+    configs = {(seed, kind): c for seed in seeds for kind, c in kinds[seed].items()}
     return dict(zip(configs, branch_all(runs, list(configs.values())), strict=True))
 
 
 def distances(run: Run, other: Run, kind: str = "") -> pd.DataFrame:
-    """Distance of two runs at the steps that both recorded, a row each.
+    """Distance of two runs at the steps that both recorded, a row each, since `other` began.
 
-    Columns seed, lr, kind, step (after the start), distance |x - y|, ratio (to the distance at the
-    start; NaN where that is zero), and cosine of the displacements from each run's own start (NaN
-    where one is zero). Raises ConfigError unless both recorded their start and a later step.
+    Columns seed, kind, step (after that start), distance |x - y| and ratio (to the distance at the
+    start; NaN where that is zero). Raises ConfigError unless both recorded the start and a later
+    step.
     """
-    start = run.config.start
+    start = other.config.start
     steps = np.intersect1d(run.steps, other.steps)
     allowed = f"both must keep {start} and later steps"
-    require(start in steps and len(steps) > 1, "record", run.config.record, allowed)
+    require(start in steps and steps[-1] > start, "record", run.config.record, allowed)
+    steps = steps[steps >= start]
     X, Y = (np.array(r.weights[r.rows(steps)], np.float64) for r in (run, other))
     distance = np.linalg.norm(X - Y, axis=1)
-    X, Y = X - X[0], Y - Y[0]
-    moved = np.linalg.norm(X, axis=1) * np.linalg.norm(Y, axis=1)
-    columns = {
-        "seed": run.config.seed,
-        "lr": run.config.lr,
-        "kind": kind,
-        "step": steps - start,
-        "distance": distance,
-        "ratio": _quotient(distance, np.full(len(steps), distance[0])),
-        "cosine": _quotient((X * Y).sum(1), moved),
-    }
-    return pd.DataFrame(columns)
+    ratio = distance / (distance[0] or np.nan)
+    columns = {"kind": kind, "step": steps - start, "distance": distance, "ratio": ratio}
+    return pd.DataFrame({"seed": run.config.seed, **columns})
 
 
-def _quotient(above: np.ndarray, below: np.ndarray) -> np.ndarray:
-    """above / below, NaN where `below` is zero."""
-    return np.divide(above, below, out=np.full(len(above), np.nan), where=below > 0)
+def loss_weighted(
+    run: Run, others: Mapping[str, Run], after: Sequence[int], n_batches: int = 24
+) -> pd.DataFrame:
+    """What the training loss feels of the distance of a run x from others y, by kind.
+
+    Columns seed, kind, step, distance = (x - y).(G(x) - G(y)) in nats and ratio to the first, a row
+    for each step in `after` the start of the others. G is the gradient of the mean loss of
+    n_batches training batches (each normalized by its own statistics): unlike |x - y|, this does
+    not count directions that are flat.
+    """
+    c, net, rows = run.config, run.network(), []
+    batches = probe.fixed_batches(run.dataset, n_batches, c.batch_size, c.seed)
+    for step in after:
+        found = {}
+        for kind, one in {"": run, **others}.items():
+            start = next(iter(others.values())).config.start
+            x = np.array(one.at(start + step), np.float64)
+            found[kind] = x, mean_gradient(net, x, *batches)
+        x, g = found.pop("")
+        for kind, (y, other) in found.items():
+            row = {"seed": c.seed, "kind": kind, "step": step}
+            rows.append(row | {"distance": float((x - y) @ (g - other))})
+    table = pd.DataFrame(rows)
+    return table.assign(ratio=table.distance / table.groupby("kind").distance.transform("first"))
 
 
 def parting(reference: np.ndarray, steps: Sequence[int]) -> np.ndarray:
@@ -133,40 +146,3 @@ def barriers(table: pd.DataFrame) -> pd.DataFrame:
         middle = rise[len(rise) // 2]
         rows.append({"kind": kind, "seed": seed, "barrier": rise.max(), "middle": middle})
     return pd.DataFrame(rows)
-
-
-def plane(corners: Sequence[np.ndarray]) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """An orthonormal frame of the plane through three weight vectors (P,).
-
-    The origin (P,), which is their mean, axes (2, P), and the corners in this frame, (3, 2). Raises
-    ConfigError if they lie on one line.
-    """
-    points = np.array(corners, np.float64)
-    origin = points.mean(0)
-    _, size, axes = np.linalg.svd(points - origin, full_matrices=False)
-    allowed = "three points on one line span no plane"
-    require(size[1] > 1e-6 * size[0], "corners", size.tolist(), allowed)
-    return origin, axes[:2], (points - origin) @ axes[:2].T
-
-
-def surface(
-    run: Run,
-    corners: Sequence[np.ndarray],
-    n: int = 13,
-    n_batches: int = 8,
-    margin: float = 0.3,
-) -> tuple[pd.DataFrame, np.ndarray]:
-    """Training loss in nats on a grid (n x n) of the plane through three weight vectors.
-
-    Columns u, w, loss; and the corners in these coordinates, (3, 2). The grid reaches `margin`
-    times its own size beyond the corners. Raises ConfigError as `plane` does.
-    """
-    c, (origin, axes, at) = run.config, plane(corners)
-    least, most = at.min(0), at.max(0)
-    beyond = margin * np.ptp(at, axis=0)
-    u, w = np.linspace(least - beyond, most + beyond, n).T
-    grid = np.stack([z.ravel() for z in np.meshgrid(u, w)], axis=1)
-    points = (origin + grid @ axes).astype(np.float32)
-    batches = probe.fixed_batches(run.dataset, n_batches, c.batch_size, c.seed)
-    loss = probe.losses(run.network(), points, *batches, progress="plane").mean(1)
-    return pd.DataFrame({"u": grid[:, 0], "w": grid[:, 1], "loss": loss}), at

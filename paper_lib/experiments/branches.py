@@ -283,46 +283,37 @@ def batch_hessians(run: Run, first: int) -> Product:
     return product
 
 
-def mismatches(table: pd.DataFrame, quantity: str = "train_loss", away: int = 2) -> pd.DataFrame:
-    """How far a family's averages end from their own schedules and from others, per seed.
+def mismatches(table: pd.DataFrame, away: int = 2) -> pd.DataFrame:
+    """Mean training loss (nats) between averages of a family and schedules, per seed.
 
-    Means over settings of |schedule - average| in `quantity`: `own`; `away`, the schedules that
-    many settings away on either side; `one`, the middle setting's schedule for all; `seeds`, the
-    same setting with every other seed (NaN if there is none).
+    |schedule - average| for their `own` schedules; for those `away` settings off, on either side;
+    for `one`, the middle setting's; for their own with other `seeds` (NaN if there are none).
     """
-    points = ("average", "schedule")
-    tables = [
-        table.pivot(index="setting", columns="seed", values=f"{p}_{quantity}") for p in points
-    ]
-    a, s = (each.to_numpy() for each in tables)  # (settings, seeds)
+    losses = table.pivot(index="setting", columns="seed")
+    a, s = (losses[f"{point}_train_loss"].to_numpy() for point in ("average", "schedule"))
     n, seeds = a.shape
     apart = np.abs(a[:, None] - s)  # by setting of the average, of the schedule, and seed
     settings = np.abs(np.subtract.outer(range(n), range(n)))
+    others = [np.abs(np.delete(s, k, axis=1) - a[:, [k]]) for k in range(seeds)]
     columns = {
         "own": np.abs(a - s).mean(0),
         "away": apart[settings == min(away, n - 1)].mean(0),
         "one": apart[:, n // 2].mean(0),
-        "seeds": np.full(seeds, np.nan),
+        "seeds": [each.mean() if each.size else np.nan for each in others],
     }
-    if seeds > 1:
-        others = (np.delete(s, k, axis=1) - a[:, [k]] for k in range(seeds))
-        columns["seeds"] = np.array([np.abs(other).mean() for other in others])
-    return pd.DataFrame(columns, index=tables[0].columns)
+    return pd.DataFrame(columns, index=losses["average_train_loss"].columns)
 
 
 def variance_gap(e: Emulation, eta: np.ndarray) -> np.ndarray:
     """Variance under e's schedule minus that of its average, over an iterate's, by eta (n,).
 
-    Both of a stationary run of the quadratic model: how much more noise the schedule leaves in
-    directions that are not slow. Zero where e.eta is eta.
+    Both of a stationary run of the quadratic model; zero where eta is e.eta.
     """
     column, v = np.asarray(eta)[:, None], stationary_variance(eta)
-    weights = e.weights(), vectors.last(e.span + 1)
-    rates = column, column * e.schedule
-    pairs = zip(weights, rates, strict=True)
-    average, scheduled = (batch_weights(a, rate) for a, rate in pairs)
-    squares = scheduled**2 - average**2  # of the start and of the minima, whose variance is 1
-    return squares[:, 1:].sum(1) / v + squares[:, 0]
+    average = batch_weights(e.weights(), column) ** 2
+    scheduled = batch_weights(vectors.last(e.span + 1), column * e.schedule) ** 2
+    more = scheduled - average  # of the start, and of the minima, whose variance is 1
+    return more[:, 1:].sum(1) / v + more[:, 0]
 
 
 def missed(table: pd.DataFrame, quantity: str = "train_loss") -> pd.Series:
