@@ -216,7 +216,9 @@ class Study:
         half = self.averaged_steps // 2
         return {
             "last iterate": "uniform 1",
+            "two points, 1 step apart": "two points 1",
             f"two points, {half} steps apart": f"two points {half}",
+            "EMA, decay 0.5": "EMA 0.5",
             "EMA, decay 0.99": "EMA 0.99",
             f"uniform average of {half}": f"uniform {half}",
         }

@@ -2,134 +2,134 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Mapping, Sequence
 
 import numpy as np
 import pandas as pd
+from scipy.optimize import least_squares
 from tqdm import tqdm
 
 from paper_lib.averaging import vectors
-from paper_lib.errors import check_names
-from paper_lib.probing import derivatives, probe
+from paper_lib.errors import require
+from paper_lib.probing import derivatives, hessian, probe
 from paper_lib.probing.evaluation import Evaluator
 from paper_lib.runs import Run
 
-STATISTICS = ("recomputed", "averaged", "stale")
 
-# Where 1 - q^L reaches 3/4, over where it reaches 1/4, for one curvature: several of them spread
-# the gain over more lags than that.
-ONE_CURVATURE = math.log(4) / math.log(4 / 3)
+def ends(run: Run, n: int = 9) -> list[int]:
+    """Up to n steps at which averages end, evenly spaced from the middle of a run to its end.
 
-
-def ends(run: Run) -> list[int]:
-    """Three steps at which averages end: the middle, three quarters and the end of a run."""
+    The end alone where the run kept no iterates, but averages that were accumulated.
+    """
     first, last = run.config.start, run.config.steps
-    return [first + (last - first) * quarters // 4 for quarters in (2, 3, 4)]
+    if not run.config.record:
+        return [last]
+    return np.unique(np.linspace((first + last) // 2, last, n).astype(int)).tolist()
+
+
+def average_at(run: Run, name: str, end: int) -> np.ndarray:
+    """The average (P,) of this name (`vectors.named`) over a run's iterates up to step `end`."""
+    a = vectors.named(name, end - run.config.start + 1)
+    if end == run.config.steps:
+        return run.average(a)
+    return vectors.average(a, run.window(run.config.start, end))
 
 
 def measure(
     runs: Sequence[Run],
     evaluate: Mapping[int, Evaluator],
-    lags: Sequence[int],
-    statistics: str = "recomputed",
+    averages: Mapping[str, str],
+    stale: bool = False,
 ) -> pd.DataFrame:
-    """Evaluate averages of two iterates, at each lag for each of `ends`; lag 0 is the last itself.
+    """Evaluate averages of runs at `ends`: `averages` has their names (`vectors.named`) by label.
 
-    BatchNorm's `statistics` are recomputed at the weights, or those of the two iterates averaged,
-    or left stale: the last iterate's. Columns: lr, seed, lag, end, statistics and those of
-    `Evaluator`. ConfigError for other statistics, SnapshotError for an iterate that was not kept.
+    BatchNorm statistics are recomputed at the weights or, if `stale`, the last iterate's own.
+    Columns: method (the label), seed, end and those of `Evaluator`. SnapshotError for iterates
+    that a run did not keep.
     """
-    check_names([statistics], STATISTICS, "kind of statistics")
     rows = []
-    jobs = [(run, end, lag) for run in runs for end in ends(run) for lag in lags]
-    for run, end, lag in tqdm(jobs, desc="two points"):
-        at = run.rows([end - lag, end])
-        kinds = {
-            "recomputed": None,
-            "averaged": run.buffers[at].mean(0),
-            "stale": np.array(run.buffers[at[1]]),
-        }
-        values = evaluate[run.config.seed](run.weights[at].mean(0), kinds[statistics])
-        labels = {"lr": run.config.lr, "seed": run.config.seed, "lag": lag, "end": end}
-        rows.append({**labels, "statistics": statistics, **values})
-    return pd.DataFrame(rows)
-
-
-def references(
-    runs: Sequence[Run], evaluate: Mapping[int, Evaluator], decay: float, reach: int
-) -> pd.DataFrame:
-    """Evaluate the EMA of a decay and the uniform average over `reach` steps before `ends`.
-
-    Columns: lr, seed, average ("EMA <decay>" or "uniform"), end and those of `Evaluator`.
-    """
-    n = reach + 1
-    averages = {f"EMA {decay:g}": vectors.ema(n, decay), "uniform": vectors.uniform(n, n)}
-    rows = []
-    jobs = [(run, end, name) for run in runs for end in ends(run) for name in averages]
-    for run, end, name in tqdm(jobs, desc="averages"):
-        weights = vectors.average(averages[name], run.window(end - reach, end))
-        labels = {"lr": run.config.lr, "seed": run.config.seed, "average": name, "end": end}
-        rows.append(labels | evaluate[run.config.seed](weights))
+    jobs = [(run, end, label) for run in runs for end in ends(run) for label in averages]
+    for run, end, label in tqdm(jobs, desc="averages"):
+        kept = np.array(run.buffers[run.rows(end)[0]]) if stale else None
+        weights = average_at(run, averages[label], end)
+        row = {"method": label, "seed": run.config.seed, "end": end}
+        rows.append(row | evaluate[run.config.seed](weights, kept))
     return pd.DataFrame(rows)
 
 
 def chords(
-    runs: Sequence[Run], evaluate: Mapping[int, Evaluator], lags: Sequence[int]
+    runs: Sequence[Run], evaluate: Mapping[int, Evaluator], lags: Sequence[int], n_ends: int = 3
 ) -> pd.DataFrame:
-    """What a quadratic predicts from the ends of each chord d = x_t - x_(t-L) alone.
+    """What the middle of a chord d = x_t - x_(t-L) gains, and what its ends predict.
 
-    The mean of the ends' losses exceeds the midpoint's by `gain` = d . (g_t - g_(t-L)) / 8 with g
-    the gradients of the training loss, on the evaluators' images; on average that is the model's
-    (1 - q^L) / 2 of the excess loss, mixed over all curvatures with the right weights. `squared` =
-    |d|^2 mixes them with the wrong ones. Columns: seed, lag, end, gain (nats), squared.
+    `gain` = mean loss of the ends - loss of the middle (nats), with batch statistics, on the
+    evaluators' training images. On a quadratic it is `predicted` = d . (g_t - g_(t-L)) / 8 with g
+    the gradients there; in the model its mean is (1 - q^L) / 2 of the excess loss, mixed over all
+    curvatures with the right weights. `squared` = |d|^2 mixes them with the wrong ones. One row per
+    seed, end (n_ends of them, see `ends`) and lag.
     """
     rows = []
-    for run in tqdm(runs, desc="gradients at the ends of chords"):
+    for run in tqdm(runs, desc="chords"):
         seed = run.config.seed
         net, images = evaluate[seed].net, evaluate[seed].train
-        steps = {end - lag for end in ends(run) for lag in [0, *lags]}
-        gradients = {t: derivatives.mean_gradient(net, run.at(t), *images) for t in sorted(steps)}
-        for end in ends(run):
-            for lag in lags:
-                d = np.float64(run.at(end)) - run.at(end - lag)
-                gain = float(d @ (gradients[end] - gradients[end - lag])) / 8
-                row = {"seed": seed, "lag": lag, "end": end, "gain": gain, "squared": float(d @ d)}
-                rows.append(row)
-    return pd.DataFrame(rows)
+        for end in ends(run, n_ends):
+            x = np.stack([run.at(end), *(run.at(end - lag) for lag in lags)])
+            g = np.stack([derivatives.mean_gradient(net, row, *images) for row in x])
+            points = np.concatenate([x, (x[:1] + x[1:]) / 2])
+            loss = probe.losses(net, points, *images).mean(1)
+            middle, d = loss[len(x) :], np.float64(x[:1]) - x[1:]
+            table = {"seed": seed, "end": end, "lag": lags}
+            table["gain"] = (loss[0] + loss[1 : len(x)]) / 2 - middle
+            table["predicted"] = np.einsum("lp,lp->l", d, g[:1] - g[1:]) / 8
+            rows.append(pd.DataFrame({**table, "squared": np.square(d).sum(1)}))
+    return pd.concat(rows, ignore_index=True)
 
 
-def memory(runs: Sequence[Run], lags: Sequence[int], n_batches: int) -> pd.DataFrame:
-    """How much lower a batch's loss is, L steps after the step that used it, than before: `dip`.
+def steepest(runs: Sequence[Run], lags: Sequence[int], n_batches: int = 8) -> pd.DataFrame:
+    """`gain` of chords along each run's steepest direction alone, over its curvature / 8.
 
-    In the model it is the sum of h v (2 - eta) q^L over directions: all but the autocorrelation,
-    weighted by loss, that decides what two points gain. One row per seed and lag, averaged over
-    n_batches batches spread over the run: seed, lag, dip (nats).
+    That is the mean over the run of (y_t - y_(t-L))^2, in squared weights: the direction is that of
+    the Hessian on n_batches batches at the average of the run. Columns seed, lag, gain.
     """
     tables = []
-    for run in tqdm(runs, desc="memory of batches"):
-        net, config = run.network(), run.config
-        batches = np.linspace(config.start, config.steps - max(lags) - 1, n_batches).astype(int)
-        drops = np.zeros(len(lags))
-        for t in batches:
-            weights = run.weights[run.rows([t, *(t + 1 + np.asarray(lags))])]
-            losses = probe.losses(net, weights, *run.batches([t]))[:, 0]
-            drops += (losses[0] - losses[1:]) / n_batches
-        tables.append(pd.DataFrame({"seed": config.seed, "lag": lags, "dip": drops}))
+    for run in tqdm(runs, desc="steepest directions"):
+        X = run.window(run.config.start, run.config.steps)
+        center = vectors.average(vectors.uniform(len(X), len(X)), X)
+        batches = probe.fixed_batches(run.dataset, n_batches, run.config.batch_size, 0)
+        _, (direction,) = hessian.top_directions(run.network(), center, *batches, n=1)
+        y = X @ direction - center @ direction
+        gain = [np.mean((y[lag:] - y[:-lag]) ** 2) for lag in lags]
+        tables.append(pd.DataFrame({"seed": run.config.seed, "lag": lags, "gain": gain}))
     return pd.concat(tables, ignore_index=True)
 
 
-def spread_of_lags(gain: pd.DataFrame) -> pd.Series:
-    """The lag at which 3/4 of the longest lag's gain is reached, over that of 1/4, by seed.
+def one_rate(lags: np.ndarray, gains: np.ndarray) -> tuple[float, float]:
+    """(G, r) of least squares for gains (n,) = G (1 - e^(-r L)), what one curvature gives.
 
-    `gain` has the columns seed, lag and gain. Lags are interpolated in their logarithm; a gain that
-    exceeds 1/4 at the first lag counts as 1/4 there. See ONE_CURVATURE.
+    Lags L (n,) in steps, r > 0 per step: q = e^-r. ConfigError for fewer than two lags.
     """
+    require(len(lags) > 1, "lags", list(lags), "two numbers are fitted: give two or more")
+    size = np.max(np.abs(gains))
 
-    def ratio(of_seed: pd.DataFrame) -> float:
-        share = np.maximum.accumulate(of_seed.gain.to_numpy() / of_seed.gain.iloc[-1])
-        quarter, three = np.interp([0.25, 0.75], share, np.log(of_seed.lag))
-        return float(np.exp(three - quarter))
+    def errors(logs: np.ndarray) -> np.ndarray:
+        return np.exp(logs[0]) * -np.expm1(-np.exp(logs[1]) * lags) - gains / size
 
-    positive = gain.query("lag > 0").sort_values("lag")
-    return pd.Series({seed: ratio(rows) for seed, rows in positive.groupby("seed")}, name="spread")
+    starts = [(0.0, np.log(rate)) for rate in (0.003, 0.03, 0.3, 3)]
+    fits = [least_squares(errors, start, bounds=(-12, 5)) for start in starts]
+    level, rate = np.exp(min(fits, key=lambda fit: fit.cost).x)
+    return float(level * size), float(rate)
+
+
+def beyond_one_rate(table: pd.DataFrame) -> pd.Series:
+    """Gain at the longest lag over what one rate, fitted to the shorter half of lags, says.
+
+    One number a seed: 1 for a single curvature, more for several. `table` has the columns seed, lag
+    and gain.
+    """
+    found = {}
+    for seed, rows in table.groupby(["seed", "lag"]).gain.mean().groupby("seed"):
+        lags, gains = rows.index.get_level_values("lag").to_numpy(float), rows.to_numpy()
+        short = slice(max(2, (len(lags) + 1) // 2))
+        level, rate = one_rate(lags[short], gains[short])
+        found[seed] = gains[-1] / (level * -np.expm1(-rate * lags[-1]))
+    return pd.Series(found, name="ratio").rename_axis("seed")
