@@ -16,39 +16,6 @@ from paper_lib.probing import derivatives
 from paper_lib.runs import SnapshotError
 from paper_lib.theory import quadratic
 
-
-def test_norms_and_cosines_of_gradients_with_known_mean_and_noise():
-    rng = np.random.default_rng(0)
-    d, k, mean2, noise2 = 4000, 60, 0.3, 1.7
-    mean = rng.standard_normal(d)
-    g = mean * np.sqrt(mean2) / np.linalg.norm(mean) + rng.standard_normal((k, d)) * np.sqrt(
-        noise2 / d
-    )
-    found = alignment.alignment(g @ g.T)
-    c = mean2 / (mean2 + noise2)
-    assert found["full2"] == pytest.approx(mean2, rel=0.05)
-    assert found["noise2"] == pytest.approx(noise2, rel=0.05)
-    assert found["batch_batch"] == pytest.approx(c, rel=0.05)
-    rest = np.stack([g[np.arange(k) != i].mean(0) for i in range(k)])
-    norms = np.linalg.norm(rest, axis=1) * np.linalg.norm(g, axis=1)
-    leave_one_out = np.mean((rest * g).sum(1) / norms)
-    assert found["batch_full"] == pytest.approx(leave_one_out)
-    assert found["batch_full_predicted"] == pytest.approx(leave_one_out, rel=0.01)
-    assert found["batch_full_predicted"] < np.sqrt(c)  # the others are not the full gradient yet
-
-
-def test_cosines_of_one_gradient_repeated():
-    found = alignment.alignment(np.full((5, 5), 4.0))
-    assert found["noise2"] == 0 and found["norm2"] == 4
-    for name in ("batch_batch", "batch_full", "batch_full_predicted"):
-        assert found[name] == pytest.approx(1)
-
-
-def test_alignment_needs_three_batches():
-    with pytest.raises(ConfigError, match="at least 3"):
-        alignment.alignment(np.eye(2))
-
-
 directions = st.tuples(st.floats(0.01, 1.5), st.floats(0.1, 2.0))
 
 
@@ -99,13 +66,11 @@ def test_measurements_along_a_run(run):
     assert 0 < lags.full[0] < 1
     if run.config.momentum == 0:
         np.testing.assert_allclose(lags.predicted[1:], -lags.full[:-1], rtol=1e-6)
+    np.testing.assert_allclose(lags.plain[1:], -lags.full[:-1], rtol=1e-6)
+    np.testing.assert_allclose(lags.unrelated, lags.used)  # the next run of one is itself
     away = alignment.measure_displacement([run], 5, windows=[2, 10], n_points=3, n_batches=2)
     assert list(away.window) == [2, 10]
     assert (away.cosine.abs() <= 1.5).all()  # |G|^2 is an estimate
-    assert alignment.measure_eta([run], 5, n_points=2, n_batches=2)[0] > 0
-    points = alignment.measure_points([run], [0, 8], sizes=[8, 16], n_images=64)
-    assert list(points)[:3] == ["seed", "step", "size"]
-    assert len(points) == 4 and (points.norm2 > points.full2).all()
 
 
 def test_windows_that_do_not_fit_are_refused(run):
