@@ -1,6 +1,7 @@
 """Basin: which runs are compared; distances and barriers against what is known of them."""
 
 import functools
+from types import SimpleNamespace
 
 import numpy as np
 import pandas as pd
@@ -48,7 +49,7 @@ class Run:
 
     def __init__(self, weights, start=0):
         self.weights, self.steps = np.asarray(weights), start + np.arange(len(weights))
-        self.config = type("C", (), {"start": start, "lr": 0.5, "seed": 0, "record": ""})()
+        self.config = SimpleNamespace(start=start, seed=0, record="")
 
     def rows(self, steps):
         return np.searchsorted(self.steps, steps)
@@ -135,22 +136,12 @@ def test_the_loss_feels_curvature_times_the_squared_distance(small):
     run, second = small
     x = np.array(run.at(50), np.float64)
     apart = 1e-2 * np.random.default_rng(0).standard_normal(len(x))
-    near = Near(50, x + apart)
+    near = SimpleNamespace(config=SimpleNamespace(start=50), at=lambda step: x + apart)
     table = basin.loss_weighted(run, {"near": near, "same": second[0, basin.SAME]}, [0], 4)
     batches = probe.fixed_batches(run.dataset, 4, SMALL.batch_size, seed=0)
     expected = derivatives.curvature(run.network(), x, apart, *batches).mean() * apart @ apart
     assert table.distance[0] == pytest.approx(expected, rel=0.05)
     assert table.ratio.tolist() == [1, 1]
-
-
-class Near:
-    """A point beside a run's at one step."""
-
-    def __init__(self, step, weights):
-        self.config, self.weights = type("C", (), {"start": step}), weights
-
-    def at(self, step):
-        return self.weights
 
 
 def test_loss_between_runs_has_the_losses_of_its_ends(small):
