@@ -129,17 +129,22 @@ def publish(executed: NotebookNode, target: Path, places: dict[str, str]) -> Non
         nbformat.write(publishable(executed, {**places, str(ROOT): "."}), temporary)
 
 
+KEPT = ("tags", "jupyter")  # of a cell's metadata; "jupyter" says that its source is folded
+
+
 def publishable(notebook: NotebookNode, places: dict[str, str]) -> NotebookNode:
     """Return a notebook without what changes from run to run or from machine to machine.
 
-    Removed: times, progress (stderr and widgets), papermill's paths and random cell id. In texts
-    the paths of `places` become its names. Pictures get a palette, a third of the bytes; they stay
-    inside, since GitHub and nbviewer show no output that links to a file.
+    Removed: times, progress (stderr and widgets), papermill's paths and random cell id; what is
+    folded stays so. In texts the paths of `places` become its names. Pictures get a palette, a
+    third of the bytes; they stay inside, since GitHub and nbviewer show no output that links to a
+    file.
     """
     notebook = nbformat.from_dict({**notebook, "metadata": METADATA})
     for cell in notebook.cells:
         tags = cell.metadata.get("tags", [])
-        cell.metadata = NotebookNode({"tags": tags} if tags else {})
+        kept = {name: cell.metadata[name] for name in KEPT if cell.metadata.get(name)}
+        cell.metadata = NotebookNode(kept)
         cell.id = "injected-parameters" if "injected-parameters" in tags else cell.id
         cell.source = _published(cell.source, "", places)
         if cell.cell_type == "code":

@@ -272,6 +272,7 @@ def executed_notebook():
     notebook.metadata["papermill"] = {"input_path": "/somewhere", "start_time": "now"}
     cell = notebook.cells[2]
     cell.metadata["execution"] = {"iopub.execute_input": "now"}
+    cell.metadata["jupyter"] = {"source_hidden": True}
     widget = {"application/vnd.jupyter.widget-view+json": {}, "text/plain": "bar"}
     cell.outputs = [
         new_output("stream", name="stderr", text="50 %"),
@@ -293,7 +294,8 @@ def test_published_notebooks_hold_no_times_progress_or_machine_paths():
     text, image = kept.cells[3].outputs
     assert text.text == "./results/x"
     assert len(image.data["image/png"]) < len(picture()) / 3
-    assert kept.cells[3].metadata == {} and kept.cells[1].metadata == {"tags": ["parameters"]}
+    assert kept.cells[3].metadata == {"jupyter": {"source_hidden": True}}
+    assert kept.cells[1].metadata == {"tags": ["parameters"]}
     again = executed_notebook()  # papermill gives the cell that it injects another random id
     for cell, known in zip(again.cells, kept.cells, strict=True):
         if "injected-parameters" not in cell.metadata.get("tags", []):

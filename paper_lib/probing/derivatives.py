@@ -16,8 +16,6 @@ from paper_lib.probing.probe import Array, Buffers
 from paper_lib.runs import Run
 from paper_lib.training.flat import FlatModel
 
-GRAM_BYTES = 2**30  # memory that gradients may take while their inner products are formed
-
 
 def gradients(
     net: FlatModel, weights: Array, x: Tensor, y: Tensor, buffers: Buffers = None
@@ -42,24 +40,6 @@ def mean_gradient(
         return _gradient(net, F.cross_entropy(logits, labels, reduction="sum"))
 
     return (_sum_over_passes(net, weights, x, y, buffers, derivative) / y.numel()).cpu().numpy()
-
-
-def gram(net: FlatModel, weights: Array, x: Tensor, y: Tensor, buffers: Buffers = None) -> Array:
-    """Inner products of all pairs of the batches' gradients, (K, K) float64.
-
-    As many gradients as GRAM_BYTES holds are kept; later ones are computed again for each block.
-    """
-    probe.check_batches(x, y)
-    n, block = len(x), max(1, GRAM_BYTES // (4 * net.weights.numel()))
-    found = np.empty((n, n))
-    for first in range(0, n, block):
-        own = slice(first, first + block)
-        kept = gradients(net, weights, x[own], y[own], buffers)
-        found[own, own] = kept @ kept.T
-        for j in range(first + block, n):
-            (later,) = gradients(net, weights, x[j : j + 1], y[j : j + 1], buffers)
-            found[own, j] = found[j, own] = kept @ later
-    return found
 
 
 def curvature(
