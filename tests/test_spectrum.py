@@ -51,6 +51,13 @@ def test_two_far_points_recover_half_the_loss_as_about_half_the_lr_does():
     assert slow.averaged_loss(far, LR) == pytest.approx(slow.excess(LR / 2).sum(), rel=0.01)
 
 
+def test_displacement_levels_off_but_in_flat_directions():
+    lags, v = np.array([0, 1, 40]), quadratic.stationary_variance(LR * H, 1 / H**2)
+    rho = quadratic.autocorrelation(LR * H, 41)[:, lags]
+    found = Directions(np.append(H, 0), np.ones(4)).displacement(LR, lags)
+    assert_allclose(found, 2 * v @ (1 - rho) + LR**2 * lags, rtol=1e-5)
+
+
 # --- on the way ----------------------------------------------------------------------------------
 
 

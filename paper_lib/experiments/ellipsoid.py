@@ -1,6 +1,7 @@
 """Measure where a run at a constant learning rate stays, and what lies inside (claim C7).
 
-Loss levels, radii and angles of its iterates, and the loss between them and around their average.
+Loss levels, displacement and angles of its iterates beside those that the model has in the same
+finite window, and the loss between iterates and around their average.
 """
 
 from __future__ import annotations
@@ -12,12 +13,15 @@ import pandas as pd
 
 from paper_lib.averaging import vectors
 from paper_lib.errors import require
-from paper_lib.probing import probe
+from paper_lib.probing import derivatives, probe
+from paper_lib.probing.hessian import spectral_measure
 from paper_lib.runs import Run
+from paper_lib.theory.spectrum import Directions
 
-ALONG = np.linspace(0, 1, 9)  # positions on a segment between two iterates
-OUTWARD = np.array([0, 0.25, 0.5, 0.75, 1, 1.25, 1.5])
+ALONG = np.linspace(0, 1, 5)  # positions on a segment between two iterates
+OUTWARD = np.append(np.linspace(0, 1, 9), [1.25, 1.5])
 """Distances on a ray from the average through an iterate, over that of the iterate."""
+POWERS = np.linspace(0.5, 4, 141)  # tried by `ray_exponents`
 
 
 def levels(reference: Run, changed: Sequence[Run], settle: int) -> pd.DataFrame:
@@ -38,95 +42,125 @@ def levels(reference: Run, changed: Sequence[Run], settle: int) -> pd.DataFrame:
     return pd.concat(rows, ignore_index=True)
 
 
-def geometry(G: np.ndarray) -> dict[str, float]:
-    """Radius and angles around the average, from the Gram matrix (n, n) around it.
+# --- displacement and angles --------------------------------------------------------------------
 
-    radius (root mean square), radius_spread (standard deviation / mean), far_cosine (mean over
-    pairs of iterates at least half a window apart, without those of which one lies at the average),
-    pair_ratio (squared radius of the average of such a pair over that of one iterate). Raises
-    ConfigError if the iterates are all equal.
+
+def noise_spectrum(
+    run: Run, step: int, n_gradients: int = 64, n_products: int = 16, n_nodes: int = 24
+) -> Directions:
+    """Curvatures that the noise of batch gradients sees at x_step, with its variance.
+
+    Nothing is fitted: Lanczos quadrature (n_nodes) of the Hessian of n_products batches from half
+    the difference of two mean gradients, each over half of n_gradients other batches. Weight decay
+    is added to curvatures, of which negative ones count as flat. Directions without a stationary
+    state, lr h >= 2 (1 + momentum), are left out. SnapshotError if the run did not keep the step.
     """
-    n, radius = len(G), np.sqrt(np.diag(G))
+    c, net, half = run.config, run.network(), max(1, n_gradients // 2)
+    weights = np.array(run.at(step))
+    x, y = probe.fixed_batches(run.dataset, n_products + 2 * half, c.batch_size, c.seed)
+
+    def gradient(first: int) -> np.ndarray:
+        part = slice(first, first + half)
+        return derivatives.mean_gradient(net, weights, x[part], y[part])
+
+    def product(d: np.ndarray) -> np.ndarray:
+        return derivatives.mean_hessian_product(net, weights, d, x[:n_products], y[:n_products])
+
+    noise = (gradient(n_products) - gradient(n_products + half)) / 2
+    h, squared = spectral_measure(product, noise, n_nodes)
+    h = np.maximum(h, 0) + c.weight_decay
+    stable = c.lr * h < 2 * (1 + c.momentum)
+    return Directions(h[stable], 2 * half * squared[stable])
+
+
+def expected_gram(
+    directions: Directions, lr: float, steps: np.ndarray, momentum: float = 0.0
+) -> np.ndarray:
+    """What the model expects of the Gram matrix (n, n) around the mean of x at evenly spaced steps.
+
+    From its squared displacement D alone, -J D J / 2 where J takes means off: so the window is as
+    short for the model as for the run.
+    """
+    lag = np.arange(len(steps))
+    squared = directions.displacement(lr, steps - steps[0], momentum)
+    D = squared[np.abs(lag[:, None] - lag)]
+    mean = D.mean(0)
+    return (mean + mean[:, None] - D - mean.mean()) / 2
+
+
+def displacements(G: np.ndarray, stride: int = 1) -> pd.DataFrame:
+    """Squared displacement of iterates `stride` steps apart, from their Gram matrix, by lag."""
+    lags = vectors.spaced_lags(len(G))
+    return pd.DataFrame({"lag": stride * lags, "squared": vectors.squared_displacement(G, lags)})
+
+
+def geometry(G: np.ndarray) -> dict[str, float]:
+    """Displacement and angles around the average, from the Gram matrix (n, n) around it.
+
+    exponent (growth of squared displacement with the lag; 0: stationary, 1: random walk),
+    far_cosine (mean over pairs of iterates at least half a window apart, without those of which one
+    lies at the average), pair_ratio (squared radius of the average of such a pair over that of one
+    iterate), radius_spread (standard deviation / mean). Raises ConfigError if all are equal.
+    """
+    n, square = len(G), np.diag(G)
+    radius = np.sqrt(square)
     allowed = "the iterates are all equal: there is nothing around their average"
     require(radius.any(), "radius", 0.0, allowed)
     far = np.triu_indices(n, n // 2)
-    square = np.diag(G)
+    lengths = np.outer(radius, radius)[far]
     pairs = (square[far[0]] + square[far[1]] + 2 * G[far]) / 4
+    curve = displacements(G)
     return {
-        "radius": np.sqrt(np.mean(square)),
-        "radius_spread": radius.std() / radius.mean(),
-        "far_cosine": np.nanmean(cosines(G)[far]),
+        "exponent": vectors.exponent(curve.lag.to_numpy(), curve.squared.to_numpy()),
+        "far_cosine": (G[far][lengths > 0] / lengths[lengths > 0]).mean(),
         "pair_ratio": pairs.mean() / square.mean(),
+        "radius_spread": radius.std() / radius.mean(),
     }
 
 
-def cosines(G: np.ndarray) -> np.ndarray:
-    """Cosines of the angles between iterates as seen from the Gram matrix's centre, (n, n).
-
-    NaN for an iterate that lies at the centre: it is in no direction from there.
-    """
-    radius = np.sqrt(np.diag(G))
-    lengths = np.outer(radius, radius)
-    return np.divide(G, lengths, out=np.full_like(G, np.nan, dtype=float), where=lengths > 0)
+# --- the loss inside ----------------------------------------------------------------------------
 
 
-def average_radii(G: np.ndarray, counts: Sequence[int], spacings: Sequence[int]) -> pd.DataFrame:
-    """Squared radius of averages of `count` iterates, `spacing` steps apart, over that of one.
+def inside(runs: Sequence[Run], n_batches: int = 8, n_pairs: int = 6) -> pd.DataFrame:
+    """Training loss on segments between iterates, and on rays from the average through iterates.
 
-    Around the centre of the Gram matrix (n, n), averaged over up to ten places in the window.
-    Averages that span more than half of the window are left out: they approach its centre because
-    that is an average of the same iterates. Columns spacing, count, ratio, and `model`, the average
-    of independent iterates, 1 / count.
-    """
-    rows, n = [], len(G)
-    for spacing in spacings:
-        for count in (c for c in counts if (c - 1) * spacing <= n // 2):
-            ends = np.unique(np.linspace((count - 1) * spacing, n - 1, 10).astype(int))
-            a = np.stack([vectors.checkpoints(n, end - spacing * np.arange(count)) for end in ends])
-            ratio = vectors.squared_norm(a, G).mean() / np.trace(G) * n
-            rows.append({"spacing": spacing, "count": count, "ratio": ratio, "model": 1 / count})
-    return pd.DataFrame(rows)
-
-
-def inside(runs: Sequence[Run], n_batches: int = 8, n_pairs: int = 4) -> pd.DataFrame:
-    """Training loss on segments between iterates and on rays from the average through iterates.
-
-    The iterates of each of the n_pairs pairs are half a window apart. One row per seed, `path`
-    ("segment" or "ray"), `pair` and `position`, with the `loss` in nats: 0 and 1 are the two
-    iterates of a segment, or the average and the iterate of a ray. Batches are normalized by their
-    own statistics. Raises SnapshotError unless each run kept all of its iterates.
+    The iterates of each of the n_pairs pairs are half a window apart. One row per seed, `path`,
+    `pair` and `position`, with the `loss` in nats: 0 and 1 are the two iterates of a "segment", the
+    average and an iterate of a "ray" (`pair` counts on for the second of a pair), and on "aside" an
+    iterate and a point as far from it as the average is, in a random direction. Batches are
+    normalized by their own statistics. SnapshotError unless each run kept all of its iterates.
     """
     tables = []
     for run in runs:
         c, net, X = run.config, run.network(), run.window(run.config.start, run.config.steps)
         batches = probe.fixed_batches(run.dataset, n_batches, c.batch_size, c.seed)
         center, half = vectors.average(vectors.uniform(len(X), len(X)), X), len(X) // 2
+        rng = np.random.default_rng(c.seed)
         for pair, i in enumerate(np.linspace(0, len(X) - half - 1, n_pairs).astype(int)):
-            for path, begin, end, positions in (
-                ("segment", X[i], X[i + half], ALONG),
-                ("ray", center, X[i], OUTWARD),
+            away = rng.standard_normal(len(center)).astype(np.float32)
+            away *= np.linalg.norm(X[i] - center) / np.linalg.norm(away)
+            for path, number, begin, direction, positions in (
+                ("segment", pair, X[i], X[i + half] - X[i], ALONG),
+                ("ray", pair, center, X[i] - center, OUTWARD),
+                ("ray", pair + n_pairs, center, X[i + half] - center, OUTWARD),
+                ("aside", pair, X[i], away, ALONG[[0, -1]]),
             ):
-                loss = probe.line(net, begin, end - begin, positions, *batches).mean(1)
-                columns = {"path": path, "pair": pair, "position": positions, "loss": loss}
-                tables.append(pd.DataFrame({"seed": c.seed, **columns}))
+                loss = probe.line(net, begin, direction, positions, *batches).mean(1)
+                columns = {"seed": c.seed, "path": path, "pair": number, "position": positions}
+                tables.append(pd.DataFrame({**columns, "loss": loss}))
     return pd.concat(tables, ignore_index=True)
 
 
-def radius_form(table: pd.DataFrame) -> pd.DataFrame:
-    """How far the loss on rays is a quadratic form of the radius, a row per seed.
+def ray_exponents(table: pd.DataFrame) -> pd.Series:
+    """p of the best a + b r^p for the mean ray of `inside`, up to the iterate, by seed.
 
-    Of the rays of `inside`. r2: share of the variance of the seed's mean ray that a + b r^2
-    explains. exponent: p of the best a + b r^p.
+    2 for a quadratic.
     """
-    rows = {}
-    for seed, ray in table.query("path == 'ray'").groupby("seed"):
-        mean = ray.groupby("position").loss.mean()
-        r, loss = mean.index.to_numpy(), mean.to_numpy()
-        powers = np.linspace(0.5, 4, 71)
-        residuals = [_residual(r**p, loss) for p in powers]
-        r2 = 1 - _residual(r**2, loss) / np.sum((loss - loss.mean()) ** 2)
-        rows[seed] = {"r2": r2, "exponent": powers[np.argmin(residuals)]}
-    return pd.DataFrame(rows).T
+    rays = table[(table.path == "ray") & (table.position <= 1)]
+    means = rays.groupby(["seed", "position"]).loss.mean().unstack()
+    r = means.columns.to_numpy()
+    best = [np.argmin([_residual(r**p, loss) for p in POWERS]) for loss in means.to_numpy()]
+    return pd.Series(POWERS[best], index=means.index)
 
 
 def _residual(x: np.ndarray, y: np.ndarray) -> float:

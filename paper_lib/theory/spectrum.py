@@ -20,6 +20,8 @@ from scipy.optimize import nnls
 from paper_lib.errors import require
 from paper_lib.theory import quadratic
 
+FLAT = 1e-8  # lr h at which a direction is one without curvature, but for rounding
+
 
 class Directions:
     """Directions of curvature h (d,), the noise of batch gradients there, and where a run stands.
@@ -45,6 +47,17 @@ class Directions:
         """Stationary variance (d,) of the iterates in each direction."""
         eta = quadratic.check_eta(lr * self.h, momentum)  # before h divides
         return quadratic.stationary_variance(eta, self.noise / self.h**2, momentum)
+
+    def displacement(self, lr: float, lags: ArrayLike, momentum: float = 0.0) -> np.ndarray:
+        """Stationary E|x_(t+k) - x_t|^2 at each lag k, summed over directions: 2 v (1 - rho_k).
+
+        Flat directions have the limit of small curvatures, a random walk: lr^2 g2 k.
+        """
+        k = np.asarray(lags)
+        h = np.maximum(self.h, FLAT / lr)
+        v = Directions(h, self.noise).variances(lr, momentum)
+        rho = quadratic.autocorrelation(lr * h, int(k.max()) + 1, momentum)
+        return 2 * v @ (1 - rho[:, k])
 
     def averaged_loss(self, a: np.ndarray, lr: float, momentum: float = 0.0) -> float:
         """Expected loss, above the minimum's, of the average a (n,) of stationary iterates (C8)."""
