@@ -20,7 +20,7 @@ from paper_lib.errors import check_names
 from paper_lib.files import replacing
 from paper_lib.presets import PRESETS
 from paper_lib.results import claims
-from scripts import ROOT
+from scripts import ROOT, picture
 
 MARKS = "<!-- claims: written by make readme -->\n", "<!-- end of claims -->"
 HOW = (
@@ -134,6 +134,7 @@ def main(folders: list[str]) -> int:
     """Write the page of each folder of results; return the exit code."""
     for results in map(Path, folders):
         try:
+            picture.draw(results)
             text = page(results)
         except FileNotFoundError as error:
             print(f"error: {error}", file=sys.stderr)

@@ -24,9 +24,9 @@ PREDICTION = {"color": "black", "linestyle": "--", "linewidth": 2.0, "zorder": 5
 ETA = "η = learning rate × curvature"
 
 
-def style() -> None:
+def style(font_scale: float = 1.15) -> None:
     """Set the style of every figure: colour-blind-safe, despined, legible from afar."""
-    sns.set_theme(context="notebook", style="ticks", palette="colorblind", font_scale=1.15)
+    sns.set_theme(context="notebook", style="ticks", palette="colorblind", font_scale=font_scale)
     mpl.rcParams.update(
         {
             "figure.figsize": (7.0, 4.5),  # inches
