@@ -40,7 +40,7 @@ def predicted():
     table = pd.concat(curves, ignore_index=True)
     source, known = table[table.target == "step"], {0: TRUTH, 1: TRUTH}
     fitted = full_trajectory.response_spectra(source, LR)
-    states = {"response": fitted, "settled": known, "start": known}
+    states = {"response": fitted, "settled": known}
     return full_trajectory.predict(table, source, states, LR)
 
 
@@ -74,9 +74,6 @@ def test_the_models_own_curves_are_predicted(predicted):
     assert found.response < 0.03  # its grid does not hold the true curvatures
     assert found.settled < 1e-12
     assert found.current > 0.05
-    assert (full_trajectory.correlations(averaged) > 0.999).all()
-    fall = full_trajectory.final_fall(averaged[averaged.target == "cosine"])
-    np.testing.assert_allclose(fall, 1, atol=0.05)
 
 
 def test_the_rule_to_beat_takes_settled_levels_and_draws_lines_between_them():

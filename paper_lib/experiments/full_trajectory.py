@@ -24,7 +24,6 @@ LEVEL_BATCHES = 32  # for the loss at which a prediction begins
 PREDICTORS = {  # column: what the prediction is made from
     "response": "spectrum fitted to the source",
     "settled": "spectrum from Hessian and noise",
-    "start": "Hessian, noise and gradient at the start",
     "current": "current learning rate only",
 }
 
@@ -184,19 +183,6 @@ def errors(averaged: pd.DataFrame) -> pd.DataFrame:
             rms = np.sqrt(np.mean((curve[predictor] - curve.change) ** 2))
             rows.append((target, seed, predictor, rms, rms / np.ptp(curve.change)))
     return pd.DataFrame(rows, columns=["target", "seed", "predictor", "rms", "relative"])
-
-
-def correlations(averaged: pd.DataFrame, predictor: str = "response") -> pd.Series:
-    """Correlation of predicted and measured changes over the blocks of all targets, by seed."""
-    pairs = averaged.groupby("seed")[[predictor, "change"]]
-    return pairs.apply(lambda curves: curves.corr().iloc[0, 1])
-
-
-def final_fall(averaged: pd.DataFrame, predictor: str = "response", last: int = 2) -> pd.Series:
-    """Measured over predicted change of the loss in the last blocks of one target, by seed."""
-    pairs = averaged.groupby("seed")[["change", predictor]]
-    end = pairs.apply(lambda curve: curve.tail(last).mean())
-    return end.change / end[predictor]
 
 
 def share_predicted(table: pd.DataFrame, tolerance: float = 0.25, n: int = 20) -> float:
