@@ -1,15 +1,13 @@
-"""Watched runs: the same steps as recorded ones, alarms that lower, averages and laws against plain
-references.
-"""
+"""Watched runs: the same steps as recorded ones, alarms that lower, gains against references."""
 
 import numpy as np
 import pytest
 import torch
 
 from paper_lib import config, data, presets, runs
-from paper_lib.averaging.monitor import Averages, Monitor, StationarityTest
+from paper_lib.averaging.monitor import Monitor
 from paper_lib.errors import ConfigError
-from paper_lib.experiments import stationarity, watching
+from paper_lib.experiments import watching
 from paper_lib.training import loop
 
 SETTINGS = config.RunConfig(
@@ -36,11 +34,9 @@ def recorded(dataset, tmp_path_factory):
         yield runs.train_seeds(SETTINGS, [0, 1], dataset, net, progress=False)
 
 
-def watch(dataset, settings=SETTINGS, monitor=None, factor=1.0, memories=(0.0, 0.9)):
+def watch(dataset, settings=SETTINGS, monitor=None, factor=1.0):
     fresh = loop.initial_model(settings, dataset, net)
-    return watching.watch(
-        settings, dataset, fresh, monitor or Monitor(0.5), factor, Averages(memories)
-    )
+    return watching.watch(settings, dataset, fresh, monitor or Monitor(0.5), factor)
 
 
 # --- loops ----------------------------------------------------------------------------------------
@@ -64,10 +60,6 @@ def test_only_plain_runs_at_a_constant_learning_rate_are_watched(dataset, change
     settings = SETTINGS.replace(**change)
     with pytest.raises(ConfigError, match=next(iter(change))):
         watch(dataset, settings)
-    with pytest.raises(ConfigError, match=next(iter(change))):
-        watching.schedule_free(
-            settings, dataset, loop.initial_model(settings, dataset, net), 0.5, 0.9
-        )
 
 
 def test_a_branch_is_not_watched(dataset):
@@ -90,88 +82,8 @@ class AlarmAt(Monitor):
 def test_an_alarm_lowers_the_learning_rate_of_the_step_that_it_precedes(dataset):
     watched = watch(dataset, monitor=AlarmAt(50, 100), factor=0.1)
     assert watched.lr == pytest.approx(np.repeat([0.3, 0.03, 0.003], 50))
+    assert watched.alarms == [50, 100]
     assert not np.array_equal(watched.weights, watch(dataset).weights)
-
-
-def test_the_average_is_the_best_of_the_averages_of_the_iterates(dataset, recorded):
-    watched = watch(dataset, memories=(0.9,))
-    assert np.all(watched.memory == 0.9)
-    x = np.array(recorded[0].window(0, 149))
-    expected = x[:10].mean(0) * 0.9**140
-    expected = expected + 0.1 * np.tensordot(0.9 ** np.arange(139, -1, -1), x[10:], 1)
-    assert watched.average == pytest.approx(expected, abs=1e-5)
-
-
-def test_windows_carry_the_step_at_which_they_ended(dataset):
-    watched = watch(dataset, monitor=Monitor(0.0, alpha=0.4))
-    steps = np.array(list(watched.windows))
-    lengths = np.array([w.steps for w in watched.windows.values()])
-    fresh = np.array(
-        [True, *(w.stationary for w in watched.windows.values())][:-1]
-    )  # the first gradient is no value
-    assert np.array_equal(np.diff([-1, *steps]), lengths + fresh)
-    assert watched.alarms == [step for step, w in watched.windows.items() if w.stationary]
-
-
-def test_schedule_free_is_the_package_on_the_networks_own_parameters(dataset):
-    import schedulefree
-
-    fresh, plain = (loop.initial_model(SETTINGS, dataset, net) for _ in range(2))
-    found = watching.schedule_free(SETTINGS, dataset, fresh, lr=0.5, momentum=0.9)
-    optimizer = schedulefree.SGDScheduleFree(
-        plain.parameters, lr=0.5, momentum=0.9, weight_decay=0.01
-    )
-    optimizer.train()
-    for x, y in dataset.stream(0, SETTINGS.steps, SETTINGS.batch_size, SETTINGS.stream):
-        plain.backward(loop.batch_loss(plain, x, y, SETTINGS))
-        optimizer.step()
-    optimizer.eval()
-    assert found == pytest.approx(plain.weights.numpy(), abs=1e-5)
-
-
-# --- tables ---------------------------------------------------------------------------------------
-
-
-def test_fixed_schedules_leave_the_warm_up_late_and_end_with_it(monkeypatch):
-    monkeypatch.setattr(watching, "train_all", lambda configs, dataset, net: configs)
-    study = presets.study("smoke", seeds=(0, 1), steps=10)
-    configs = watching.train_fixed(study)
-    assert list(configs) == ["constant", "step", "linear", "cosine"]
-    assert all(
-        [c.seed for c in each] == [0, 1] and {c.steps for c in each} == {10}
-        for each in configs.values()
-    )
-    assert [each[0].start for each in configs.values()] == [0, 7, 6, 0]
-    assert runs.learning_rates(configs["step"][0]) == pytest.approx([0.1] * 3)
-    assert runs.learning_rates(configs["linear"][0]) == pytest.approx([1, 0.75, 0.5, 0.25])
-
-
-def test_fixed_schedules_branch_with_their_momentum(dataset, tmp_path, monkeypatch):
-    monkeypatch.setenv("PAPER_RUNS", str(tmp_path))
-    train_all = runs.train_all
-    settings = {"seeds": (0,), "momentum": 0.9, "record": "0-10", "batch_size": 16}
-    study = presets.own(dataset, net, lr=0.05, steps=10, **settings)
-    trained = {name: run for name, (run,) in watching.train_fixed(study).items()}
-    assert trained["constant"].config.checkpoints == (6, 7)
-    for name, at in {"step": 7, "linear": 6}.items():
-        first = trained[name].config.parent.replace(steps=at + 1, record="", checkpoints=())
-        (expected,) = train_all(
-            [first], dataset, net, progress=False
-        )  # its last step is the branch's first but for lr
-        (branch,) = train_all(
-            [trained[name].config.replace(steps=at + 1, schedule=(1.0,))], dataset, net, False
-        )
-        assert np.array_equal(branch.state()["weights"], expected.state()["weights"])
-
-
-def test_loss_at_the_alarm_compares_windows_of_one_length(dataset):
-    watched = watch(dataset, monitor=Monitor(0.0, alpha=0.4))
-    at = watched.alarms[0]
-    n = watched.windows[at].steps
-    expected = watched.loss[at - n : at].mean() / watched.loss[-n:].mean()
-    assert watched.loss_at_alarm() == pytest.approx(expected)
-    never = watch(dataset, SETTINGS.replace(steps=5, record=""))
-    assert np.isnan(never.loss_at_alarm())
 
 
 # --- laws -----------------------------------------------------------------------------------------
@@ -196,27 +108,20 @@ def test_measured_gains_are_those_of_averages_made_by_hand(dataset, recorded):
     assert table.measured[0] == pytest.approx(losses[0] - losses[1], abs=1e-5)
 
 
-def test_velocity_is_the_last_step_and_the_prediction_a_full_gradient(dataset, recorded):
-    table = watching.measure_velocity(recorded[:1], 50, n_points=3, n_batches=4)
-    x = np.array(recorded[0].window(50, 150), np.float64)
-    g = (x[:-1] - x[1:]) / 0.3
-    assert table.used[0] == pytest.approx(np.mean(np.sum(g[1:] * g[:-1], axis=1)), rel=1e-3)
-    fresh, products = loop.initial_model(SETTINGS, dataset, net), []
-    for t in (50, 99, 149):
-        full = 0.01 * x[t - 50]
-        for batch in zip(*dataset.batches(range(4 * t, 4 * t + 4), 16, 0, "held"), strict=True):
-            fresh.weights.copy_(torch.from_numpy(x[t - 50]))
-            fresh.backward(loop.batch_loss(fresh, *batch, SETTINGS))
-            full = full + fresh.grad.numpy() / 4
-        products.append(g[t - 50] @ full)
-    assert table.predicted[0] == pytest.approx(-np.mean(products), rel=1e-3)
+def test_averages_of_a_recorded_run_end_before_its_last_iterate(recorded):
+    averages = watching.observed(recorded[0], [0.9])
+    x = np.array(recorded[0].window(0, 149), np.float64)
+    expected = x[:10].mean(0) * 0.9**140
+    expected = expected + 0.1 * np.tensordot(0.9 ** np.arange(139, -1, -1), x[10:], 1)
+    memory, average = averages.best()
+    assert memory == 0.9 and average == pytest.approx(expected, abs=1e-5)
 
 
-def test_t_of_a_run_is_that_of_a_monitor_with_one_window(recorded):
-    run = recorded[0]
-    x = np.array(run.window(100, 150), np.float64)
-    g = (x[:-1] - x[1:]) / 0.3
-    values = stationarity.statistic(g.T, 0.5)
-    test = StationarityTest(block=len(values) // 8)
-    (window,) = (window for value in values if (window := test.add(value)))
-    assert watching.t_of_run(run, 100, 0.5, 0.05) == pytest.approx(window.t, rel=1e-3)
+def test_a_study_is_watched_seed_by_seed(dataset, tmp_path, monkeypatch):
+    monkeypatch.setenv("PAPER_RUNS", str(tmp_path))
+    settings = {"seeds": (1, 4), "batch_size": 16, "record": "0-10"}
+    study = presets.own(dataset, net, lr=0.05, steps=10, **settings)
+    plain = runs.train(study, study.run, progress=False)
+    watched = watching.watch_all(study, 0.5, factor=1.0)
+    for ours, theirs in zip(watched, plain, strict=True):
+        assert np.array_equal(ours.weights, theirs.at(10))

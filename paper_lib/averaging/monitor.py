@@ -65,8 +65,8 @@ class StationarityTest:
     """A one-sided t-test for E s_t < 0 on consecutive, disjoint windows of values s_t.
 
     `alpha` is the nominal rate of false alarms of a window at the edge, E s_t = 0; it falls quickly
-    where the run descends. The true rate is higher, most so with few noisy directions, as sums of
-    products are skewed: notebook 13 measures it. `block` is the length of the first blocks, in
+    where the run descends. The true rate is higher, as sums of products are skewed: about twice the
+    nominal one with a single noisy direction. `block` is the length of the first blocks, in
     steps. A window that is negative but not significantly is followed by one of twice the length,
     any other by one of the first length. Values that are not finite never raise an alarm.
     """
