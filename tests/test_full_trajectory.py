@@ -9,7 +9,7 @@ import torch
 from helpers import SMALL, small_data
 
 from paper_lib import presets, runs
-from paper_lib.averaging import schedules
+from paper_lib.averaging import equivalence, schedules
 from paper_lib.errors import ConfigError
 from paper_lib.experiments import full_trajectory
 from paper_lib.probing import derivatives, probe
@@ -87,6 +87,27 @@ def test_blocks_are_means():
     table = curve("linear", 0)
     means = table.change.to_numpy().reshape(10, -1).mean(1)
     np.testing.assert_allclose(full_trajectory.blocks(table, n=10).change, means)
+
+
+@pytest.mark.parametrize("name", ["linear", "1-sqrt", "step"])
+def test_the_gap_of_an_average_is_what_simulation_gives(name):
+    h, sigma, n = np.array([0.002, 0.05, 0.6]), 0.3, 60
+    mean, noise = np.array([3.0, 2.0, 0.0]), np.full(3, sigma**2)
+    v = spectrum.Directions(h, noise).variances(1.0)
+    state = spectrum.Directions(h, noise, h**2 * (mean**2 + v))
+    factors = schedules.factors(name, n)
+    a = equivalence.to_average(factors)
+    gap = full_trajectory.emulation_gap(state, a, factors, 1.0)
+    rng, chains = np.random.default_rng(0), 20_000
+    x = y = mean + rng.standard_normal((chains, 3)) * np.sqrt(v)
+    average = a[0] * x
+    for weight, f in zip(a[1:], factors, strict=True):
+        noise = sigma * rng.standard_normal((chains, 3))
+        x, y = x - (h * x + noise), y - f * (h * y + noise)
+        average = average + weight * x
+    difference = h / 2 * (average**2 - y**2)
+    error = 4 * difference.std(0) / np.sqrt(chains) + 1e-9
+    assert np.all(np.abs(difference.mean(0) - gap) < error)
 
 
 def test_share_predicted_ends_where_the_model_strays():

@@ -1,13 +1,11 @@
-"""Watched runs: the same steps as recorded ones, alarms that lower, averages and laws against plain
-references.
-"""
+"""Watched runs: the same steps as recorded ones, alarms that lower, gains against references."""
 
 import numpy as np
 import pytest
 import torch
 
-from paper_lib import config, data, runs
-from paper_lib.averaging.monitor import Averages, Monitor
+from paper_lib import config, data, presets, runs
+from paper_lib.averaging.monitor import Monitor
 from paper_lib.errors import ConfigError
 from paper_lib.experiments import watching
 from paper_lib.training import loop
@@ -36,11 +34,9 @@ def recorded(dataset, tmp_path_factory):
         yield runs.train_seeds(SETTINGS, [0, 1], dataset, net, progress=False)
 
 
-def watch(dataset, settings=SETTINGS, monitor=None, factor=1.0, memories=(0.0, 0.9)):
+def watch(dataset, settings=SETTINGS, monitor=None, factor=1.0):
     fresh = loop.initial_model(settings, dataset, net)
-    return watching.watch(
-        settings, dataset, fresh, monitor or Monitor(0.5), factor, Averages(memories)
-    )
+    return watching.watch(settings, dataset, fresh, monitor or Monitor(0.5), factor)
 
 
 # --- loops ----------------------------------------------------------------------------------------
@@ -86,40 +82,8 @@ class AlarmAt(Monitor):
 def test_an_alarm_lowers_the_learning_rate_of_the_step_that_it_precedes(dataset):
     watched = watch(dataset, monitor=AlarmAt(50, 100), factor=0.1)
     assert watched.lr == pytest.approx(np.repeat([0.3, 0.03, 0.003], 50))
+    assert watched.alarms == [50, 100]
     assert not np.array_equal(watched.weights, watch(dataset).weights)
-
-
-def test_the_average_is_the_best_of_the_averages_of_the_iterates(dataset, recorded):
-    watched = watch(dataset, memories=(0.9,))
-    assert np.all(watched.memory == 0.9)
-    x = np.array(recorded[0].window(0, 149))
-    expected = x[:10].mean(0) * 0.9**140
-    expected = expected + 0.1 * np.tensordot(0.9 ** np.arange(139, -1, -1), x[10:], 1)
-    assert watched.average == pytest.approx(expected, abs=1e-5)
-
-
-def test_windows_carry_the_step_at_which_they_ended(dataset):
-    watched = watch(dataset, monitor=Monitor(0.0, alpha=0.4))
-    steps = np.array(list(watched.windows))
-    lengths = np.array([w.steps for w in watched.windows.values()])
-    fresh = np.array(
-        [True, *(w.stationary for w in watched.windows.values())][:-1]
-    )  # the first gradient is no value
-    assert np.array_equal(np.diff([-1, *steps]), lengths + fresh)
-    assert watched.alarms == [step for step, w in watched.windows.items() if w.stationary]
-
-
-# --- tables ---------------------------------------------------------------------------------------
-
-
-def test_loss_at_the_alarm_compares_windows_of_one_length(dataset):
-    watched = watch(dataset, monitor=Monitor(0.0, alpha=0.4))
-    at = watched.alarms[0]
-    n = watched.windows[at].steps
-    expected = watched.loss[at - n : at].mean() / watched.loss[-n:].mean()
-    assert watched.loss_at_alarm() == pytest.approx(expected)
-    never = watch(dataset, SETTINGS.replace(steps=5, record=""))
-    assert np.isnan(never.loss_at_alarm())
 
 
 # --- laws -----------------------------------------------------------------------------------------
@@ -144,6 +108,20 @@ def test_measured_gains_are_those_of_averages_made_by_hand(dataset, recorded):
     assert table.measured[0] == pytest.approx(losses[0] - losses[1], abs=1e-5)
 
 
-def test_gradients_of_another_run_predict_nothing(recorded):
-    table = watching.measure_gains(recorded, 20, [0.9], n_points=1, n_batches=2)
-    assert (table.unrelated.abs() < 0.3 * table.predicted.abs()).all()
+def test_averages_of_a_recorded_run_end_before_its_last_iterate(recorded):
+    averages = watching.observed(recorded[0], [0.9])
+    x = np.array(recorded[0].window(0, 149), np.float64)
+    expected = x[:10].mean(0) * 0.9**140
+    expected = expected + 0.1 * np.tensordot(0.9 ** np.arange(139, -1, -1), x[10:], 1)
+    memory, average = averages.best()
+    assert memory == 0.9 and average == pytest.approx(expected, abs=1e-5)
+
+
+def test_a_study_is_watched_seed_by_seed(dataset, tmp_path, monkeypatch):
+    monkeypatch.setenv("PAPER_RUNS", str(tmp_path))
+    settings = {"seeds": (1, 4), "batch_size": 16, "record": "0-10"}
+    study = presets.own(dataset, net, lr=0.05, steps=10, **settings)
+    plain = runs.train(study, study.run, progress=False)
+    watched = watching.watch_all(study, 0.5, factor=1.0)
+    for ours, theirs in zip(watched, plain, strict=True):
+        assert np.array_equal(ours.weights, theirs.at(10))

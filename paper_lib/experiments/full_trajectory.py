@@ -16,7 +16,7 @@ from paper_lib.errors import require
 from paper_lib.probing import derivatives, probe
 from paper_lib.probing.hessian import spectral_measure
 from paper_lib.runs import Run
-from paper_lib.theory import spectrum
+from paper_lib.theory import quadratic, spectrum
 from paper_lib.theory.spectrum import Directions
 
 N_CURVATURES = 13  # of the grid on which a response is resolved
@@ -195,3 +195,19 @@ def share_predicted(table: pd.DataFrame, tolerance: float = 0.25, n: int = 20) -
     fall = abs(mean.loss.iloc[0] - mean.loss.iloc[-1])
     astray = np.abs(mean.model - mean.loss) > tolerance * fall
     return float(np.argmax(astray) / len(mean)) if astray.any() else 1.0
+
+
+def emulation_gap(state: Directions, a: np.ndarray, lrs: np.ndarray, lr: float) -> np.ndarray:
+    """Expected loss of an average minus that at the end of a schedule, by direction (d,), in nats.
+
+    Both start in `state`, with h > 0: `a` (n + 1,) averages a run at the constant lr, the schedule
+    takes lrs (n,). The mean of x decays by q = 1 - lr h a step, its scatter is stationary.
+    """
+    h, u = state.h, state.gradient / state.h**2
+    v = state.variances(lr)
+    kept = (1 - lr * h[:, None]) ** np.arange(len(a)) @ a
+    ratio = quadratic.variance_ratio(a, quadratic.autocorrelation(lr * h, len(a)))
+    average = v * ratio + (u - v) * kept**2
+    for rate in lrs:
+        u = (1 - rate * h) ** 2 * u + rate**2 * state.noise
+    return h / 2 * (average - u)

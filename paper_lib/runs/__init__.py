@@ -1,7 +1,6 @@
 """Runs: found by what they are, trained if they do not exist, and read."""
 
 from paper_lib.runs.identity import learning_rates, run_key
-from paper_lib.runs.methods import train_methods
 from paper_lib.runs.obtain import (
     branch_all,
     load_dataset,
@@ -25,6 +24,5 @@ __all__ = [
     "run_key",
     "train",
     "train_all",
-    "train_methods",
     "train_seeds",
 ]

@@ -32,11 +32,8 @@ PACKAGE = Path(__file__).parents[1]
 FORMAT = 2  # of the files in a run's folder
 
 
-def run_key(config: RunConfig, dataset: Dataset, net: NetFactory | None, **method: Any) -> str:
-    """The 12 hex digits that identify a run (see the head of this module).
-
-    `method` is what decides besides, as JSON can hold it, where steps are not those of SGD alone.
-    """
+def run_key(config: RunConfig, dataset: Dataset, net: NetFactory | None) -> str:
+    """The 12 hex digits that identify a run (see the head of this module)."""
     identity = {
         "config": config.to_dict(),
         "numbers": [
@@ -46,7 +43,6 @@ def run_key(config: RunConfig, dataset: Dataset, net: NetFactory | None, **metho
         "network": None if net is None else of_network(initial_model(config, dataset, net).module),
         "source": SOURCE,
         "format": FORMAT,
-        **method,
     }
     return hashlib.sha256(json.dumps(identity, sort_keys=True).encode()).hexdigest()[:12]
 

@@ -10,7 +10,6 @@ import functools
 import warnings
 from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import Any
 
 import torch
 from torch import nn
@@ -190,13 +189,13 @@ def _begin(config: RunConfig, dataset: Dataset | None, net: NetFactory | None) -
 
 
 def run_folder(
-    config: RunConfig, dataset: Dataset | None = None, net: NetFactory | None = None, **method: Any
+    config: RunConfig, dataset: Dataset | None = None, net: NetFactory | None = None
 ) -> Path:
-    """The folder of a run, whether it exists or not; for `method` see `run_key`."""
+    """The folder of a run, whether it exists or not."""
     dataset = dataset or load_dataset(config)
     _check_network(dataset, net)
     name = "own" if net is not None else config.model
-    key = run_key(config, dataset, net, **method)
+    key = run_key(config, dataset, net)
     return files.folder("runs") / f"{dataset.name}-{name}-{key}"
 
 
