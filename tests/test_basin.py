@@ -15,7 +15,7 @@ from paper_lib.config import RunConfig
 from paper_lib.errors import ConfigError
 from paper_lib.experiments import basin
 from paper_lib.probing import derivatives, probe
-from paper_lib.theory.quadratic import different_batches_distance, same_batches_distance
+from paper_lib.theory.quadratic import stationary_variance
 from paper_lib.theory.simulate import sample_minima, sgd
 
 
@@ -71,17 +71,17 @@ def pair(same):
 def test_same_batches_contract_as_the_model_says():
     run, other = pair(same=True)
     table = basin.distances(run, other).query("step <= 30")
-    np.testing.assert_allclose(table.ratio, same_batches_distance(0.3, table.step), rtol=1e-6)
+    np.testing.assert_allclose(table.ratio, 0.7**table.step, rtol=1e-6)
     later = Run(other.weights[10:], start=10)
     table = basin.distances(run, later).query("step <= 20")
-    np.testing.assert_allclose(table.ratio, same_batches_distance(0.3, table.step), rtol=1e-6)
+    np.testing.assert_allclose(table.ratio, 0.7**table.step, rtol=1e-6)
 
 
 def test_other_batches_part_as_the_model_and_the_displacement_say():
     run, other = pair(same=False)
     table = basin.distances(run, other)
     assert table.ratio.isna().all()  # they begin at one point
-    expected = 500 * different_batches_distance(0.3, table.step)
+    expected = 500 * 2 * stationary_variance(0.3) * (1 - 0.7 ** (2 * table.step))
     np.testing.assert_allclose(table.distance[5:] ** 2, expected[5:], rtol=0.25)
     steps = np.arange(1, 20)
     window = vectors.gram(run.weights[50:])

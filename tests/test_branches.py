@@ -81,22 +81,6 @@ def test_tail_sums_are_right_in_slow_directions_only():
     assert gap[0] < 1e-3 < 1e-2 < gap[1]
 
 
-@pytest.mark.parametrize(("momentum", "eta"), [(0.0, 0.0), (0.0, 0.2), (0.9, 0.0), (0.9, 0.002)])
-@pytest.mark.parametrize("name", COOLDOWNS)
-def test_a_correction_along_known_directions_makes_averages_exact(name, momentum, eta):
-    rng = np.random.default_rng(1)
-    h, V = np.array([0.05, 0.9, 1.4]), np.linalg.qr(rng.normal(size=(5, 3)))[0].T
-    minima, e = rng.normal(size=(3, 90)), Emulation(name, 60, 90, eta)
-    run = ModelRun(minima, h=h[:, None], momentum=momentum)
-    projected = run.weights - run.weights.mean(0)
-    m = SimpleNamespace(run=run, first=0, h=h, stable=h < 2, directions=V, projected=projected)
-    lrs = np.concatenate([np.ones(30), e.schedule])  # the cooldown takes over the momentum
-    exact = simulate.sgd(minima, lrs, h[:, None], 0.0, momentum).T[-1]
-    plain = average(e, run)
-    assert np.abs(plain - exact).max() > 0.05
-    np.testing.assert_allclose(plain + V @ branches.correction(m, e), exact, atol=1e-5)
-
-
 def test_spans_and_schedules():
     ema = Emulation("EMA", 0.9, 100)
     assert (ema.span, ema.begin) == (44, 56)  # 0.9^44 = 0.0097
@@ -120,8 +104,6 @@ def test_what_cannot_be_emulated_is_refused():
         Emulation("unifrom", 4, 100)
     with pytest.raises(ConfigError, match="it leaves 1 snapshots in 10 steps"):
         Emulation("linear", 10, 19, stride=11).on_snapshots(ModelRun(np.zeros((1, 20))))
-    with pytest.raises(ConfigError, match="stride = 4 is not allowed: only averages of every iter"):
-        branches.correction(None, Emulation("linear", 60, 90, stride=4))
     heavy = ModelRun(np.zeros((1, 20)), momentum=0.9)
     with pytest.raises(ConfigError, match="momentum = 0.9 is not allowed: the prediction has none"):
         branches.follow([heavy], [heavy], predict=True)
@@ -285,20 +267,18 @@ def stationary(folder):
 
 @pytest.fixture(scope="module")
 def measured(stationary):
-    """Averages and cooldowns, as they are and corrected along three directions."""
+    """Averages and cooldowns of a small network."""
     plan = branches.sweep("EMA", [0.7, 0.8], stationary[0].config) + [Emulation("uniform", 20, 70)]
     plan += [Emulation("linear", 30, 70), Emulation("cosine", 20, 70)]
     plan += [Emulation("cosine", 20, 70, stride=5)]
     plan += [Emulation("step", 20, 70), Emulation("step", 20, 70, eta=0.3)]
     trained, evaluate = branches.train(plan, stationary), evaluation.evaluators(stationary, 40)
     points = (*branches.POINTS, "start")
-    plain = branches.measure(plan, stationary, trained, evaluate, points)
-    some = [ends[3:5] for ends in trained]
-    return plain, branches.measure(plan[3:5], stationary, some, evaluate, directions=3)
+    return branches.measure(plan, stationary, trained, evaluate, points)
 
 
 def test_a_small_network_at_a_small_rate_ends_where_its_average_lies(measured):
-    plain, _ = measured
+    plain = measured
     assert len(plain) == 16 and plain.seed.tolist() == [0] * 8 + [1] * 8
     close = plain[plain.eta == 0]
     np.testing.assert_allclose(close.average_train_loss, close.schedule_train_loss, atol=1e-3)
@@ -309,7 +289,7 @@ def test_a_small_network_at_a_small_rate_ends_where_its_average_lies(measured):
 
 
 def test_points_are_those_they_name(measured, stationary):
-    plain, _ = measured
+    plain = measured
     evaluate = evaluation.evaluators(stationary, 40)
     row = plain.query("seed == 1 and family == 'uniform'").iloc[0]
     for point, step in {"last": 70, "start": 50}.items():
@@ -333,16 +313,6 @@ def test_other_batches_lead_elsewhere(stationary):
     trained = branches.train(plan, stationary, batch_seed=9)
     other = branches.measure(plan, stationary, trained, evaluate)
     assert (other.distance > 0.2 * other.moved).all()
-
-
-def test_corrected_averages_keep_what_is_not_corrected(measured):
-    plain, corrected = measured
-    same = plain[plain.family.isin(["linear", "cosine"]) & (plain.stride == 1)]
-    np.testing.assert_array_equal(same.schedule_train_loss, corrected.schedule_train_loss)
-    elsewhere = same.distance**2 - corrected.steep_plain.to_numpy() ** 2
-    np.testing.assert_allclose(elsewhere, corrected.distance**2 - corrected.steep**2, rtol=0.02)
-    moved = np.abs(corrected.steep / corrected.steep_plain - 1)
-    assert (moved > 0.1).all(), "along the directions they move"
 
 
 def test_momentum_goes_over_into_the_branch(folder):

@@ -92,7 +92,6 @@ def test_settled_is_the_stationary_state_of_the_same_noise():
     assert_allclose(settled.losses(np.full(100, LR))[1:], 0, atol=1e-12)
     assert_allclose(settled.gradient[:3], H**2 * v)
     assert settled.gradient[3] == 0
-    assert start.gradient_share(below=0.1) == pytest.approx(0.5)
     assert Directions([2 / LR], [1.0]).excess(LR)[0] == np.inf
 
 

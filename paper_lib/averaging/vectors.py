@@ -122,19 +122,6 @@ def _weighted_blocks(a: np.ndarray) -> Iterator[slice]:
             yield slice(first, min(first + BLOCK_ROWS, run[-1] + 1))
 
 
-def ema_rows(X: np.ndarray, decay: float) -> Iterator[np.ndarray]:
-    """The EMA after each row of X, by its recurrence: n float64 arrays of shape (P,).
-
-    The t-th equals average(ema(t + 1, decay), X[: t + 1]); memory O(P), whatever n is.
-    """
-    check_decay(decay)
-    mean = None
-    for row in X:
-        row = np.asarray(row, dtype=np.float64)
-        mean = row if mean is None else decay * mean + (1 - decay) * row
-        yield mean
-
-
 def gram(X: np.ndarray) -> np.ndarray:
     """Gram matrix (n, n), float64, of the rows of X (n, P) around their mean.
 
@@ -149,12 +136,6 @@ def gram(X: np.ndarray) -> np.ndarray:
         Z = X[:, columns] - center[columns]
         G += Z @ Z.T
     return G
-
-
-def squared_norm(a: np.ndarray, G: np.ndarray) -> np.ndarray:
-    """Squared distance of the averages a (..., n) from the point around which G is taken."""
-    a = check_weights(a, len(G))
-    return ((a @ G) * a).sum(-1)
 
 
 def spaced_lags(n: int, count: int = 16) -> np.ndarray:

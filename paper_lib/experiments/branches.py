@@ -18,7 +18,6 @@ from paper_lib.averaging import schedules, vectors
 from paper_lib.averaging.equivalence import batch_weights, to_average, to_schedule
 from paper_lib.config import RunConfig, describe
 from paper_lib.errors import check_names, require
-from paper_lib.experiments.timescales import Modes, modes
 from paper_lib.probing.derivatives import hessian_vector_products
 from paper_lib.probing.evaluation import Evaluator
 from paper_lib.runs import Run, branch_all
@@ -148,35 +147,26 @@ def measure(
     branches: Sequence[Sequence[Run]],
     evaluate: Mapping[int, Evaluator],
     points: Sequence[str] = POINTS,
-    directions: int = 0,
 ) -> pd.DataFrame:
     """Compare averages of runs with the ends of their branches (see `train`) and other points.
 
     `points` are among average, schedule (the branch's end), last and start (the run itself at
-    `end` and at `begin`). Averages are corrected along the steepest `directions`, if any.
+    `end` and at `begin`).
 
-    Returns one row per run and emulation: family, setting, end, span, eta, stride, seed; with
-    directions steep and steep_plain, the distance from the branch's end along them, with and
-    without correction; <point>_<quantity> for the quantities of `Evaluator`; noise, the sum of the
-    squared weights: the share of the noise that is left of independent iterates; the columns of
-    `geometry`.
+    Returns one row per run and emulation: family, setting, end, span, eta, stride, seed;
+    <point>_<quantity> for the quantities of `Evaluator`; noise, the sum of the squared weights: the
+    share of the noise that is left of independent iterates; the columns of `geometry`.
     """
     rows = []
     for i, run in enumerate(tqdm(runs, desc="averages and schedules")):
         seed, known = run.config.seed, {}
         a = np.stack([e.on_snapshots(run) for e in emulations])
         averages = _averages(emulations, a, run)
-        steepest = modes(run, n_directions=directions, n_batches=4) if directions else None
         for e, weights, average, branch in zip(emulations, a, averages, branches[i], strict=True):
             end = branch.at(e.end)
             row = {name: getattr(e, name) for name in FIELDS} | {"seed": seed}
-            if steepest is not None:
-                V, plain = steepest.directions, average
-                average = plain + correction(steepest, e)
-                row["steep"] = np.linalg.norm(V @ (average - end))
-                row["steep_plain"] = np.linalg.norm(V @ (plain - end))
             at = {
-                "average": (e if directions else weights.tobytes(), average),
+                "average": (weights.tobytes(), average),
                 "schedule": (branch.folder, end),
                 "last": (e.end, run.at(e.end)),
                 "start": (e.begin, run.at(e.begin)),
@@ -208,20 +198,6 @@ def geometry(start: np.ndarray, average: np.ndarray, end: np.ndarray) -> dict[st
     moved, length = np.linalg.norm(a), np.linalg.norm(b)
     cosine = float(a @ b / (moved * length)) if moved * length else math.nan
     return {"moved": float(moved), "distance": float(np.linalg.norm(b - a)), "cosine": cosine}
-
-
-def correction(m: Modes, e: Emulation) -> np.ndarray:
-    """What moves the average to the one with the right eta along each stable direction, (P,).
-
-    ConfigError for a stride: the weights of every iterate are known, not those of some.
-    """
-    require(e.stride == 1, "stride", e.stride, "only averages of every iterate can be corrected")
-    config = m.run.config
-    eta = config.lr * m.h[m.stable, None]
-    exact = to_average(e.schedule, eta, config.momentum, signed=True)
-    iterates = m.projected[e.begin - m.first : e.end + 1 - m.first, m.stable]
-    shift = ((exact - e.weights(config.momentum)) * iterates.T).sum(1)
-    return shift.astype(np.float32) @ m.directions[m.stable]
 
 
 def follow(runs: Sequence[Run], branches: Sequence[Run], predict: bool = False) -> pd.DataFrame:

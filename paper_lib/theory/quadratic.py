@@ -78,34 +78,13 @@ def _recurrence(
     return np.moveaxis(y, 0, -1)
 
 
-def own_batch_loss(
-    probe: Values, eta: Values, h: Values = 1.0, s2: Values = 1.0, momentum: float = 0.0
-) -> np.ndarray:
-    """Expected loss of the next batch after a plain step of size probe = lr_probe * h on it.
-
-    1/2 h (v + s2) (1 - p)^2: zero at p = 1 (claim C3).
-    """
-    v = stationary_variance(eta, s2, momentum)
-    return 0.5 * h * (v + s2) * (1 - np.asarray(probe)) ** 2
-
-
-def held_out_loss(
-    probe: Values, eta: Values, h: Values = 1.0, s2: Values = 1.0, momentum: float = 0.0
-) -> np.ndarray:
-    """Expected full loss, above its minimum, after a plain step of size probe on one batch.
-
-    1/2 h [(1-p)^2 v + p^2 s2]: least at p = eta/2, back to its start at p = eta (claim C3).
-    """
-    p, v = np.asarray(probe), stationary_variance(eta, s2, momentum)
-    return 0.5 * h * ((1 - p) ** 2 * v + p**2 * s2)
-
-
 def best_held_out_step(eta: Values, momentum: float = 0.0) -> np.ndarray:
     """Best held-out probe step over a full one, (1 - m) s*/lr = 1/2 / (1 + m eta / (1 - m^2)).
 
-    v / (v + s2) = p is where `held_out_loss` is least; it is back at its start at twice that. In
-    many dimensions eta = lr G'HG / |G|^2 along the full gradient G. A test of stationarity alone:
-    half a step for m = 0, whatever the curvatures.
+    A plain step of size p on one batch leaves the mean loss h/2 [(1 - p)^2 v + p^2 s2], which is
+    least at p = v / (v + s2), and back at its start at twice that (claim C3). In many dimensions
+    eta = lr G'HG / |G|^2 along the full gradient G. A test of stationarity alone: half a step for
+    m = 0, whatever the curvatures.
     """
     eta, m = check_eta(eta, momentum), momentum
     return 0.5 / (1 + m * eta / (1 - m**2))
@@ -122,16 +101,6 @@ def gradient_cosine(eta: Values, n: int, momentum: float = 0.0) -> np.ndarray:
     cosine = np.ones((*v.shape[:-1], n))
     cosine[..., 1:] = (v * autocorrelation(eta, n, momentum)[..., 1:] - psi) / (v + 1)
     return cosine
-
-
-def same_batches_distance(eta: Values, t: Values) -> np.ndarray:
-    """|q|^t: distance after t steps, over the first, of two runs on the same batches (claim C9)."""
-    return np.abs(1 - check_eta(eta)) ** np.asarray(t)
-
-
-def different_batches_distance(eta: Values, t: Values, s2: Values = 1.0) -> np.ndarray:
-    """2 v (1 - q^(2t)): E squared distance of two runs from one start on different batches (C9)."""
-    return 2 * stationary_variance(eta, s2) * (1 - (1 - check_eta(eta)) ** (2 * np.asarray(t)))
 
 
 def two_point_ratio(eta: Values, lag: Values) -> np.ndarray:

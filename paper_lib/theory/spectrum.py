@@ -95,10 +95,6 @@ class Directions:
         """Expected loss under a schedule minus that at a constant lr from the same start, (T,)."""
         return self.losses(lrs) - self.losses(np.full(len(lrs), lr))
 
-    def gradient_share(self, below: float) -> float:
-        """Share of the squared gradient in directions of curvature below a bound."""
-        return float(self.gradient[self.h < below].sum() / self.gradient.sum())
-
 
 def of_losses(h: ArrayLike, excess: np.ndarray, drift: np.ndarray, lr: float) -> Directions:
     """Directions that keep up an excess loss h v / 2 at lr, and have h m^2 / 2 of drift to lose.
