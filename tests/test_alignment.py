@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import numpy as np
+import pandas as pd
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
@@ -14,40 +15,8 @@ from paper_lib.errors import ConfigError
 from paper_lib.experiments import alignment
 from paper_lib.probing import derivatives
 from paper_lib.runs import SnapshotError
-from paper_lib.theory import quadratic
-
-
-def test_norms_and_cosines_of_gradients_with_known_mean_and_noise():
-    rng = np.random.default_rng(0)
-    d, k, mean2, noise2 = 4000, 60, 0.3, 1.7
-    mean = rng.standard_normal(d)
-    g = mean * np.sqrt(mean2) / np.linalg.norm(mean) + rng.standard_normal((k, d)) * np.sqrt(
-        noise2 / d
-    )
-    found = alignment.alignment(g @ g.T)
-    c = mean2 / (mean2 + noise2)
-    assert found["full2"] == pytest.approx(mean2, rel=0.05)
-    assert found["noise2"] == pytest.approx(noise2, rel=0.05)
-    assert found["batch_batch"] == pytest.approx(c, rel=0.05)
-    rest = np.stack([g[np.arange(k) != i].mean(0) for i in range(k)])
-    norms = np.linalg.norm(rest, axis=1) * np.linalg.norm(g, axis=1)
-    leave_one_out = np.mean((rest * g).sum(1) / norms)
-    assert found["batch_full"] == pytest.approx(leave_one_out)
-    assert found["batch_full_predicted"] == pytest.approx(leave_one_out, rel=0.01)
-    assert found["batch_full_predicted"] < np.sqrt(c)  # the others are not the full gradient yet
-
-
-def test_cosines_of_one_gradient_repeated():
-    found = alignment.alignment(np.full((5, 5), 4.0))
-    assert found["noise2"] == 0 and found["norm2"] == 4
-    for name in ("batch_batch", "batch_full", "batch_full_predicted"):
-        assert found[name] == pytest.approx(1)
-
-
-def test_alignment_needs_three_batches():
-    with pytest.raises(ConfigError, match="at least 3"):
-        alignment.alignment(np.eye(2))
-
+from paper_lib.theory import quadratic, simulate
+from paper_lib.theory.spectrum import Directions
 
 directions = st.tuples(st.floats(0.01, 1.5), st.floats(0.1, 2.0))
 
@@ -95,17 +64,15 @@ def test_used_gradients_are_those_of_the_batches(run):
 
 def test_measurements_along_a_run(run):
     lags = alignment.measure_lags([run], first=5, n_lags=4, n_points=6, n_batches=2)
-    assert lags.used[0] == 1 and np.isfinite(lags.drop(columns="predicted")).all(axis=None)
+    assert lags.used[0] == 1 and np.isfinite(lags[["used", "full"]]).all(axis=None)
     assert 0 < lags.full[0] < 1
     if run.config.momentum == 0:
         np.testing.assert_allclose(lags.predicted[1:], -lags.full[:-1], rtol=1e-6)
+        np.testing.assert_allclose(lags.plain[1:], lags.predicted[1:], rtol=1e-6)
     away = alignment.measure_displacement([run], 5, windows=[2, 10], n_points=3, n_batches=2)
     assert list(away.window) == [2, 10]
     assert (away.cosine.abs() <= 1.5).all()  # |G|^2 is an estimate
     assert alignment.measure_eta([run], 5, n_points=2, n_batches=2)[0] > 0
-    points = alignment.measure_points([run], [0, 8], sizes=[8, 16], n_images=64)
-    assert list(points)[:3] == ["seed", "step", "size"]
-    assert len(points) == 4 and (points.norm2 > points.full2).all()
 
 
 def test_windows_that_do_not_fit_are_refused(run):
@@ -113,3 +80,36 @@ def test_windows_that_do_not_fit_are_refused(run):
         alignment.measure_lags([run], first=5, n_lags=30)
     with pytest.raises(ConfigError, match="windows"):
         alignment.measure_displacement([run], 5, windows=[40])
+
+
+def simulated(momentum):
+    """A model of known spectrum, and 4,000 runs of it: iterates and minima, (runs, 2, steps)."""
+    h, lr = np.array([0.1, 1.2]), 0.5
+    s2 = np.array([3.0, 1.0])
+    c = simulate.sample_minima(np.random.default_rng(0), s2, 300, 4000)
+    x = simulate.sgd(c, lr, h[:, None], momentum=momentum)
+    return Directions(h, h**2 * s2), lr, x, c
+
+
+@pytest.mark.parametrize("momentum", [0.0, 0.9])
+def test_the_lag_law_of_a_spectrum_is_that_of_simulated_runs(momentum):
+    spectrum, lr, x, c = simulated(momentum)
+    g = spectrum.h[:, None] * (x[..., :-1] - c)
+    starts = range(120, 280, 10)
+    used = sum((g[..., t : t + 12] * g[..., t : t + 1]).sum(1).mean(0) for t in starts)
+    expected = alignment.lag_law(spectrum, lr, 12, momentum)
+    np.testing.assert_allclose(used / used[0], expected, atol=0.03)
+    lags = pd.DataFrame({"seed": 5, "lag": np.arange(12), "used": expected, "model": 2 * expected})
+    assert alignment.slopes(lags, "used", "model")[5] == pytest.approx(0.5)
+
+
+def test_work_in_a_finite_window_is_that_of_simulated_runs():
+    spectrum, lr, x, _ = simulated(0.0)
+    windows = [2, 20, 60]
+    norm2 = np.sum(spectrum.h**2 * spectrum.variances(lr) + spectrum.noise)
+    middle = spectrum.h * x[..., 250]
+    away = [x[..., 250] - x[..., 250 - w // 2 : 251 + w // 2].mean(-1) for w in windows]
+    work = [(middle * z).sum(1).mean() / (lr * norm2 / 2) for z in away]
+    found = alignment.finite_work(spectrum, lr, windows)
+    np.testing.assert_allclose(found, work, rtol=0.05)
+    assert found[0] < found[1] < found[2] < 1

@@ -1,8 +1,7 @@
-"""Measure how gradients of batches align: with each other, the full one, and later ones (claim C4).
+"""Measure how gradients used along a run align with later ones and with the full one (claim C4).
 
-"Full gradient" means the expected gradient of a batch. Its squared norm and its inner products are
-estimated from different batches, so that no batch's noise meets itself and nothing has to be
-corrected.
+"Full gradient" means the expected gradient of a batch. Its inner products are estimated from
+batches that the run did not see, so that no batch's noise meets itself.
 """
 
 from __future__ import annotations
@@ -13,64 +12,11 @@ import numpy as np
 import pandas as pd
 
 from paper_lib.errors import require
-from paper_lib.probing import derivatives, probe
+from paper_lib.probing import derivatives
 from paper_lib.probing.derivatives import full_gradients
 from paper_lib.runs import Run
-from paper_lib.training.flat import FlatModel
-
-# --- several batches at one point ---------------------------------------------------------------
-
-
-def measure_points(
-    runs: Sequence[Run], at: Sequence[int], sizes: Sequence[int] | None = None, n_images: int = 2048
-) -> pd.DataFrame:
-    """Norms and cosines of the gradients of K fresh batches at the snapshots `at`, for each size.
-
-    K is n_images / size, between 8 and 64. One row per seed, step and size, with the columns of
-    `alignment`. Default for `sizes`: the run's own batch size.
-    Raises SnapshotError for a snapshot that was not kept.
-    """
-
-    def at_point(run: Run, net: FlatModel, step: int) -> pd.DataFrame:
-        rows = []
-        for size in sizes or [run.config.batch_size]:
-            k = int(np.clip(n_images // size, 8, 64))
-            batches = probe.fixed_batches(run.dataset, k, size, seed=step + run.config.seed)
-            gram = derivatives.gram(net, np.array(run.at(step)), *batches)
-            rows.append({"size": size, **alignment(gram)})
-        return pd.DataFrame(rows)
-
-    table = probe.per_run(runs, at, at_point, "gradients of fresh batches")
-    return table.set_index(["seed", "step", "size"]).reset_index()
-
-
-def alignment(gram: np.ndarray) -> dict[str, float]:
-    """What the Gram matrix (K, K) of K batch gradients g_k says about alignment.
-
-    `norm2` = E|g|^2; `full2` = |E g|^2, from pairs; `noise2` = their difference; `batch_batch` =
-    mean cosine of two batches; `batch_full` = mean cosine of a batch and the mean of the K - 1
-    others; `batch_full_predicted` = the same from batch_batch = c: c / sqrt(c + (1 - c) / (K - 1)),
-    which tends to sqrt(c) for many batches. Raises ConfigError for K < 3.
-    """
-    k = len(gram)
-    require(k >= 3, "number of batches", k, "alignment needs at least 3")
-    norms, pairs = np.sqrt(np.diag(gram)), ~np.eye(k, dtype=bool)
-    norm2, full2 = np.mean(norms**2), gram[pairs].mean()
-    c = (gram / np.outer(norms, norms))[pairs].mean()
-    with_others = gram.sum(1) - norms**2  # g_k . sum of the others
-    others_norm = np.sqrt(gram.sum() - 2 * with_others - norms**2)
-    rest = max(c, 0) + (1 - c) / (k - 1)
-    return {
-        "norm2": norm2,
-        "full2": full2,
-        "noise2": norm2 - full2,
-        "batch_batch": c,
-        "batch_full": np.mean(with_others / (norms * others_norm)),
-        "batch_full_predicted": c / np.sqrt(rest),
-    }
-
-
-# --- gradients used along the trajectory --------------------------------------------------------
+from paper_lib.theory import quadratic
+from paper_lib.theory.spectrum import Directions
 
 
 def measure_lags(
@@ -80,8 +26,8 @@ def measure_lags(
 
     One row per seed and lag: means over n_points steps t, in units of E|g|^2, of `used` =
     g_t . g_{t+k}, `full` = G_t . g_{t+k}, where G_t is a full gradient estimated from n_batches
-    held-out batches (so that this has the expectation of G_t . G_{t+k}), and `predicted`, what the
-    model makes of G_t for `used` (see `model_product`).
+    held-out batches (so that this has the expectation of G_t . G_{t+k}), `predicted`, what the
+    model makes of G_t for `used` (see `model_product`), and `plain`, the same but for momentum.
     Raises ConfigError where fewer steps than lags follow the first, SnapshotError for steps of
     which the iterates were not kept.
     """
@@ -92,11 +38,14 @@ def measure_lags(
         allowed = f"{n_lags} lags need as many steps after the first"
         require(last >= first, "window", (first, c.steps), allowed)
         steps = np.unique(np.linspace(first, last, n_points).astype(int))
-        sums = np.zeros((3, n_lags))
+        sums = np.zeros((4, n_lags))
         for t, _, full in full_gradients(run, steps, n_batches):
             g, v = run.gradients(t, t + n_lags - 1)
-            sums += [g @ g[0], g @ full, model_product(g @ full, v @ full, c.momentum)]
-        columns = dict(zip(("used", "full", "predicted"), sums / sums[0, 0], strict=True))
+            products = g @ full, v @ full
+            laws = model_product(*products, c.momentum), model_product(products[0], products[0])
+            sums += [g @ g[0], products[0], *laws]
+        names = ("used", "full", "predicted", "plain")
+        columns = dict(zip(names, sums / sums[0, 0], strict=True))
         tables.append(pd.DataFrame({"seed": c.seed, "lag": np.arange(n_lags), **columns}))
     return pd.concat(tables, ignore_index=True)
 
@@ -113,6 +62,40 @@ def model_product(full_g: np.ndarray, full_v: np.ndarray, momentum: float = 0.0)
     over directions (claim C4).
     """
     return np.append(np.nan, full_g[1:] - (1 - momentum) * (full_v[1:] + full_v[:-1]))
+
+
+def slopes(table: pd.DataFrame, y: str, x: str, last: int = 10) -> pd.Series:
+    """Slope of columns y against x of `measure_lags`, through the origin, by seed.
+
+    Over lags 1..last. 1 where x predicts y; unlike in a mean of ratios, lags at which both vanish
+    weigh nothing.
+    """
+    chosen = table[table.lag.between(1, last)]
+    sums = pd.DataFrame({"xy": chosen[x] * chosen[y], "xx": chosen[x] ** 2})
+    sums = sums.groupby(chosen.seed).sum()
+    return sums.xy / sums.xx
+
+
+def lag_law(directions: Directions, lr: float, n: int, momentum: float = 0.0) -> np.ndarray:
+    """What a spectrum makes of `used` in `measure_lags`, lags 0..n-1: nothing of it is a product.
+
+    `quadratic.gradient_cosine` of each direction, weighted by its share of E|g|^2 = h^2 v + g2.
+    """
+    norm2 = directions.h**2 * directions.variances(lr, momentum) + directions.noise
+    return norm2 @ quadratic.gradient_cosine(lr * directions.h, n, momentum) / norm2.sum()
+
+
+def finite_work(directions: Directions, lr: float, windows: Sequence[int]) -> np.ndarray:
+    """What the model makes of `work` in `measure_displacement`, with windows as short, (n,).
+
+    In a direction E G . (x_t - x_s) is h/2 times the squared displacement at lag |t - s|; it is in
+    units of lr E|g|^2 / 2, where E|g|^2 = sum h^2 v + g2.
+    """
+    h, noise = directions.h, directions.noise
+    weighted = Directions(h, h * noise)
+    norm2 = np.sum(h**2 * directions.variances(lr) + noise)
+    lags = [np.abs(np.arange(-(w // 2), w // 2 + 1)) for w in windows]
+    return np.array([weighted.displacement(lr, k).mean() for k in lags]) / (lr * norm2)
 
 
 def measure_displacement(
