@@ -121,15 +121,19 @@ def model():
 
 
 def test_predictions_hold_for_the_model(model):
-    table = timescales.measure([model])
+    table = timescales.measure([model], [model.h])
     assert table.direction.tolist() == [0, 1, 2]
     np.testing.assert_allclose(table.rho, table.rho_model, atol=0.03)
     np.testing.assert_allclose(table.v, table.v_model, rtol=0.05)
     np.testing.assert_allclose(table.v_model, stationary_variance([1.2, 0.6, 0.25], 2.0))
+    np.testing.assert_allclose(table.rho_met, table.rho_model)
     found = timescales.agreement(table).loc[0]
-    assert found.correlation > 0.99
-    assert found.rms < 0.03
+    assert found.rms == found.rms_met < 0.03
+    assert abs(found.bias) < 0.02
+    assert found.matched < 0.1
+    assert found.reversed > 1.2
     assert abs(found.v_met_ratio - 1) < 0.05
+    assert found.v_walk_ratio < 0.01
     curves = timescales.forgetting(model, [2, 0], n_lags=5)
     assert curves.direction.tolist() == [2] * 5 + [0] * 5
     assert curves.lag.tolist() == [0, 1, 2, 3, 4] * 2
@@ -154,6 +158,12 @@ def test_modes_measure_curvature_and_noise_where_they_say():
     np.testing.assert_allclose(found.noise, noise[0], rtol=0.4)
     np.testing.assert_allclose(found.noise_met, (noise[1] + noise[2]) / 2, rtol=0.3)
     assert np.all(noise[1] + noise[2] > 3 * noise[0])  # the two noises are far from each other
+    met = timescales.curvatures_met(found, n_iterates=2)
+    weight = np.mean(slope[:, 1:] * (1 - slope[:, 1:]), axis=1)
+    H = x.T @ (x * weight[:, None]) / len(x)
+    expected = np.diag(found.directions @ H @ found.directions.T) + 0.01
+    np.testing.assert_allclose(met, expected, rtol=0.5)
+    assert np.all(met < found.h)  # a logistic loss is steepest at the minimum
     with pytest.raises(ConfigError, match="settle"):
         timescales.modes(Run(X, lr=0.1, dataset=dataset), 3, settle=79)
 
@@ -183,23 +193,3 @@ def test_two_point_fall_is_that_of_the_model(momentum):
     np.testing.assert_allclose(found.model, falls(np.arange(40, 20_000), [1, 1, 0]), rtol=0.05)
     with pytest.raises(ConfigError, match="lags"):
         timescales.two_point_fall(m, [20_000])
-
-
-def test_the_rest_of_a_random_walk_is_a_random_walk():
-    rng = np.random.default_rng(0)
-    walk = np.cumsum(rng.standard_normal((400, 300)), axis=0)
-    z = walk[:, :1] - walk[:, :1].mean(0)
-    first, ones = np.eye(300)[:1], np.ones((3, 1))
-    m = timescales.Modes(Run(walk, 0.5), 0, walk.mean(0), first, *ones, z)
-    found = timescales.rest(m)
-    assert 0 < found["share"] < 0.02
-    assert abs(found["exponent"] - 1) < 0.1
-
-
-def test_principal_components_of_a_random_walk_are_cosines():
-    walk = np.cumsum(np.random.default_rng(0).standard_normal((200, 2000)), axis=0)
-    shares, courses = timescales.principal_components(walk)
-    cosines = timescales.cosines(200)
-    assert np.all(np.abs((courses * cosines).sum(0)) > 0.97)
-    assert shares.sum() < 1
-    np.testing.assert_allclose(cosines.T @ cosines, np.eye(3), atol=1e-12)

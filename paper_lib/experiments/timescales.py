@@ -20,6 +20,7 @@ from paper_lib.theory import quadratic
 from paper_lib.theory.spectrum import Directions
 from paper_lib.training.flat import FlatModel
 
+RATIOS = {"v": "model", "v_met": "met", "v_walk": "walk"}  # column of `measure`, by `agreement`'s
 FRESH = 4  # batches per iterate for the gradient noise there
 
 
@@ -86,16 +87,30 @@ def _noise(net: FlatModel, weights: np.ndarray, V: np.ndarray, x: Tensor, y: Ten
     return np.var([V @ g for g in derivatives.each_gradient(net, weights, x, y)], axis=0, ddof=1)
 
 
-def measure(measured: Sequence[Modes]) -> pd.DataFrame:
+def curvatures_met(m: Modes, n_iterates: int = 3) -> np.ndarray:
+    """Curvature along the directions at iterates, mean over them, with weight decay: (k,)."""
+    net, X, c = m.run.network(), m.window, m.run.config
+    at = np.linspace(0, len(X) - 1, n_iterates).astype(int)
+    found = [
+        hessian.curvatures(net, X[i], m.directions, *_fresh_batches(m.run, j))
+        for j, i in enumerate(at)
+    ]
+    return np.mean(found, axis=0) + c.weight_decay
+
+
+def measure(measured: Sequence[Modes], met: Sequence[np.ndarray]) -> pd.DataFrame:
     """The model's prediction and what the trajectory does, a row per run and stable direction.
 
-    Columns lr, norm, seed, direction, curvature, rho_model and rho (autocorrelation at lag 1),
-    v_model (noise at the average), v_met (noise at the iterates) and v: variances, in squared
-    weights.
+    `met` are each run's curvatures at iterates. Columns lr, norm, seed, direction, curvature and
+    curvature_met; rho (autocorrelation at lag 1), rho_model and rho_met, its predictions from
+    these; v (variance, in squared weights), v_model (noise at the average), v_met (noise at the
+    iterates) and v_walk, that of a random walk of the same noise.
     """
     tables = []
-    for m in measured:
+    for m, h_met in zip(measured, met, strict=True):
         c, keep = m.run.config, m.stable
+        inside = np.clip(c.lr * h_met[keep], 1e-9, 2 * (1 + c.momentum) - 1e-9)
+        walk = (c.lr / (1 - c.momentum)) ** 2 * len(m.projected) / 6
         y = m.projected[:, keep]
         columns = {
             "lr": c.lr,
@@ -103,10 +118,13 @@ def measure(measured: Sequence[Modes]) -> pd.DataFrame:
             "seed": c.seed,
             "direction": np.flatnonzero(keep),
             "curvature": m.h[keep],
+            "curvature_met": h_met[keep],
             "rho_model": quadratic.autocorrelation(c.lr * m.h[keep], 2, c.momentum)[:, 1],
+            "rho_met": quadratic.autocorrelation(inside, 2, c.momentum)[:, 1],
             "rho": autocorrelation(y, [1])[0],
             "v_model": m.spectrum(met=False).variances(c.lr, c.momentum),
             "v_met": m.spectrum().variances(c.lr, c.momentum),
+            "v_walk": walk * m.noise_met[keep],
             "v": y.var(0),
         }
         tables.append(pd.DataFrame(columns))
@@ -136,34 +154,30 @@ def forgetting(m: Modes, chosen: Sequence[int], n_lags: int = 16) -> pd.DataFram
 
 
 def agreement(table: pd.DataFrame) -> pd.DataFrame:
-    """How well prediction and measurement (`measure`) agree, one row per seed.
+    """How well prediction and measurement (`measure`) agree in one setting, one row per seed.
 
-    correlation and rms difference of the lag-1 autocorrelations; v_ratio and v_met_ratio, geometric
-    means over directions of measured / predicted variance, with the noise at the average and at the
-    iterates.
+    Of the lag-1 autocorrelations: bias (measured - predicted) and rms of the difference with the
+    curvature at the average; bias_met, rms_met with that at iterates; matched, rms_met over the
+    same with directions paired at random (its root mean square), and reversed, with the steepest
+    paired with the least steep. v_ratio, v_met_ratio, v_walk_ratio: geometric means over
+    directions of measured / predicted variance.
     """
     rows = {}
     for seed, t in table.groupby("seed"):
+        off, off_met = t.rho - t.rho_model, t.rho - t.rho_met
+        rms = np.sqrt(np.mean(off_met**2))
+        paired = np.sqrt(np.mean(np.subtract.outer(t.rho.to_numpy(), t.rho_met.to_numpy()) ** 2))
+        turned = np.sort(t.rho_met)[::-1][np.argsort(np.argsort(t.rho_met))]
         rows[seed] = {
-            "correlation": np.corrcoef(t.rho_model, t.rho)[0, 1],
-            "rms": np.sqrt(np.mean((t.rho_model - t.rho) ** 2)),
-            "v_ratio": np.exp(np.log(t.v / t.v_model).mean()),
-            "v_met_ratio": np.exp(np.log(t.v / t.v_met).mean()),
+            "bias": off.mean(),
+            "rms": np.sqrt(np.mean(off**2)),
+            "bias_met": off_met.mean(),
+            "rms_met": rms,
+            "matched": rms / paired,
+            "reversed": np.sqrt(np.mean((t.rho - turned) ** 2)) / paired,
+            **{f"{v}_ratio": np.exp(np.log(t.v / t[f"v_{k}"]).mean()) for v, k in RATIOS.items()},
         }
     return pd.DataFrame(rows).T
-
-
-def rest(m: Modes) -> dict[str, float]:
-    """What the steep directions leave of the trajectory.
-
-    `share`, theirs of its variance; `exponent` of squared displacement against lag in all other
-    directions (0: stationary, 1: random walk).
-    """
-    G = vectors.gram(m.window)
-    z = m.projected - m.projected.mean(0)
-    lags = vectors.spaced_lags(len(G))
-    flat = vectors.squared_displacement(G - z @ z.T, lags)
-    return {"share": float((z**2).sum() / np.trace(G)), "exponent": vectors.exponent(lags, flat)}
 
 
 def two_point_fall(
@@ -172,42 +186,25 @@ def two_point_fall(
     """Fall of the training loss from an iterate to its average with an earlier one, a row per lag.
 
     Columns seed, lag, and in nats, means over n_pairs pairs: `full`, of the average itself;
-    `steep`, when only the components along the measured directions are averaged; `model`, what
-    their spectrum predicts for that, sum h v (1 - rho_lag) / 4. Raises ConfigError for lags that
-    the window does not hold.
+    `steep`, when only the components along the measured directions are averaged; `random`, the same
+    along as many random ones; `model`, what the measured spectrum predicts for steep,
+    sum h v (1 - rho_lag) / 4. Raises ConfigError for lags that the window does not hold.
     """
     c, X, V = m.run.config, m.window, m.directions[m.stable]
     allowed = f"they must lie in 1..{len(X) - 1}"
     require(0 < min(lags) and max(lags) < len(X), "lags", list(lags), allowed)
     ends = np.linspace(max(lags), len(X) - 1, n_pairs).astype(int)
-    net = m.run.network()
+    net, rng = m.run.network(), np.random.default_rng(c.seed)
+    other = np.linalg.qr(rng.standard_normal(V.shape).T)[0].T.astype(np.float32)
     batches = probe.fixed_batches(m.run.dataset, n_batches, c.batch_size, c.seed)
     single = probe.losses(net, X[ends], *batches).mean()
     rows = []
     for lag in lags:
         back = (X[ends - lag] - X[ends]) / 2
-        steep = probe.losses(net, X[ends] + back @ V.T @ V, *batches).mean()
-        full = probe.losses(net, X[ends] + back, *batches).mean()
-        rows.append({"seed": c.seed, "lag": lag, "full": single - full, "steep": single - steep})
+        moves = {"full": back, "steep": back @ V.T @ V, "random": back @ other.T @ other}
+        after = {name: probe.losses(net, X[ends] + d, *batches).mean() for name, d in moves.items()}
+        rows.append({"seed": c.seed, "lag": lag, **{name: single - after[name] for name in after}})
     spectrum = m.spectrum()
     averages = [vectors.two_point(lag + 1, lag) for lag in lags]
     left = np.array([spectrum.averaged_loss(a, c.lr, c.momentum) for a in averages])
     return pd.DataFrame(rows).assign(model=spectrum.excess(c.lr, c.momentum).sum() - left)
-
-
-def principal_components(X: np.ndarray, n: int = 3) -> tuple[np.ndarray, np.ndarray]:
-    """Of a trajectory's principal components: shares of variance (n,), time courses (iterates, n).
-
-    Time courses are of unit norm.
-    """
-    values, courses = np.linalg.eigh(vectors.gram(X))
-    return values[::-1][:n] / values.sum(), courses[:, ::-1][:, :n]
-
-
-def cosines(n_iterates: int, n: int = 3) -> np.ndarray:
-    """The principal components of a random walk, whatever the loss is, (n_iterates, n).
-
-    Cosines of 1/2, 1, 3/2, ... periods, of unit norm.
-    """
-    t = (np.arange(n_iterates) + 0.5) / n_iterates
-    return np.cos(np.pi * np.arange(1, n + 1) * t[:, None]) * np.sqrt(2 / n_iterates)
