@@ -113,14 +113,6 @@ class Criterion:
         words = KINDS[self.kind]
         return words.format(low=self.low, high=self.high, percent=100 * self.high)
 
-    @property
-    def state(self) -> str:
-        """measured, not measured, or not finite: what does not depend on numbers."""
-        if self.measured is None:
-            return "not measured"
-        finite = self.measured.size and np.isfinite(self.measured).all()
-        return "measured" if finite else "not finite"
-
     def interval(self) -> tuple[float, float]:
         """The interval over seeds that is held against `bounds`; NaN where there is none."""
         values = np.empty(0) if self.measured is None else self.measured
@@ -141,9 +133,9 @@ class Criterion:
     def verdict(self) -> tuple[str, str]:
         """The verdict and, where it does not hold, the reason."""
         verdict, passing = self.own_verdict(), [c for c in self.controls if not c.fails()]
-        if self.state != "measured":
-            values = [] if self.measured is None else self.measured.tolist()
-            return verdict, f"not measurable: values {values}"
+        values = np.empty(0) if self.measured is None else self.measured
+        if not (values.size and np.isfinite(values).all()):
+            return verdict, f"not measurable: values {values.tolist()}"
         if verdict == "holds" and passing:
             return "undecided", f"its control does not fail: {passing[0].quantity}"
         if verdict == "fails" and self.role != "control":
@@ -254,8 +246,9 @@ class Ledger:
     def check(self) -> None:
         """Print what is stated and whether it was measured: text that depends on no number."""
         for entry in self._criteria.values():
+            state = "not measured" if entry.measured is None else "measured"
             said = f"{entry.claim} {entry.role}: {entry.quantity}: {entry.sentence}"
-            print(f"{said} [{entry.state}]")
+            print(f"{said} [{state}]")
 
 
 def _require(holds: object, message: str) -> None:
