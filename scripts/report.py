@@ -1,7 +1,8 @@
 """Write results/<preset>/README.md: a preset's verdicts, claim by claim, and what made them.
 
 What people wrote of a preset's results stands in results/<preset>/found.md, a section a claim: one
-sentence, then a paragraph. Numbers in it are `{{ measured("quantity") }}`: the ledger's, by name.
+sentence, then a paragraph. Numbers in it are the ledger's, by the quantity's name:
+`{{ measured("quantity") }}`, `{{ predicted("quantity") }}`.
 The README's own table of claims is that of the digits.
 """
 
@@ -37,10 +38,9 @@ def page(results: Path) -> str:
     parts = [f"# What was found: {label}", HOW, claims_table(results, "figures", "notebooks")]
     for verdict in claims.by_claim(rows):
         parts += section(results, rows, verdict)
-    limits = rows[rows.role.isin(["limit", "check"])]
-    parts += ["## Limits and checks", other_figures(results), claims.markdown(limits)]
-    judged = rows[rows.role.isin(["claim", "control"])]
-    parts += ["## Every criterion of a claim, and its control", claims.markdown(judged)]
+    judges = claims.role_of(rows) == "claim"
+    parts += ["## Limits and checks", other_figures(results), claims.markdown(rows[~judges])]
+    parts += ["## Every criterion of a claim, and its control", claims.markdown(rows[judges])]
     parts += ["## Made with", made_with(results)]
     return "\n\n".join(part.strip() for part in parts if part.strip()) + "\n"
 
@@ -70,7 +70,11 @@ def found(results: Path) -> dict[str, tuple[str, str]]:
         check_names([quantity], list(rows.index), "quantity")
         return claims.with_spread(rows.measured[quantity], rows.spread[quantity])
 
-    text = jinja2.Template(path.read_text()).render(measured=measured)
+    def predicted(quantity: str) -> str:
+        check_names([quantity], list(rows.index), "quantity")
+        return f"{rows.predicted[quantity]:.3g}"
+
+    text = jinja2.Template(path.read_text()).render(measured=measured, predicted=predicted)
     sections = re.findall(r"^## (C\d+)\n+(.+?)\n\n(.*?)\s*(?=^## |\Z)", text, re.M | re.S)
     return {claim: (sentence, rest) for claim, sentence, rest in sections}
 

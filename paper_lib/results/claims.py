@@ -348,11 +348,16 @@ def table(results: Path | str) -> pd.DataFrame:
     return rows.iloc[numbers.argsort(kind="stable")].reset_index(drop=True)
 
 
+def role_of(rows: pd.DataFrame) -> pd.Series:
+    """The role of each row; a control has that of the criterion stated before it."""
+    return rows.role.where(rows.role != "control").ffill()
+
+
 def markdown(rows: pd.DataFrame) -> str:
-    """Return criteria as a GitHub table, the claim's own first, failures with their reason."""
+    """Return criteria as a GitHub table, the claim's own first, each with its control beneath."""
     head = ["claim", "role", "quantity", "predicted", "measured", "criterion", "verdict"]
     lines = [head, ["---"] * len(head)]
-    order = rows.role.map(list(ROLES).index)
+    order = role_of(rows).map(list(ROLES).index)
     for row in rows.iloc[order.argsort(kind="stable")].itertuples():
         predicted = "" if math.isnan(row.predicted) else f"{row.predicted:.3g}"
         measured = f"{with_spread(row.measured, row.spread)} (n = {row.seeds})"
