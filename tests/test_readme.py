@@ -5,7 +5,8 @@ import re
 import subprocess
 import sys
 
-from scripts import ROOT, readme_example
+from paper_lib.results import claims
+from scripts import ROOT, readme_example, report
 
 
 def example(heading: str) -> str:
@@ -54,3 +55,18 @@ def test_the_monitor_watches_a_training_loop(tmp_path):
     printed = run(example("Let the gradients say when to average, or to slow down"), tmp_path)
     assert re.search(r"step \d+: stationary, lr 0\.05, t = -\d", printed)
     assert float(re.search(r"a loss lower by (\S+)", printed)[1]) > 0
+
+
+def test_the_readme_is_short_and_its_tables_hold_few_words():
+    text = (ROOT / "README.md").read_text()
+    assert len(text.splitlines()) <= 150 and len(text.split()) <= 1200
+    rows = [line for line in text.splitlines() if line.startswith("|")]
+    cells = [cell for row in rows for cell in row.strip("|").split("|")]
+    assert max(len(cell.split()) for cell in cells) <= 25
+
+
+def test_what_was_found_is_a_sentence_of_at_most_15_words_a_claim():
+    said = report.found(ROOT / "results" / "digits")
+    assert list(said) == list(claims.CLAIMS)
+    for claim, (sentence, _) in said.items():
+        assert len(sentence.split()) <= 15, claim
