@@ -24,6 +24,12 @@ from paper_lib.results import claims
 from scripts import ROOT, picture
 
 MARKS = "<!-- claims: written by make readme -->\n", "<!-- end of claims -->"
+PLURALS = {  # of a claim's verdict
+    "holds": "hold",
+    "holds in part": "hold in part",
+    "fails": "fail",
+    "undecided": "are undecided",
+}
 HOW = (
     "A criterion holds or fails where the two-sided 95 % t interval over seeds lies within or "
     "beyond its bound, and is undecided where it contains it, or where its control does not fail. "
@@ -35,7 +41,8 @@ def page(results: Path) -> str:
     """Return a preset's page in Markdown; FileNotFoundError if there are no results."""
     rows = claims.table(results)
     label = PRESETS[results.name].label if results.name in PRESETS else results.name
-    parts = [f"# What was found: {label}", HOW, claims_table(results, "figures", "notebooks")]
+    parts = [f"# What was found: {label}", counted(results) + HOW]
+    parts += [claims_table(results, "figures", "notebooks")]
     for verdict in claims.by_claim(rows):
         parts += section(results, rows, verdict)
     judges = claims.role_of(rows) == "claim"
@@ -88,8 +95,17 @@ def claims_table(results: Path, figures: str, notebooks: str) -> str:
         links = f"[figure]({figures}/{first}.png), [notebook]({notebooks}/{first}.ipynb)"
         claim = f"**{verdict.claim}** {claims.CLAIMS[verdict.claim]}"
         sentence = said.get(verdict.claim, ("", ""))[0]
-        lines.append([claim, verdict.verdict, sentence, links])
+        alone = " (model alone)" * (not rows[rows.claim == verdict.claim].network.any())
+        lines.append([claim, verdict.verdict + alone, sentence, links])
     return claims.pipes(lines)
+
+
+def counted(results: Path) -> str:
+    """How many claims hold, in part, fail or are undecided, as a sentence."""
+    verdicts = [verdict.verdict for verdict in claims.by_claim(claims.table(results))]
+    numbers = {name: verdicts.count(said) for said, name in PLURALS.items()}
+    said = ", ".join(f"{number} {name}" for name, number in numbers.items() if number)
+    return f"Of {len(verdicts)} claims {said}.\n\n"
 
 
 def other_figures(results: Path) -> str:
@@ -129,7 +145,7 @@ def update_readme(results: Path) -> None:
     if MARKS[0] in text:
         before, rest = text.split(MARKS[0])
         after = rest.split(MARKS[1])[1]
-        table = claims_table(results, "results/digits/figures", "notebooks")
+        table = counted(results) + claims_table(results, "results/digits/figures", "notebooks")
         with replacing(path) as temporary:
             temporary.write_text(before + MARKS[0] + table + MARKS[1] + after)
 

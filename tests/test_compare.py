@@ -188,9 +188,9 @@ def test_the_committed_pages_are_those_of_the_committed_results():
         if ignored:  # 0: smoke, which is not committed
             page = (results.parent / "README.md").read_text()
             assert page == report.page(results.parent), "run `make readme`"
-    table = report.claims_table(
-        package.ROOT / "results/digits", "results/digits/figures", "notebooks"
-    )
+    results = package.ROOT / "results/digits"
+    table = report.claims_table(results, "results/digits/figures", "notebooks")
+    table = report.counted(results) + table
     readme = (package.ROOT / "README.md").read_text()
     assert table.join(report.MARKS) in readme, "run `make readme`"
 
@@ -231,4 +231,5 @@ def test_the_readme_has_the_table_of_the_committed_results(tmp_path, monkeypatch
     (tmp_path / "README.md").write_text("before\n" + "old table\n".join(report.MARKS) + "\nafter\n")
     assert report.main([str(results)]) == 0
     table = report.claims_table(results, "results/digits/figures", "notebooks")
+    table = "Of 1 claims 1 hold.\n\n" + table
     assert (tmp_path / "README.md").read_text() == f"before\n{table.join(report.MARKS)}\nafter\n"
