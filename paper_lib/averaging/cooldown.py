@@ -72,7 +72,7 @@ def step_weights(steps: Sequence[int], schedule: str) -> np.ndarray:
     """
     check_names([schedule], COOLDOWNS, "schedule")
     if schedule == "step":
-        warnings.warn("averages do not emulate step decays well: see notebook 12", stacklevel=3)
+        warnings.warn("averages do not emulate step decays well: see notebook 11", stacklevel=3)
     require(len(steps) > 1, "number of checkpoints", len(steps), "an average needs at least two")
     for before, after in zip(steps, steps[1:], strict=False):
         if after <= before:
