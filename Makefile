@@ -47,7 +47,7 @@ endif
 
 help: ## list the tasks and settings
 	@awk -F ':.*## ' '/^[a-z]+:.*## / {printf "  make %-12s%s\n", $$1, $$2}' Makefile
-	@echo "  make 01_one_step run one notebook and publish it, as figures would"
+	@echo "  make 03_one_step run one notebook and publish it, as figures would"
 	@echo
 	@echo "Commands beside these: python -m paper_lib, with --help"
 	@echo

@@ -179,7 +179,9 @@ def record(results: Path, name: str, seconds: float) -> None:
         notebooks = json.loads(path.read_text())["notebooks"] if path.exists() else {}
         described = describe()
         notebooks[name] = {"seconds": round(seconds), "commit": described["commit"]}
-        described["notebooks"] = dict(sorted(notebooks.items()))
+        there = {source.stem for source in sources()} | {name}
+        kept = {each: made for each, made in notebooks.items() if each in there}
+        described["notebooks"] = dict(sorted(kept.items()))
         with replacing(path) as temporary:
             temporary.write_text(json.dumps(described, indent=2) + "\n")
 

@@ -53,7 +53,7 @@ def schedules(ax: Axes, table: pd.DataFrame) -> None:
     ax.set(xlabel="average of one run (nats)", ylabel="trained schedule (nats)")
     ax.xaxis.set_major_locator(MaxNLocator(4))
     ax.legend(fontsize="small", loc="upper left", handletextpad=0.1)
-    ax.set_title(f"Averages end where their\nschedules do, to {away:.3f} nats")
+    ax.set_title(f"Losses of averages and their\nschedules: {away:.3f} nats apart")
 
 
 def averaging(ax: Axes, table: pd.DataFrame) -> None:

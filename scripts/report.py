@@ -33,7 +33,9 @@ PLURALS = {  # of a claim's verdict
 HOW = (
     "A criterion holds or fails where the two-sided 95 % t interval over seeds lies within or "
     "beyond its bound, and is undecided where it contains it, or where its control does not fail. "
-    "A claim holds if all of its criteria hold, in part if some fail."
+    "A claim holds if all of its criteria hold, holds in part if some hold and some fail, and is "
+    "undecided where neither is so. Limits and checks do not count. ± is the standard deviation "
+    "over seeds, not the interval."
 )
 
 
@@ -95,8 +97,9 @@ def claims_table(results: Path, figures: str, notebooks: str) -> str:
         links = f"[figure]({figures}/{first}.png), [notebook]({notebooks}/{first}.ipynb)"
         claim = f"**{verdict.claim}** {claims.CLAIMS[verdict.claim]}"
         sentence = said.get(verdict.claim, ("", ""))[0]
+        said_of_it = f"{verdict.verdict}, {verdict.counted.split(' criteria')[0]}"
         alone = " (model alone)" * (not rows[rows.claim == verdict.claim].network.any())
-        lines.append([claim, verdict.verdict + alone, sentence, links])
+        lines.append([claim, said_of_it + alone, sentence, links])
     return claims.pipes(lines)
 
 

@@ -227,7 +227,8 @@ def test_check_shows_what_is_missing(ledger, capsys):
         (["holds", "undecided"], "undecided"),
         (["undecided", "undecided"], "undecided"),
         (["holds", "fails"], "holds in part"),
-        (["undecided", "fails"], "holds in part"),
+        (["undecided", "fails"], "undecided"),
+        (["holds", "undecided", "fails"], "holds in part"),
     ],
 )
 def test_what_the_criteria_of_a_claim_say_together(verdicts, together):
@@ -309,7 +310,7 @@ def test_jupyter_shows_whole_sentences(ledger):
     quantity, reason = "a quantity " * 10, "because 1 " * 30
     ledger.expect("C1", quantity, below=0).measure([1.0, 1.0], reason=reason)
     shown = ledger.verdict()._repr_markdown_()
-    assert shown.startswith("**C1 fails**: 0 of 1 criteria hold, 1 fail.\n\n| claim |")
+    assert shown.startswith("**C1 fails**: 0 of 1 criteria hold, 1 fails.\n\n| claim |")
     assert quantity in shown and reason in shown
 
 

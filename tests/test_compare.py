@@ -207,7 +207,7 @@ def test_a_page_has_every_verdict_every_figure_and_what_made_them(tmp_path, monk
     assert report.main([str(results)]) == 0
     page = (results / "README.md").read_text()
     assert page.startswith("# What was found: digits, ResNet-8\n")
-    assert "| holds | It is 1 ± 0. | [figure](figures/01_one.png), [notebook](" in page
+    assert "| holds, 1 of 1 | It is 1 ± 0. | [figure](figures/01_one.png), [notebook](" in page
     assert "**holds**: 1 of 1 criteria hold. It is 1 ± 0. A paragraph.\n\n![01_one](" in page
     assert "- [01_one](notebooks/01_one.ipynb), One step: [curve](figures/01_curve.png)" in page
     assert claims.markdown(claims.table(results)).strip() in page

@@ -311,8 +311,8 @@ class ClaimVerdict:
 def by_claim(rows: pd.DataFrame) -> list[ClaimVerdict]:
     """The verdict on each claim that rows judge: holds, fails, undecided, or holds in part.
 
-    It holds if all its claim criteria hold, fails if all fail, is undecided if none fails and some
-    are undecided, and else holds in part.
+    It holds if all its claim criteria hold, fails if all fail, holds in part if some hold and some
+    fail, and is undecided else.
     """
     judged, found = rows[rows.role == "claim"], []
     network = judged.groupby("claim").network.any()
@@ -324,9 +324,10 @@ def by_claim(rows: pd.DataFrame) -> list[ClaimVerdict]:
         elif counts["fails"] == len(verdicts):
             verdict = "fails"
         else:
-            verdict = "holds in part" if counts["fails"] else "undecided"
+            both = counts["holds"] and counts["fails"]
+            verdict = "holds in part" if both else "undecided"
         said = f"{counts['holds']} of {len(verdicts)} criteria hold"
-        said += f", {counts['fails']} fail" * bool(counts["fails"])
+        said += f", {counts['fails']} fail{'s' * (counts['fails'] == 1)}" * bool(counts["fails"])
         said += f", {counts['undecided']} undecided" * bool(counts["undecided"])
         said += ", of the model alone, without a network" * (not network[claim])
         found.append(ClaimVerdict(claim, verdict, said))
