@@ -28,7 +28,7 @@ PLURALS = {  # of a claim's verdict
     "holds": "hold",
     "holds in part": "hold in part",
     "fails": "fail",
-    "undecided": "are undecided",
+    "undecided": "undecided",
 }
 HOW = (
     "A criterion holds or fails where the two-sided 95 % t interval over seeds lies within or "
