@@ -24,6 +24,8 @@ from paper_lib.results import claims
 from scripts import ROOT, picture
 
 MARKS = "<!-- claims: written by make readme -->\n", "<!-- end of claims -->"
+Said = dict[str, tuple[str, str]]  # by claim: a sentence, and a paragraph
+NOTHING = ("", "")  # where nobody has written of a claim yet
 PLURALS = {  # of a claim's verdict
     "holds": "hold",
     "holds in part": "hold in part",
@@ -42,29 +44,32 @@ HOW = (
 def page(results: Path) -> str:
     """Return a preset's page in Markdown; FileNotFoundError if there are no results."""
     rows = claims.table(results)
+    said = found(results, rows)
     label = PRESETS[results.name].label if results.name in PRESETS else results.name
-    parts = [f"# What was found: {label}", counted(results) + HOW]
-    parts += [claims_table(results, "figures", "notebooks")]
+    parts = [f"# What was found: {label}", counted(rows) + HOW]
+    parts += [claims_table(rows, said, "figures", "notebooks")]
     for verdict in claims.by_claim(rows):
-        parts += section(results, rows, verdict)
+        parts += section(results, rows, said, verdict)
     judges = claims.role_of(rows) == "claim"
-    parts += ["## Limits and checks", other_figures(results), claims.markdown(rows[~judges])]
+    parts += ["## Limits and checks", other_figures(results, rows), claims.markdown(rows[~judges])]
     parts += ["## Every criterion of a claim, and its control", claims.markdown(rows[judges])]
     parts += ["## Made with", made_with(results)]
     return "\n\n".join(part.strip() for part in parts if part.strip()) + "\n"
 
 
-def section(results: Path, rows: pd.DataFrame, verdict: claims.ClaimVerdict) -> list[str]:
+def section(
+    results: Path, rows: pd.DataFrame, said: Said, verdict: claims.ClaimVerdict
+) -> list[str]:
     """The heading of a claim, its verdict, what was written of it, and its notebooks' figures."""
-    said = found(results).get(verdict.claim, ("", ""))
     notebooks = dict.fromkeys(rows[rows.claim == verdict.claim].notebook)
     pictures = [results / "figures" / f"{name}.png" for name in notebooks]
     shown = [f"![{p.stem}](figures/{p.name})" for p in pictures if p.exists()]
     heading = f"## {verdict.claim}: {claims.CLAIMS[verdict.claim]}"
-    return [heading, f"**{verdict.verdict}**: {verdict.counted}. {' '.join(said)}", *shown]
+    written = " ".join(said.get(verdict.claim, NOTHING))
+    return [heading, f"**{verdict.verdict}**: {verdict.counted}. {written}", *shown]
 
 
-def found(results: Path) -> dict[str, tuple[str, str]]:
+def found(results: Path, rows: pd.DataFrame) -> Said:
     """By claim, the sentence and the paragraph of found.md, with the measured numbers filled in.
 
     Raises ConfigError for a quantity that no ledger has.
@@ -73,48 +78,49 @@ def found(results: Path) -> dict[str, tuple[str, str]]:
     path = path if path.exists() else ROOT / "results" / results.name / "found.md"
     if not path.exists():
         return {}
-    rows = claims.table(results).set_index("quantity")
+    by_quantity = rows.set_index("quantity")
+
+    def row(quantity: str) -> pd.Series:
+        check_names([quantity], list(by_quantity.index), "quantity")
+        return by_quantity.loc[quantity]
 
     def measured(quantity: str) -> str:
-        check_names([quantity], list(rows.index), "quantity")
-        return claims.with_spread(rows.measured[quantity], rows.spread[quantity])
+        return claims.with_spread(row(quantity).measured, row(quantity).spread)
 
     def predicted(quantity: str) -> str:
-        check_names([quantity], list(rows.index), "quantity")
-        return f"{rows.predicted[quantity]:.3g}"
+        return f"{row(quantity).predicted:.3g}"
 
     text = jinja2.Template(path.read_text()).render(measured=measured, predicted=predicted)
     sections = re.findall(r"^## (C\d+)\n+(.+?)\n\n(.*?)\s*(?=^## |\Z)", text, re.M | re.S)
     return {claim: (sentence, rest) for claim, sentence, rest in sections}
 
 
-def claims_table(results: Path, figures: str, notebooks: str) -> str:
+def claims_table(rows: pd.DataFrame, said: Said, figures: str, notebooks: str) -> str:
     """The verdict on each claim and what was found, linked from folders of figures, notebooks."""
-    rows, said = claims.table(results), found(results)
     lines = [["claim", "verdict", "what was found", "see"], ["---"] * 4]
     for verdict in claims.by_claim(rows):
         first = rows[rows.claim == verdict.claim].notebook.iloc[0]
         links = f"[figure]({figures}/{first}.png), [notebook]({notebooks}/{first}.ipynb)"
         claim = f"**{verdict.claim}** {claims.CLAIMS[verdict.claim]}"
-        sentence = said.get(verdict.claim, ("", ""))[0]
+        sentence = said.get(verdict.claim, NOTHING)[0]
         said_of_it = f"{verdict.verdict}, {verdict.counted.split(' criteria')[0]}"
         alone = " (model alone)" * (not rows[rows.claim == verdict.claim].network.any())
         lines.append([claim, said_of_it + alone, sentence, links])
     return claims.pipes(lines)
 
 
-def counted(results: Path) -> str:
+def counted(rows: pd.DataFrame) -> str:
     """How many claims hold, in part, fail or are undecided, as a sentence."""
-    verdicts = [verdict.verdict for verdict in claims.by_claim(claims.table(results))]
+    verdicts = [verdict.verdict for verdict in claims.by_claim(rows)]
     numbers = {name: verdicts.count(said) for said, name in PLURALS.items()}
     said = ", ".join(f"{number} {name}" for name, number in numbers.items() if number)
     return f"Of {len(verdicts)} claims {said}.\n\n"
 
 
-def other_figures(results: Path) -> str:
+def other_figures(results: Path, rows: pd.DataFrame) -> str:
     """Links to the figures that are not a notebook's first, by notebook."""
-    table, lines = claims.table(results), []
-    for name in sorted(table.notebook.unique()):
+    lines = []
+    for name in sorted(rows.notebook.unique()):
         pictures = sorted((results / "figures").glob(f"{name[:2]}_*.png"))
         links = [f"[{p.stem[3:]}](figures/{p.name})" for p in pictures if p.stem != name]
         if links:
@@ -141,6 +147,13 @@ def made_with(results: Path) -> str:
     return "\n".join(lines + [f"- commit {c}: {', '.join(commits[c])}" for c in commits])
 
 
+def readme_table(results: Path) -> str:
+    """The README's table of claims, linked from there."""
+    rows = claims.table(results)
+    links = "results/digits/figures", "notebooks"
+    return counted(rows) + claims_table(rows, found(results, rows), *links)
+
+
 def update_readme(results: Path) -> None:
     """Replace the README's table of claims, if it has one, by that of these results."""
     path = ROOT / "README.md"
@@ -148,9 +161,8 @@ def update_readme(results: Path) -> None:
     if MARKS[0] in text:
         before, rest = text.split(MARKS[0])
         after = rest.split(MARKS[1])[1]
-        table = counted(results) + claims_table(results, "results/digits/figures", "notebooks")
         with replacing(path) as temporary:
-            temporary.write_text(before + MARKS[0] + table + MARKS[1] + after)
+            temporary.write_text(before + readme_table(results).join(MARKS) + after)
 
 
 def main(folders: list[str]) -> int:

@@ -188,9 +188,7 @@ def test_the_committed_pages_are_those_of_the_committed_results():
         if ignored:  # 0: smoke, which is not committed
             page = (results.parent / "README.md").read_text()
             assert page == report.page(results.parent), "run `make readme`"
-    results = package.ROOT / "results/digits"
-    table = report.claims_table(results, "results/digits/figures", "notebooks")
-    table = report.counted(results) + table
+    table = report.readme_table(package.ROOT / "results/digits")
     readme = (package.ROOT / "README.md").read_text()
     assert table.join(report.MARKS) in readme, "run `make readme`"
 
@@ -220,7 +218,7 @@ def test_what_was_written_of_results_names_measured_quantities_only(tmp_path):
     write(results, "01_one", 1.0)
     (results / "found.md").write_text('## C1\n\n{{ measured("qq") }}\n\nMore.\n')
     with pytest.raises(ValueError, match="unknown quantity 'qq'"):
-        report.found(results)
+        report.found(results, claims.table(results))
 
 
 def test_the_readme_has_the_table_of_the_committed_results(tmp_path, monkeypatch):
@@ -230,6 +228,6 @@ def test_the_readme_has_the_table_of_the_committed_results(tmp_path, monkeypatch
     write(results, "01_one", 1.0)
     (tmp_path / "README.md").write_text("before\n" + "old table\n".join(report.MARKS) + "\nafter\n")
     assert report.main([str(results)]) == 0
-    table = report.claims_table(results, "results/digits/figures", "notebooks")
-    table = "Of 1 claims 1 hold.\n\n" + table
+    table = report.readme_table(results)
+    assert table.startswith("Of 1 claims 1 hold.\n\n| claim | verdict |")
     assert (tmp_path / "README.md").read_text() == f"before\n{table.join(report.MARKS)}\nafter\n"

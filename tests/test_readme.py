@@ -66,7 +66,8 @@ def test_the_readme_is_short_and_its_tables_hold_few_words():
 
 
 def test_what_was_found_is_a_sentence_of_at_most_15_words_a_claim():
-    said = report.found(ROOT / "results" / "digits")
+    results = ROOT / "results" / "digits"
+    said = report.found(results, claims.table(results))
     assert list(said) == list(claims.CLAIMS)
     for claim, (sentence, _) in said.items():
         assert len(sentence.split()) <= 15, claim

@@ -122,6 +122,11 @@ def _weighted_blocks(a: np.ndarray) -> Iterator[slice]:
             yield slice(first, min(first + BLOCK_ROWS, run[-1] + 1))
 
 
+def center(X: np.ndarray) -> np.ndarray:
+    """The uniform average (P,) of all rows of X (n, P)."""
+    return average(uniform(len(X), len(X)), X)
+
+
 def gram(X: np.ndarray) -> np.ndarray:
     """Gram matrix (n, n), float64, of the rows of X (n, P) around their mean.
 

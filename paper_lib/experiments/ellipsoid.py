@@ -13,8 +13,8 @@ import pandas as pd
 
 from paper_lib.averaging import vectors
 from paper_lib.errors import require
-from paper_lib.probing import derivatives, probe
-from paper_lib.probing.hessian import spectral_measure
+from paper_lib.probing import probe
+from paper_lib.probing.hessian import spectral_measure, split_gradients
 from paper_lib.runs import Run
 from paper_lib.theory.spectrum import Directions
 
@@ -55,18 +55,9 @@ def noise_spectrum(
     is added to curvatures, of which negative ones count as flat. Directions without a stationary
     state, lr h >= 2 (1 + momentum), are left out. SnapshotError if the run did not keep the step.
     """
-    c, net, half = run.config, run.network(), max(1, n_gradients // 2)
-    weights = np.array(run.at(step))
-    x, y = probe.fixed_batches(run.dataset, n_products + 2 * half, c.batch_size, c.seed)
-
-    def gradient(first: int) -> np.ndarray:
-        part = slice(first, first + half)
-        return derivatives.mean_gradient(net, weights, x[part], y[part])
-
-    def product(d: np.ndarray) -> np.ndarray:
-        return derivatives.mean_hessian_product(net, weights, d, x[:n_products], y[:n_products])
-
-    noise = (gradient(n_products) - gradient(n_products + half)) / 2
+    c, half = run.config, max(1, n_gradients // 2)
+    product, one, other = split_gradients(run, np.array(run.at(step)), n_products, half)
+    noise = (one - other) / 2
     h, squared = spectral_measure(product, noise, n_nodes)
     h = np.maximum(h, 0) + c.weight_decay
     stable = c.lr * h < 2 * (1 + c.momentum)
@@ -134,7 +125,7 @@ def inside(runs: Sequence[Run], n_batches: int = 8, n_pairs: int = 6) -> pd.Data
     for run in runs:
         c, net, X = run.config, run.network(), run.window(run.config.start, run.config.steps)
         batches = probe.fixed_batches(run.dataset, n_batches, c.batch_size, c.seed)
-        center, half = vectors.average(vectors.uniform(len(X), len(X)), X), len(X) // 2
+        center, half = vectors.center(X), len(X) // 2
         rng = np.random.default_rng(c.seed)
         for pair, i in enumerate(np.linspace(0, len(X) - half - 1, n_pairs).astype(int)):
             away = rng.standard_normal(len(center)).astype(np.float32)

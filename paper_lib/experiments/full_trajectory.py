@@ -13,8 +13,8 @@ import pandas as pd
 from tqdm import tqdm
 
 from paper_lib.errors import require
-from paper_lib.probing import derivatives, probe
-from paper_lib.probing.hessian import spectral_measure
+from paper_lib.probing import probe
+from paper_lib.probing.hessian import spectral_measure, split_gradients
 from paper_lib.runs import Run
 from paper_lib.theory import quadratic, spectrum
 from paper_lib.theory.spectrum import Directions
@@ -80,19 +80,13 @@ def _hessian_state(
     run: Run, weights: np.ndarray, n_products: int, half: int, n_nodes: int
 ) -> Directions:
     """The state of one run; `half` is the number of batches in each of the two mean gradients."""
-    c, net = run.config, run.network()
-    x, y = probe.fixed_batches(run.dataset, n_products + 2 * half, c.batch_size, c.seed)
+    wd = run.config.weight_decay
+    undecayed, *means = split_gradients(run, weights, n_products, half)
+    one, other = (mean + wd * weights for mean in means)
 
     def product(d: np.ndarray) -> np.ndarray:
-        batches = x[:n_products], y[:n_products]
-        return derivatives.mean_hessian_product(net, weights, d, *batches) + c.weight_decay * d
+        return undecayed(d) + wd * d
 
-    def gradient(first: int) -> np.ndarray:
-        part = slice(first, first + half)
-        mean = derivatives.mean_gradient(net, weights, x[part], y[part])
-        return mean + c.weight_decay * weights
-
-    one, other = gradient(n_products), gradient(n_products + half)
     h, both = spectral_measure(product, (one + other) / 2, n_nodes)
     h_noise, noise = spectral_measure(product, (one - other) / 2, n_nodes)
     variance = np.append(0 * both, 2 * half * noise)

@@ -64,7 +64,7 @@ def modes(run: Run, n_directions: int = 12, n_batches: int = 16, settle: int = 0
     first, steps = c.start + settle, c.steps - c.start
     require(settle < steps, "settle", settle, f"the run has {steps} steps")
     net, X = run.network(), run.window(first, c.steps)
-    center = vectors.average(vectors.uniform(len(X), len(X)), X)
+    center = vectors.center(X)
     x, y = probe.fixed_batches(run.dataset, 2 * n_batches, c.batch_size, c.seed)
     _, V = hessian.top_directions(net, center, x[:n_batches], y[:n_batches], n_directions)
     x, y = x[n_batches:], y[n_batches:]

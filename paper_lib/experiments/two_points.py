@@ -94,7 +94,7 @@ def steepest(runs: Sequence[Run], lags: Sequence[int], n_batches: int = 8) -> pd
     tables = []
     for run in tqdm(runs, desc="steepest directions"):
         X = run.window(run.config.start, run.config.steps)
-        center = vectors.average(vectors.uniform(len(X), len(X)), X)
+        center = vectors.center(X)
         batches = probe.fixed_batches(run.dataset, n_batches, run.config.batch_size, 0)
         _, (direction,) = hessian.top_directions(run.network(), center, *batches, n=1)
         y = X @ direction - center @ direction

@@ -10,8 +10,10 @@ from scipy.sparse.linalg import LinearOperator, eigsh
 from torch import Tensor
 
 from paper_lib.errors import require
-from paper_lib.probing.derivatives import mean_hessian_product
+from paper_lib.probing import probe
+from paper_lib.probing.derivatives import mean_gradient, mean_hessian_product
 from paper_lib.probing.probe import Array
+from paper_lib.runs import Run
 from paper_lib.training.flat import FlatModel
 
 
@@ -43,6 +45,27 @@ def curvatures(net: FlatModel, weights: Array, directions: Array, x: Tensor, y: 
     Of the mean loss of all batches: (k,).
     """
     return np.array([d @ mean_hessian_product(net, weights, d, x, y) for d in directions])
+
+
+def split_gradients(
+    run: Run, weights: Array, n_products: int, half: int
+) -> tuple[Callable[[Array], Array], Array, Array]:
+    """What a spectrum is measured with at weights (P,), without weight decay, unbiased each.
+
+    The product with the Hessian of n_products fixed batches, and two mean gradients (P,), each over
+    `half` other batches: half their difference is the noise of a mean over all of those.
+    """
+    c, net = run.config, run.network()
+    x, y = probe.fixed_batches(run.dataset, n_products + 2 * half, c.batch_size, c.seed)
+
+    def product(d: Array) -> Array:
+        return mean_hessian_product(net, weights, d, x[:n_products], y[:n_products])
+
+    def gradient(first: int) -> Array:
+        part = slice(first, first + half)
+        return mean_gradient(net, weights, x[part], y[part])
+
+    return product, gradient(n_products), gradient(n_products + half)
 
 
 def spectral_measure(

@@ -113,9 +113,14 @@ class Criterion:
         words = KINDS[self.kind]
         return words.format(low=self.low, high=self.high, percent=100 * self.high)
 
+    @property
+    def values(self) -> np.ndarray:
+        """The measured values, (n,), none before they are measured."""
+        return np.empty(0) if self.measured is None else self.measured
+
     def interval(self) -> tuple[float, float]:
-        """The interval over seeds that is held against `bounds`; NaN where there is none."""
-        values = np.empty(0) if self.measured is None else self.measured
+        """The interval over seeds that is held against the bounds; NaN where there is none."""
+        values = self.values
         if self.kind in RELATIVE and self.predicted is not None:
             away = np.subtract if self.kind == "within" else np.divide
             values = away(values, self.predicted)
@@ -133,9 +138,8 @@ class Criterion:
     def verdict(self) -> tuple[str, str]:
         """The verdict and, where it does not hold, the reason."""
         verdict, passing = self.own_verdict(), [c for c in self.controls if not c.fails()]
-        values = np.empty(0) if self.measured is None else self.measured
-        if not (values.size and np.isfinite(values).all()):
-            return verdict, f"not measurable: values {values.tolist()}"
+        if not (self.values.size and np.isfinite(self.values).all()):
+            return verdict, f"not measurable: values {self.values.tolist()}"
         if verdict == "holds" and passing:
             return "undecided", f"its control does not fail: {passing[0].quantity}"
         if verdict == "fails" and self.role != "control":
@@ -235,11 +239,10 @@ class Ledger:
 
     def _row(self, entry: Criterion) -> list:
         """All of COLUMNS."""
-        measured = np.empty(0) if entry.measured is None else entry.measured
-        mean, spread = mean_and_spread(measured)
+        mean, spread = mean_and_spread(entry.values)
         predicted = math.nan if entry.predicted is None else float(np.mean(entry.predicted))
         verdict, reason = entry.verdict()
-        numbers = [predicted, mean, spread, measured.size, *entry.interval()]
+        numbers = [predicted, mean, spread, entry.values.size, *entry.interval()]
         stated = [entry.claim, entry.role, entry.quantity]
         return [*stated, *numbers, entry.sentence, verdict, self.notebook, self.network, reason]
 
