@@ -76,7 +76,7 @@ def verify(runs: Path | None) -> int:
         except OSError as error:
             damaged += 1
             tqdm.write(str(error))
-    print(f"{len(found) - damaged} runs, {size / 1e9:.2f} GB, are what was written")
+    print(f"{len(found) - damaged} of {len(found)} runs are what was written: {size / 1e9:.2f} GB")
     if damaged:
         print(f"{damaged} damaged: each is set aside and trained again by whatever needs it next")
     return int(damaged > 0)

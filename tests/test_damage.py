@@ -1,5 +1,6 @@
 """Damage of a run's files, finished or half-finished: it is never believed, and never stays."""
 
+import errno
 import functools
 import os
 import shutil
@@ -231,6 +232,17 @@ def test_files_are_read_once_by_a_process_and_again_when_they_change(damaged, mo
     assert len(read) == 2 * once
 
 
+def test_a_process_out_of_files_takes_no_run_for_damaged(damaged, monkeypatch):
+    def out_of_files(folder):
+        raise OSError(errno.EMFILE, "Too many open files")
+
+    folder = damaged("whole", "log.npy", lambda *paths: None)
+    monkeypatch.setattr(checksums, "check", out_of_files)
+    with pytest.raises(OSError, match="Too many open files"):
+        obtain()
+    assert folder.exists()
+
+
 def test_what_a_run_does_not_list_is_not_taken_for_its_own(made, damaged):
     def junk(path, other):
         shutil.copy(other / "state-15.npz", path / "state-7.npz")
@@ -334,13 +346,13 @@ def test_verify_names_every_damaged_run_and_changes_nothing(damaged, tmp_path, c
     folder = damaged("whole", "log.npy", lambda *paths: None)
     shutil.copytree(folder, folder.with_name(folder.name + ".damaged"))
     assert main(["verify"]) == 0
-    assert capsys.readouterr().out.startswith("2 runs, 0.00 GB, are what was written")
+    assert capsys.readouterr().out == "2 of 2 runs are what was written: 0.00 GB\n"
     flip(0.5)(folder / "log.npy", None)
     before = sorted(tmp_path.rglob("*"))
     assert main(["verify", str(tmp_path)]) == 1 == main(["verify", str(folder)])
     out = capsys.readouterr().out
     assert out.count(f"{folder / 'log.npy'} is not what was written\n") == 2
-    assert "1 runs, 0.00 GB" in out and "1 damaged: each is set aside and trained again" in out
+    assert "1 of 2 runs are what" in out and "1 damaged: each is set aside and trained again" in out
     assert sorted(tmp_path.rglob("*")) == before
 
 

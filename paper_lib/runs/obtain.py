@@ -6,6 +6,7 @@ A run's folder is <data>-<model>-<key> among the runs; `identity` says what the 
 from __future__ import annotations
 
 import contextlib
+import errno
 import functools
 import os
 import warnings
@@ -166,6 +167,8 @@ def _is_there(run: Run, set_aside: bool = False) -> bool:
         if there:
             checksums.check(run.folder)
     except OSError as error:
+        if error.errno in (errno.EMFILE, errno.ENFILE, errno.ENOMEM):  # says nothing of the run
+            raise
         there = False
         if set_aside:
             aside = run.folder.with_name(f"{run.folder.name}.damaged")
