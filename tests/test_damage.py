@@ -287,7 +287,6 @@ def test_no_damage_of_a_half_finished_run_changes_a_number(damage, made, damaged
         ("resume-10.npz", "another's"),
         ("resume-10.npz", "empty"),
         ("resume.txt", "half zero"),
-        ("resume.txt", "gone"),
         ("state-5.npz", "pipe"),
         ("buffers.npy", "folder"),
         *((None, damage) for damage in OF_FOLDERS),
@@ -300,6 +299,15 @@ def test_a_damaged_half_finished_run_starts_again_and_says_so(name, damage, made
     said = capfd.readouterr().err
     assert said.count("\n") == 1 and said.endswith(": the run starts again\n")
     assert str(part if name is None else part / name) in said
+
+
+def test_a_run_killed_before_anything_was_saved_starts_again(made, damaged, capfd):
+    part = damaged("half", "resume.txt", gone)
+    (part / "resume-10.npz").unlink()
+    capfd.readouterr()
+    require_same(obtain(), made[2])
+    said = capfd.readouterr().err
+    assert said == f"{part / 'resume.txt'} is missing: the run starts again\n"
 
 
 def test_a_restart_says_where_it_goes_on_and_leaves_nothing_of_the_killed_process(

@@ -37,17 +37,21 @@ class Sum(NamedTuple):
 
 def of(path: Path, n: int | None = None) -> Sum:
     """The checksum of a file's first n bytes, by default of all."""
-    size = path.stat().st_size
+    size = _file(path).stat().st_size
     return functools.reduce(Sum.then, _blocks(path, size if n is None else n), Sum(0, 0, size))
 
 
 def _blocks(path: Path, n: int) -> Iterator[bytes]:
-    if not path.is_file():  # whoever opens a pipe waits for ever
-        raise DamagedError(f"{path} is no file")
-    with path.open("rb") as file:
+    with _file(path).open("rb") as file:
         while block := file.read(min(BLOCK, n)):
             n -= len(block)
             yield block
+
+
+def _file(path: Path) -> Path:
+    if not path.is_file():  # whoever opens a pipe waits for ever
+        raise DamagedError(f"{path} is {'no file' if path.exists() else 'missing'}")
+    return path
 
 
 def write(path: Path, run: str, sums: Mapping[str, Sum]) -> None:
