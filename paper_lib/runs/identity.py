@@ -29,7 +29,7 @@ from paper_lib.training.flat import NetFactory
 from paper_lib.training.loop import initial_model
 
 PACKAGE = Path(__file__).parents[1]
-FORMAT = 2  # of the files in a run's folder
+FORMAT = 3  # of the files in a run's folder
 
 
 def run_key(config: RunConfig, dataset: Dataset, net: NetFactory | None) -> str:

@@ -6,7 +6,9 @@ A run's folder is <data>-<model>-<key> among the runs; `identity` says what the 
 from __future__ import annotations
 
 import contextlib
+import errno
 import functools
+import os
 import warnings
 from collections.abc import Iterator, Sequence
 from pathlib import Path
@@ -19,7 +21,7 @@ from paper_lib import data, files
 from paper_lib.config import RunConfig, Study, check_seeds
 from paper_lib.data import Dataset
 from paper_lib.errors import ConfigError, require
-from paper_lib.runs import budget, parallel
+from paper_lib.runs import budget, checksums, parallel
 from paper_lib.runs.identity import average_vectors, learning_rates, run_key
 from paper_lib.runs.store import Recorder, Run
 from paper_lib.training import distributed, loop
@@ -66,7 +68,7 @@ def train_all(
         return _run(config, dataset, net)
 
     def absent(some: Sequence[RunConfig]) -> list[RunConfig]:
-        return distributed.share([c for c in some if not run(c).folder.exists()])
+        return [c for c in some if not _is_there(run(c))]
 
     for generation in _generations(absent(configs)):
         missing = absent(generation)
@@ -138,18 +140,42 @@ def obtain(
 ) -> Run:
     """Load one run, or train it in this process (its parents first) while others wait for it.
 
+    Its files are held against their checksums when a process first asks for it. A run that is
+    damaged is moved to <folder>.damaged and trained again.
+
     Processes that torchrun started train it together; the first one looks for the run, waits for
     others, and writes. Raises MemoryError with what to lower where memory does not suffice.
     """
     run = _run(config, dataset, net)
-    if distributed.share(run.folder.exists()):
+    if _is_there(run):
         return run
     with files.lock(run.folder) if distributed.first() else contextlib.nullcontext():
-        if distributed.share(run.folder.exists()):
+        if _is_there(run, set_aside=True):
             return run
         _train(run, config, _begin(config, dataset, net), report)
         distributed.share(None)  # the others go on when it is there
     return run
+
+
+def _is_there(run: Run, set_aside: bool = False) -> bool:
+    """Whether a run is there and undamaged; the first process looks.
+
+    `set_aside`: move a damaged one out of the way, which takes the run's lock.
+    """
+    there = distributed.first() and os.path.lexists(run.folder)
+    try:
+        if there:
+            checksums.check(run.folder)
+    except OSError as error:
+        if error.errno in (errno.EMFILE, errno.ENFILE, errno.ENOMEM):  # says nothing of the run
+            raise
+        there = False
+        if set_aside:
+            aside = run.folder.with_name(f"{run.folder.name}.damaged")
+            files.remove(aside)  # an earlier one
+            os.rename(run.folder, aside)
+            files.say(f"{error}: the run is now {aside.name}, and is trained again")
+    return distributed.share(there)
 
 
 def _train(run: Run, config: RunConfig, begin: State | None, report: Report) -> None:
