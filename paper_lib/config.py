@@ -268,6 +268,10 @@ def check_run(c: RunConfig) -> None:
     if c.parent is not None:
         allowed = f"the parent run ends at step {c.parent.steps}"
         require(c.start <= c.parent.steps, "start", c.start, allowed)
+        for name in ("model", "width", "norm"):
+            before = getattr(c.parent, name)
+            allowed = f"a branch keeps the network of its parent, {before!r}"
+            require(getattr(c, name) == before, name, getattr(c, name), allowed)
     if isinstance(c.schedule, str):
         check_names([c.schedule], schedules.COOLDOWNS, "schedule")
     else:

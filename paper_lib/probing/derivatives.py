@@ -9,6 +9,7 @@ from typing import Any
 import numpy as np
 import torch.nn.functional as F
 from torch import Tensor
+from torch.nn.attention import SDPBackend, sdpa_kernel
 from tqdm import tqdm
 
 from paper_lib.probing import probe
@@ -98,11 +99,14 @@ def _each_batch(
     buffers: Buffers,
     derivative: Callable[[Tensor], Tensor],
 ) -> Iterator[Array]:
-    """Yield derivative(loss) of each batch; between two the network is as it was."""
+    """Yield derivative(loss) of each batch; between two the network is as it was.
+
+    Fused attention has no second derivative, plain kernels have.
+    """
     probe.check_batches(x, y)
     for xs, ys in zip(x, y, strict=True):
-        with probe.probing_at(net, weights, buffers):
-            loss = F.cross_entropy(net.forward(xs).float(), ys)
+        with sdpa_kernel(SDPBackend.MATH), probe.probing_at(net, weights, buffers):
+            loss = F.cross_entropy(probe.logits(net, xs, ys), ys)
             found = derivative(loss).cpu().numpy().copy()
         yield found
 
@@ -117,5 +121,7 @@ def _sum_over_passes(
 ) -> Any:
     """Sum of derivative(logits, labels) over passes, in the precision that it has."""
     probe.check_batches(x, y)
-    with probe.probing_at(net, weights, buffers):
-        return sum(derivative(*piece) for piece in probe.passes(net, x, y))
+    with sdpa_kernel(SDPBackend.MATH):
+        at_once = probe.batches_at_once(net, x, buffers, kept=True)
+        with probe.probing_at(net, weights, buffers):
+            return sum(derivative(*piece) for piece in probe.passes(net, x, y, at_once))

@@ -29,9 +29,9 @@ from tqdm import tqdm
 from paper_lib.averaging.batchnorm import layers, recompute_statistics
 from paper_lib.data import Dataset
 from paper_lib.errors import require
-from paper_lib.probing.batchnorm import batchwise_statistics
+from paper_lib.probing.batchnorm import batchwise_statistics, separable
 from paper_lib.runs import Run
-from paper_lib.training.flat import FlatModel, threads
+from paper_lib.training.flat import FlatModel, forked_rng, threads
 
 # Samples in a forward pass: what fits a core's cache; what fills a GPU.
 SAMPLES_AT_ONCE = {"cpu": 256, "cuda": 4096}
@@ -58,6 +58,7 @@ def losses(
     """
     rows = np.atleast_2d(weights)
     check_batches(x, y)
+    at_once = batches_at_once(net, x, buffers, kept=False)
     found = np.empty((len(rows), len(x)), np.float32)
     per_row = buffers if buffers is not None and buffers.ndim == 2 else [buffers] * len(rows)
     bar = tqdm(total=len(rows), desc=progress, disable=not progress)
@@ -66,7 +67,8 @@ def losses(
         with probing(own, buffers), torch.no_grad():
             for i in turns:
                 load(own, rows[i], per_row[i])
-                parts = [F.cross_entropy(*piece, reduction="none") for piece in passes(own, x, y)]
+                pieces = passes(own, x, y, at_once)
+                parts = [F.cross_entropy(*piece, reduction="none") for piece in pieces]
                 found[i] = torch.cat(parts).view(y.shape).mean(1).cpu().numpy()
                 bar.update()
 
@@ -86,7 +88,10 @@ def _in_threads(
     turns = iter(tasks)  # taking from one iterator is atomic, so threads share it
     if n_threads == 1:
         return work(net, turns)
-    copies = [FlatModel(copy.deepcopy(net.module)) for _ in range(n_threads)]
+    try:
+        copies = [FlatModel(copy.deepcopy(net.module)) for _ in range(n_threads)]
+    except (RuntimeError, TypeError):  # a tensor with a past, an open file: it cannot be copied
+        return work(net, turns)
     pool = ThreadPoolExecutor(n_threads, initializer=torch.set_num_threads, initargs=(1,))
     with threads(1), pool:
         try:
@@ -97,13 +102,31 @@ def _in_threads(
             raise
 
 
-def passes(net: FlatModel, x: Tensor, y: Tensor) -> Iterator[tuple[Tensor, Tensor]]:
-    """Yield logits (n, classes) and labels (n,) of several batches to a forward pass."""
-    at_once = _batches_at_once(net.device.type, x.shape, torch.is_grad_enabled())
+def passes(net: FlatModel, x: Tensor, y: Tensor, at_once: int) -> Iterator[tuple[Tensor, Tensor]]:
+    """Yield logits (n, classes) and labels (n,) of `batches_at_once` batches to a forward pass."""
     for xs, ys in zip(x.split(at_once), y.split(at_once), strict=True):
-        with batchwise_statistics(net.module, len(xs)):
-            logits = net.forward(xs.flatten(0, 1))
-        yield logits.float(), ys.flatten()
+        with batchwise_statistics(net.module, len(xs)), forked_rng(net.device):
+            piece = logits(net, xs.flatten(0, 1), ys.flatten()), ys.flatten()
+        yield piece
+
+
+def logits(net: FlatModel, x: Tensor, y: Tensor) -> Tensor:
+    """Logits (n, classes) of samples x (n, ...); ConfigError unless y (n,) are classes of them."""
+    found = net.forward(x).float()
+    for label in (int(y.min()), int(y.max())) if len(y) else ():
+        allowed = f"the network has {found.shape[1]} outputs"
+        require(0 <= label < found.shape[1], "label", label, allowed)
+    return found
+
+
+def batches_at_once(net: FlatModel, x: Tensor, buffers: Buffers, kept: bool) -> int:
+    """How many batches of x share a pass; one where they would not come out as they do alone.
+
+    `kept`: activations are, to be differentiated.
+    """
+    n = min(len(x), _batches_at_once(net.device.type, x.shape, kept))
+    with probing(net, buffers):
+        return n if all(separable(net, x[:k], kept) for k in {n, len(x) % n} - {0, 1}) else 1
 
 
 def _batches_at_once(device: str, shape: torch.Size, kept: bool) -> int:
@@ -117,8 +140,10 @@ def _batches_at_once(device: str, shape: torch.Size, kept: bool) -> int:
 @contextlib.contextmanager
 def probing(net: FlatModel, buffers: Buffers) -> Iterator[None]:
     """Evaluation mode, but for BatchNorm where there are no buffers; leaves no trace."""
-    with net.preserved(train=False):
-        for layer in layers(net.module):
+    with net.preserved(train=True):
+        batchwise = [layer for layer in layers(net.module) if layer.training]  # none kept frozen
+        net.module.eval()
+        for layer in batchwise:
             layer.training = buffers is None
         try:
             yield
@@ -177,9 +202,9 @@ def evaluate(
     loss, correct, n = 0.0, 0, 0
     with probing_at(net, weights, buffers), torch.no_grad():
         for x, y in chunks:
-            logits = net.forward(x).float()
-            loss += F.cross_entropy(logits, y, reduction="sum").item()
-            correct += int((logits.argmax(1) == y).sum())
+            found = logits(net, x, y)
+            loss += F.cross_entropy(found, y, reduction="sum").item()
+            correct += int((found.argmax(1) == y).sum())
             n += len(y)
     require(n > 0, "chunks", "none", "an evaluation needs at least one sample")
     return loss / n, correct / n
@@ -217,7 +242,8 @@ def tensor(row: Array) -> Tensor:
 
 
 def check_batches(x: Tensor, y: Tensor) -> None:
-    """ConfigError unless x and y are stacked batches."""
-    stacked, batches = x.ndim >= 2 and len(x) > 0, tuple(x.shape[:2])
-    require(stacked, "x", tuple(x.shape), "batches are stacked as (K, B, ...), K at least 1")
+    """ConfigError unless x and y are stacked batches, y of class labels."""
+    stacked, batches = x.ndim >= 2 and x.shape[0] * x.shape[1] > 0, tuple(x.shape[:2])
+    require(stacked, "x", tuple(x.shape), "batches are stacked as (K, B, ...), K and B at least 1")
     require(y.shape == batches, "y", tuple(y.shape), f"labels must be (K, B) = {batches}")
+    require(y.dtype == torch.int64, "type of y", y.dtype, "labels are classes, torch.int64")

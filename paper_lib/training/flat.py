@@ -8,8 +8,10 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.nn.modules.batchnorm import _NormBase
+from torch.nn.parallel import DistributedDataParallel
 
-from paper_lib.errors import require
+from paper_lib.errors import ConfigError, require
 
 NetFactory = Callable[[], nn.Module]  # a user's function or class that makes a network
 
@@ -20,8 +22,11 @@ def forked_rng(device: torch.device) -> contextlib.AbstractContextManager:
 
 
 @contextlib.contextmanager
-def exact_float32(device: torch.device) -> Iterator[None]:
-    """On a GPU: IEEE float32, never TF32, and convolutions by repeatable algorithms."""
+def exact_float32(device: torch.device, recurrent: bool = False) -> Iterator[None]:
+    """On a GPU: IEEE float32, never TF32, and convolutions by repeatable algorithms.
+
+    `recurrent`: without cuDNN, which differentiates recurrent layers in training mode alone.
+    """
     cudnn: Any = torch.backends.cudnn
     wanted: list[tuple[Any, str, Any]] = [
         (cudnn.conv, "fp32_precision", "ieee"),
@@ -29,6 +34,8 @@ def exact_float32(device: torch.device) -> Iterator[None]:
         (cudnn, "benchmark", False),
         (cudnn, "deterministic", True),
     ]
+    if recurrent:
+        wanted.append((cudnn, "enabled", False))
     if device.type != "cuda":  # threads that probe side by side must not touch global flags
         wanted = []
     before = [getattr(owner, name) for owner, name, _ in wanted]
@@ -60,28 +67,21 @@ class FlatModel:
     the same everywhere.
 
     weights: (P,) float32.  grad: (P,), filled by `backward`.  buffers: (Q,), e.g. BatchNorm's
-    running statistics. Raises ConfigError for a module without trainable parameters, or a BatchNorm
-    with momentum=None.
+    running statistics.  n_classes: outputs that labels need, at least. Raises ConfigError for a
+    module that cannot be trained and probed so: lazy, compiled, scripted or wrapped, in another
+    precision than float32, without trainable parameters, or a BatchNorm with momentum=None.
     """
 
-    def __init__(self, module: nn.Module, device: torch.device | str = "cpu"):
-        for name, sub in module.named_modules():
-            if isinstance(sub, nn.modules.batchnorm._NormBase):
-                what = f"momentum of the layer {name!r}, a {type(sub).__name__},"
-                require(
-                    sub.momentum is not None, what, None, "give it one, such as torch's default 0.1"
-                )
+    def __init__(self, module: nn.Module, device: torch.device | str = "cpu", n_classes: int = 1):
+        _check(module)
+        for sub in module.modules():
+            if isinstance(sub, _NormBase):
                 sub.num_batches_tracked = None  # an integer that only matters without a momentum
-        self.module = module.to(device)
+        self.module, self.n_classes = module.to(device), n_classes
+        self.separable: dict[tuple, bool] = {}  # what probing has found out about it
         self.device = torch.device(device)
         self.parameters = params = [p for p in module.parameters() if p.requires_grad]
         floats = [b for b in module.buffers() if b.is_floating_point()]
-        require(
-            bool(params),
-            "module",
-            type(module).__name__,
-            "it needs at least one trainable parameter",
-        )
         self.weights, self.grad, self.buffers = _flatten(params), _flatten(params), _flatten(floats)
         self.grad.zero_()
         for p, value, grad in zip(
@@ -92,8 +92,30 @@ class FlatModel:
             b.data = value
 
     def forward(self, x: Tensor) -> Tensor:
-        """Return the logits of a batch x (B, ...), in channels_last layout where x is an image."""
-        return self.module(x.contiguous(memory_format=torch.channels_last) if x.ndim == 4 else x)
+        """Return the logits (B, classes) of a batch x (B, ...), in channels_last layout if images.
+
+        ConfigError for any other output, and where BatchNorm is left a single value to normalize.
+        Any other error is the network's own, and notes which batch it was given.
+        """
+        given = x.contiguous(memory_format=torch.channels_last) if x.ndim == 4 else x
+        try:
+            logits = self.module(given)
+        except Exception as error:
+            note = f"the network, on {self.device}, was given {_describe(x)} on {x.device}"
+            if "more than 1 value per channel" in str(error):
+                advice = "BatchNorm cannot normalize a single value; take larger batches"
+                raise ConfigError(f"{note}: {advice}") from error
+            error.add_note(note)
+            raise
+        allowed = (
+            f"its forward must return logits alone, a float tensor ({len(x)}, {self.n_classes} or "
+            "more) that depends on its trainable parameters"
+        )
+        fits = isinstance(logits, Tensor) and logits.is_floating_point()
+        fits = fits and logits.shape[:-1] == (len(x),) and logits.shape[1] >= self.n_classes
+        fits = fits and (logits.requires_grad or not torch.is_grad_enabled())
+        require(fits, "output of the network", _describe(logits), allowed)
+        return logits
 
     def backward(self, loss: Tensor) -> None:
         """Replace `grad` by the gradient of `loss`."""
@@ -102,18 +124,21 @@ class FlatModel:
 
     def hessian_product(self, loss: Tensor, direction: Tensor) -> Tensor:
         """Return the Hessian of `loss` times a direction, (P,); `grad` is left alone."""
-        gradients = torch.autograd.grad(loss, self.parameters, create_graph=True)
+        gradients = torch.autograd.grad(
+            loss, self.parameters, create_graph=True, materialize_grads=True
+        )
         parts = _views(direction.to(self.device), self.parameters)
         slope = sum((g * d).sum() for g, d in zip(gradients, parts, strict=True))
-        return _flatten(list(torch.autograd.grad(slope, self.parameters)))
+        return _flatten(list(torch.autograd.grad(slope, self.parameters, materialize_grads=True)))
 
     @contextlib.contextmanager
     def preserved(self, train: bool) -> Iterator[FlatModel]:
         """Evaluate in train or eval mode at any weights; whatever that changes comes back."""
         modes = {sub: sub.training for sub in self.module.modules()}
         saved = [v.clone() for v in (self.weights, self.grad, self.buffers)]
+        recurrent = any(isinstance(sub, nn.RNNBase) for sub in modes)
         try:
-            with forked_rng(self.device), exact_float32(self.device):
+            with forked_rng(self.device), exact_float32(self.device, recurrent):
                 self.module.train(train)
                 yield self
         finally:
@@ -123,13 +148,42 @@ class FlatModel:
                 sub.training = mode
 
 
+def _describe(value: Any) -> str:
+    plain = isinstance(value, Tensor)
+    return f"{tuple(value.shape)} of {value.dtype}" if plain else type(value).__name__
+
+
+_WRAPPED = nn.DataParallel, DistributedDataParallel, torch.jit.ScriptModule, nn.SyncBatchNorm
+
+
+def _check(module: nn.Module) -> None:
+    """Raise ConfigError, with a name and what to do, for what `FlatModel` cannot take."""
+    kind = type(module).__name__
+    require(isinstance(module, nn.Module), "network", kind, "it must be a torch.nn.Module")
+    for name, sub in module.named_modules():
+        what = f"the layer {name!r}, a {type(sub).__name__},"
+        wrapped = isinstance(sub, _WRAPPED) or "_orig_mod" in sub._modules
+        advice = "give it plain; the setting compile, and torchrun, do the work of wrappers"
+        require(not (wrapped or sub._compiled_call_impl), what, "a wrapper", advice)
+        if isinstance(sub, _NormBase):
+            advice = "give it one, such as torch's default 0.1"
+            require(sub.momentum is not None, f"momentum of {what}", None, advice)
+    trained = any(p.requires_grad for p in module.parameters())
+    require(trained, "module", kind, "it needs at least one trainable parameter")
+    for name, t in (*module.named_parameters(), *module.named_buffers()):
+        empty = nn.parameter.is_lazy(t) or t.is_meta
+        dense = t.dtype == torch.float32 and t.layout == torch.strided
+        fits = not empty and (dense or not (t.requires_grad or t.is_floating_point()))
+        advice = "make it dense float32: call .float(), and put a batch through lazy layers"
+        require(fits, f"tensor {name!r}", "no values yet" if empty else t.dtype, advice)
+
+
 def _flatten(tensors: list[Tensor]) -> Tensor:
     """Concatenate copies of tensors into one float32 vector, 4-D ones in channels_last order."""
     if not tensors:
         return torch.zeros(0)
-    parts = [
-        (t.permute(0, 2, 3, 1) if t.ndim == 4 else t).detach().float().reshape(-1) for t in tensors
-    ]
+    dense = [t.detach().to_dense() for t in tensors]  # an embedding's gradient may be sparse
+    parts = [(t.permute(0, 2, 3, 1) if t.ndim == 4 else t).float().reshape(-1) for t in dense]
     return torch.cat(parts).clone()
 
 

@@ -14,6 +14,7 @@ from torch import Tensor
 
 from paper_lib.config import RunConfig
 from paper_lib.data import Dataset
+from paper_lib.errors import require
 from paper_lib.training import distributed, networks
 from paper_lib.training.flat import FlatModel, NetFactory, exact_float32, forked_rng, threads
 
@@ -65,7 +66,7 @@ def initial_model(config: RunConfig, dataset: Dataset, net: NetFactory | None = 
             )
         else:
             module = net()
-    return FlatModel(module, dataset.device)
+    return FlatModel(module, dataset.device, dataset.n_classes)
 
 
 def batches(
@@ -270,6 +271,8 @@ class _Training:
                     self._keep(step + 1, chunk)
                 loss = chunk.write(self.recorder, self.lrs[chunk.first - start : step + 1 - start])
                 if chunk.diverged_at is not None:
+                    advice = "look for NaN in inputs and initial weights, and for log and sqrt"
+                    require(chunk.diverged_at > 0, "loss before any step", loss, advice)
                     return chunk.diverged_at
                 report(len(chunk.losses), loss, self.lrs[step - start])
                 chunk = _Chunk(step + 1)
