@@ -16,7 +16,7 @@ from pydantic import AfterValidator, BeforeValidator, ConfigDict, Field, Validat
 from pydantic.dataclasses import dataclass
 
 from paper_lib.averaging import schedules, vectors
-from paper_lib.errors import ConfigError, brief, check_names, require
+from paper_lib.errors import ConfigError, brief, check_names, require, require_folder_name
 from paper_lib.files import folder
 
 
@@ -195,6 +195,7 @@ class Study:
     net: Any = field(default=None, repr=False, compare=False)
 
     def __post_init__(self) -> None:
+        require_folder_name("preset", self.preset)
         is_class = isinstance(self.net, type)
         makes = callable(self.net) and (is_class or not hasattr(self.net, "state_dict"))
         allowed = "pass the function that makes the network, such as its class, not the network"

@@ -17,6 +17,12 @@ def require(ok: bool, name: str, value: Any, allowed: str) -> None:
         raise ConfigError(f"{name} = {brief(value)} is not allowed: {allowed}")
 
 
+def require_folder_name(name: str, value: str) -> None:
+    """Raise ConfigError for a value that would name a folder elsewhere."""
+    plain = value[:1] != "." and not set("/\0\n") & set(value)
+    require(plain, name, value, "it names a folder: leave out '/', and '.' at its beginning")
+
+
 def check_names(given: Iterable[str], allowed: Iterable[str], what: str) -> None:
     """Raise ConfigError for a name that is not allowed, with the nearest one that is."""
     allowed = list(allowed)

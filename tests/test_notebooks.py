@@ -6,14 +6,21 @@ import io
 import json
 import os
 from collections import Counter
+from pathlib import Path
 
 import nbformat
 import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
 from nbformat.v4 import new_code_cell, new_markdown_cell, new_notebook, new_output
 from PIL import Image
 
+from paper_lib import data
+from paper_lib.config import RunConfig, Study
 from paper_lib.errors import ConfigError
-from scripts import dependencies, notebooks
+from paper_lib.runs.obtain import run_folder
+from scripts import dependencies, notebooks, stamps
 from scripts.notebooks import NotebookError
 
 SOURCES = notebooks.sources()
@@ -159,7 +166,7 @@ def test_a_run_publishes_all_that_was_made_and_lists_it(project):
     assert run(project)
     results = project / "results" / "smoke"
     made = [results / "figures" / "01_a.csv", results / "notebooks" / "01_small.ipynb"]
-    assert stamp(project).read_text().splitlines() == [str(path) for path in made]
+    assert list(json.loads(stamp(project).read_text())) == [str(path) for path in made]
     text = nbformat.read(made[1], as_version=4).cells[2].outputs[0].text
     assert text == "saved in results/smoke/figures"
     assert json.loads((results / "environment.json").read_text())["notebooks"] == {
@@ -168,6 +175,63 @@ def test_a_run_publishes_all_that_was_made_and_lists_it(project):
     run(project, "02_more")
     recorded = json.loads((results / "environment.json").read_text())
     assert list(recorded["notebooks"]) == ["01_small", "02_more"]
+
+
+@pytest.mark.parametrize("file", ["figures/01_a.csv", "notebooks/01_small.ipynb"])
+@pytest.mark.parametrize("done", ["deleted", "emptied", "changed", "a folder"])
+def test_a_result_that_is_not_as_it_was_made_is_made_again(project, file, done):
+    run(project)
+    path = project / "results" / "smoke" / file
+    made = path.read_bytes()
+    path.unlink()
+    if done == "a folder":
+        path.mkdir()
+        assert not stamps.holds(stamp(project))
+        return
+    if done != "deleted":
+        path.write_bytes(b"" if done == "emptied" else made[::-1])
+    assert not stamps.holds(stamp(project))
+    assert run(project) and len(path.read_bytes()) == len(made)
+    assert stamps.holds(stamp(project)) and not run(project)
+
+
+@pytest.mark.parametrize("content", ["", "{}", "[]", "3", "null", "\0", "x: y", '{"a": 1}', None])
+def test_a_damaged_stamp_stands_for_nothing_and_goes(project, content):
+    run(project)
+    damaged = stamp(project)
+    stamps.forget(damaged)
+    damaged.mkdir() if content is None else damaged.write_text(content)
+    assert not stamps.holds(damaged)
+    stamps.main(damaged.parent)
+    assert not damaged.exists() and run(project)
+
+
+@pytest.mark.parametrize(
+    "content", ["", "[]", '{"notebooks": 3}', '{"notebooks": {"01_small": 3}}']
+)
+def test_a_damaged_environment_is_written_again(project, content):
+    run(project)
+    path = project / "results" / "smoke" / "environment.json"
+    path.write_text(content)
+    assert run(project)
+    assert list(json.loads(path.read_text())["notebooks"]) == ["01_small"]
+
+
+def test_what_git_restores_is_believed_and_other_settings_overwrite(project, monkeypatch):
+    run(project)
+    run(project, seeds=(1,))
+    assert not stamps.holds(stamp(project))
+    files = list(map(Path, json.loads(stamp(project).read_text())))
+    restored = {path: stamps.digest(path) for path in files}
+    monkeypatch.setattr(stamps, "committed", lambda: restored)
+    assert stamps.holds(stamp(project))
+    files[0].write_text("neither")
+    assert not stamps.holds(stamp(project))
+
+
+def test_the_digest_is_gits(tmp_path):
+    (tmp_path / "a").write_bytes(b"hello\n")
+    assert stamps.digest(tmp_path / "a") == "ce013625030ba8dba906f756967f9e9ca394464a"
 
 
 def test_a_figure_that_is_no_longer_made_goes(project, monkeypatch):
@@ -224,6 +288,8 @@ def test_settings_and_data_are_checked_before_anything_runs(project, capsys):
         (["--preset", "smokey"], "did you mean 'smoke'"),
         (["--preset", "smoke", "--seeds", "1 1"], "seeds"),
         (["--preset", "smoke", "--seeds", "a"], 'SEEDS="0 1 2"'),
+        (["--preset", "smoke", "--seeds", "²"], 'SEEDS="0 1 2"'),
+        (["--preset", "smoke", "--seeds", "1" * 5000], 'SEEDS="0 1 2"'),
         (["--preset", "cifar10_small"], "no notebook can run on cifar10_small"),
     ):
         assert notebooks.main(["begin", *words, *settings]) == 2
@@ -233,13 +299,33 @@ def test_settings_and_data_are_checked_before_anything_runs(project, capsys):
         notebooks.run("01_small", "smokey", (), project / "stamp", [])
 
 
+@pytest.mark.parametrize("command", ["begin", "run", "refresh"])
+def test_an_unknown_notebook_is_one_line(project, capsys, command):
+    words = [command, "99_nothing", "--preset", "smoke", "--stamps", str(project)]
+    assert notebooks.main(words) == 2
+    error = capsys.readouterr().err
+    assert "unknown notebook '99_nothing'" in error and error.count("\n") == 1
+
+
+@pytest.mark.parametrize("kind", ["RESULTS", "RUNS"])
+def test_a_folder_that_nobody_can_write_into_is_one_line(project, capsys, monkeypatch, kind):
+    (project / "file").touch()
+    monkeypatch.setenv(f"PAPER_{kind}", str(project / "file" / "below"))
+    words = ["begin", "01_small", "--preset", "smoke", "--stamps", str(project)]
+    assert notebooks.main(words) == 2
+    error = capsys.readouterr().err
+    assert f"name another folder with {kind}=..." in error and error.count("\n") == 1
+
+
 def test_how_many_are_done_and_the_minutes_that_others_take(project, capsys):
     todo = ["01_small", "02_more", "03_last"]
     (project / "a").mkdir()
     assert notebooks.remaining("digits", todo, project / "a", 2) == ""  # nothing is committed
     path = project / "results" / "digits" / "environment.json"
     path.parent.mkdir(parents=True)
-    path.write_text(json.dumps({"notebooks": {name: {"seconds": 120} for name in todo}}))
+    path.write_text(
+        json.dumps({"notebooks": {name: {"seconds": 120, "commit": "a"} for name in todo}})
+    )
     assert notebooks.remaining("digits", todo, project / "a", 2) == ", about 3 min left"
     (project / "a" / "01_small").touch()
     assert notebooks.remaining("digits", todo, project / "a", 2) == ", 1 of 3, about 2 min left"
@@ -304,14 +390,46 @@ def test_published_notebooks_hold_no_times_progress_or_machine_paths():
     assert nbformat.writes(kept) == same and "/somewhere" not in same
 
 
-def test_a_path_is_not_replaced_inside_pictures(monkeypatch):
-    notebook, raw = small_notebook(), picture()
-    svg = "<svg>/a</svg>"
-    data = {"image/png": raw, "image/svg+xml": svg, "text/plain": "/a"}
+PICTURE = '<img src="data:image/png;base64,/w/w+/w=\n/w">'
+
+
+@pytest.mark.parametrize(
+    ("text", "published"),
+    [
+        ("/w", "."),
+        ("saved in /w/x.", "saved in ./x."),
+        ("'/w/x', \"/w\": /w:3", "'./x', \".\": .:3"),
+        ("(/w/a b)", "(./a b)"),
+        ("/weights, /w2, /w-x, /w.x", "/weights, /w2, /w-x, /w.x"),
+        ("/tmp/w/x ../w ~/w", "/tmp/w/x ../w ~/w"),
+        ("https://x.org/w/y", "https://x.org/w/y"),
+        (f"{PICTURE} /w", f"{PICTURE} ."),
+        ("![](data:image/jpeg;base64,/w/AA)", "![](data:image/jpeg;base64,/w/AA)"),
+    ],
+)
+def test_a_short_path_is_replaced_where_it_is_a_path(text, published):
+    notebook = small_notebook()
+    notebook.cells[0].source = text
+    data = {"text/html": text, "text/plain": text}
     notebook.cells[2].outputs = [new_output("display_data", data=data)]
-    monkeypatch.setattr(notebooks, "shrink", lambda png: png)
-    (kept,) = notebooks.publishable(notebook, {"/a": ".", raw[100:110]: "x"}).cells[2].outputs
-    assert kept.data == {"image/png": raw, "image/svg+xml": svg, "text/plain": "."}
+    kept = notebooks.publishable(notebook, {"/w": "."})
+    assert kept.cells[0].source == published
+    assert kept.cells[2].outputs[0].data == {"text/html": published, "text/plain": published}
+
+
+@given(st.binary(max_size=600), st.sampled_from(["/p", "/w", "/a/b", "/9j"]))
+def test_no_path_is_replaced_inside_pictures(content, path):
+    encoded = base64.encodebytes(content).decode()
+    data = {
+        "image/jpeg": encoded,
+        "image/svg+xml": f"<svg>{path}</svg>",
+        "application/pdf": encoded,
+        "text/html": f'<img src="data:image/png;base64,{encoded}">',
+    }
+    notebook = small_notebook()
+    notebook.cells[2].outputs = [new_output("display_data", data=data)]
+    (kept,) = notebooks.publishable(notebook, {path: "."}).cells[2].outputs
+    assert kept.data == data
 
 
 def test_refreshing_stores_the_outputs_of_checked_cells_only():
@@ -348,3 +466,13 @@ def test_a_real_execution_smoke_copies_and_a_failure(project, monkeypatch):
     published = nbformat.read(project / "published.ipynb", as_version=4)
     cell = next(cell for cell in published.cells if "half" in cell.source)
     assert [output.text for output in cell.outputs] == ["smoke [3]\n"]
+
+
+@pytest.mark.parametrize("name", ["../../x", "/x", "a/b", "..", ".hidden", "a\0b", "a\nb"])
+def test_names_that_lead_out_of_a_folder_are_refused(name):
+    x, y = torch.zeros(8, 1, 4, 4), torch.arange(8) % 2
+    dataset = data.from_tensors(x, y, x, y, name=name)
+    with pytest.raises(ConfigError, match="name of a dataset = .* names a folder: leave out '/'"):
+        run_folder(RunConfig(steps=1), dataset)
+    with pytest.raises(ConfigError, match="preset = .* names a folder: leave out '/'"):
+        Study(preset=name, run=RunConfig(steps=1))

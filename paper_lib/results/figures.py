@@ -68,10 +68,7 @@ def save(fig: Figure, results: Path | str, name: str, data: pd.DataFrame) -> Non
     stem = Path(results) / "figures" / name
     # A fixed salt and no date make the SVG's ids and header reproducible; text can be searched.
     with mpl.rc_context({"svg.hashsalt": name, "svg.fonttype": "none"}):
-        no_date: dict[str, dict[str, None]] = {
-            ".png": {"Software": None},
-            ".svg": {"Date": None, "Creator": None},
-        }
+        no_date = {".png": {"Software": None}, ".svg": {"Date": None, "Creator": None}}
         for suffix, metadata in no_date.items():
             with replacing(stem.with_name(name + suffix)) as temporary:
                 fig.savefig(temporary, metadata=metadata)
@@ -170,9 +167,8 @@ def dots(ax: Axes, data: pd.DataFrame, value: str, rows: str, hue: str | None = 
         at = group[rows].map(names.index) + aside
         found = ax.scatter(group[value], at, color=f"C{i}", s=45, alpha=0.8, label=label)
         for height, mean in group.groupby(at)[value].mean().items():
-            ax.plot(
-                [mean, mean], [height - 0.12, height + 0.12], color="black", zorder=found.zorder + 1
-            )
+            ends = [height - 0.12, height + 0.12]
+            ax.plot([mean, mean], ends, color="black", zorder=found.zorder + 1)
     ax.set(yticks=range(len(names)), yticklabels=names, ylim=(len(names) - 0.5, -0.5))
 
 
