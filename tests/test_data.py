@@ -292,7 +292,7 @@ def test_held_out_is_a_number_of_images(held_out):
 
 @pytest.mark.parametrize("seed", [-1, 0.5, "0", None])
 def test_a_seed_is_a_whole_number(seed):
-    with pytest.raises(ConfigError, match="seed = .* a whole number from 0 up"):
+    with pytest.raises(ConfigError, match="seed = .* an integer >= 0"):
         data.from_tensors(X, Y, X, Y, seed=seed)
 
 

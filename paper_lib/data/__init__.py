@@ -41,8 +41,6 @@ def load(
     try:
         dataset = module.load(name, Path(root), seed=seed, progress=progress, **options)
     except OSError as error:
-        remedy = (
-            "repair or remove it; if a folder is full or read-only, name one of links to its own"
-        )
+        remedy = "repair or remove it; in place of a full or read-only folder, name one of links"
         raise DataError(f"cannot read or keep {name} in {root} ({error}): {remedy}") from error
     return dataset.hold_out(held_out, seed).to(device)

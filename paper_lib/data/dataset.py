@@ -89,8 +89,7 @@ class Dataset:
         rows = np.sort(np.concatenate([self._rows["train"], self._rows["held"]]))
         allowed = f"it must be at least 0 and less than the {len(rows)} training images"
         require(isinstance(n, int | np.integer) and 0 <= n < len(rows), "held_out", n, allowed)
-        usable = isinstance(seed, int | np.integer) and seed >= 0
-        require(usable, "seed", seed, "it must be a whole number from 0 up")
+        require(isinstance(seed, int | np.integer) and seed >= 0, "seed", seed, "an integer >= 0")
         order = _permutation(_HELD, seed, len(rows))
         chosen = {"train": rows[np.sort(order[n:])], "held": rows[np.sort(order[:n])]}
         return self._with(_rows=self._rows | chosen)

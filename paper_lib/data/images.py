@@ -152,11 +152,7 @@ class Tree:
 
 
 def scan(root: Path, progress: bool = False) -> Tree:
-    """List a tree. Hidden files and files that are not images by their name are left out.
-
-    Files are read in full once, for their checksums; again where a size, an inode or a time has
-    changed (that of the last change of any kind, which nobody can set, is among them).
-    """
+    """List a tree. Hidden files and files that are not images by their name are left out."""
     folders = {"train": root / "train", "test": root / "val"}
     if not folders["test"].is_dir():
         folders["test"] = root / "test"
@@ -166,27 +162,34 @@ def scan(root: Path, progress: bool = False) -> Tree:
             raise DataError(f"{root} must hold {layout}: {folder} is missing")
     classes = _classes(folders["train"], folders["test"])
     files, labels = {}, {}
-    content, state = hashlib.blake2b(digest_size=8), hashlib.blake2b(digest_size=8)
     for split, folder in folders.items():
         of_class = [_images(folder / name) for name in classes]
         counts = torch.tensor([len(paths) for paths in of_class])
         labels[split] = torch.arange(len(classes)).repeat_interleave(counts)
-        paths = list(chain.from_iterable(of_class))
-        files[split] = np.array([os.fsencode(path) for path in paths])
-        for path in paths:
-            info = os.stat(path)
-            known = repr((os.path.relpath(path, root), info.st_size))
-            content.update(known.encode())
-            state.update(f"{known} {info.st_ino} {info.st_mtime_ns} {info.st_ctime_ns}".encode())
+        files[split] = np.array([os.fsencode(path) for path in chain.from_iterable(of_class)])
+    paths = np.concatenate([files["train"], files["test"]])
+    return Tree(classes, files, labels, _content(root, paths, progress))
+
+
+def _content(root: Path, paths: np.ndarray, progress: bool) -> str:
+    """Hash of files' relative paths and bytes.
+
+    They are read once, and again after any change: nobody can set the time of the last one.
+    """
+    content, state = hashlib.blake2b(digest_size=8), hashlib.blake2b(digest_size=8)
+    for path in paths:
+        info = os.stat(path)
+        known = repr((os.path.relpath(path, os.fsencode(root)), info.st_size))
+        content.update(known.encode())
+        state.update(f"{known} {info.st_ino} {info.st_mtime_ns} {info.st_ctime_ns}".encode())
 
     def fill(out: np.ndarray) -> None:
-        every = [*chain.from_iterable(files.values())]
-        for path in tqdm(every, desc="reading", unit=" images", disable=not progress):
+        for path in tqdm(paths, desc="reading", unit=" images", disable=not progress):
             content.update(Path(os.fsdecode(path)).read_bytes())
         out[:] = bytearray(content.digest())
 
     found = cached_array(root / ".decoded", f"content-{state.hexdigest()}", (8,), "uint8", fill)
-    return Tree(classes, files, labels, found.tobytes().hex())
+    return found.tobytes().hex()
 
 
 def _classes(train: Path, test: Path) -> list[str]:
