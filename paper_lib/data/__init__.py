@@ -38,5 +38,9 @@ def load(
     require(name == "imagefolder" or not options, "options", options, f"{name} takes none")
     # Imported only when it is asked for, because torchvision takes seconds.
     module = import_module(f"paper_lib.data.{MODULES[name]}")
-    dataset = module.load(name, Path(root), seed=seed, progress=progress, **options)
+    try:
+        dataset = module.load(name, Path(root), seed=seed, progress=progress, **options)
+    except OSError as error:
+        remedy = "repair or remove it; in place of a full or read-only folder, name one of links"
+        raise DataError(f"cannot read or keep {name} in {root} ({error}): {remedy}") from error
     return dataset.hold_out(held_out, seed).to(device)

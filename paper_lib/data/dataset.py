@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import hashlib
+import re
 from collections.abc import Iterable, Iterator, Sequence
 from functools import lru_cache
 from typing import Any, Self
@@ -13,7 +14,7 @@ import torch
 from torch import Tensor
 
 from paper_lib.data.augment import FlipCrop
-from paper_lib.errors import check_names, require
+from paper_lib.errors import ConfigError, brief, check_names, require
 
 SPLITS = ("train", "held", "test")
 
@@ -26,8 +27,12 @@ Batch = tuple[Tensor, Tensor]  # images (N, C, H, W) and labels (N,)
 Wanted = tuple[str, np.ndarray, np.ndarray | None]  # source, rows, augmentation numbers if any
 
 
-class DataError(ValueError):
+class DataError(ConfigError):
     """Data that is missing, unreadable or inconsistent; the message says what to do."""
+
+    def __init__(self, message: str):
+        # Names of files may hold line breaks, and bytes that cannot be printed.
+        super().__init__("".join(c if c.isprintable() else repr(c)[1:-1] for c in message))
 
 
 @lru_cache(maxsize=8)
@@ -44,12 +49,17 @@ class Dataset:
     Subclasses turn numbers of rows and of augmentations into tensors (`_fetch`), and say what
     stands for all images and labels in the fingerprint (`_content`). All random numbers are drawn
     here, by augment.draw(generator, size) too, on the CPU, from generators of their own: the
-    global ones are never touched.
+    global ones are never touched. Raises ConfigError for an unsafe name, or a single class.
     """
 
     def __init__(
         self, name: str, n_classes: int, shape: Sequence[int], labels: Tensors, augment: Any
     ):
+        safe = re.fullmatch(r"\w[\w .+-]{0,49}", str(name)) is not None
+        allowed = "at most 50 letters, digits, spaces and _ . + -, beginning with a letter or digit"
+        require(safe, "name of a dataset", name, allowed)
+        y = labels["train"]
+        require(bool((y != y[:1]).any()), "labels", y[:1].tolist(), "train on two classes or more")
         self.name, self.n_classes, self.shape = name, n_classes, tuple(shape)
         self.device = torch.device("cpu")
         self._rows = {split: np.arange(len(labels.get(split, ()))) for split in SPLITS}
@@ -78,7 +88,8 @@ class Dataset:
         """The same dataset whose split "held" is n of all training images, chosen by `seed`."""
         rows = np.sort(np.concatenate([self._rows["train"], self._rows["held"]]))
         allowed = f"it must be at least 0 and less than the {len(rows)} training images"
-        require(0 <= n < len(rows), "held_out", n, allowed)
+        require(isinstance(n, int | np.integer) and 0 <= n < len(rows), "held_out", n, allowed)
+        require(isinstance(seed, int | np.integer) and seed >= 0, "seed", seed, "an integer >= 0")
         order = _permutation(_HELD, seed, len(rows))
         chosen = {"train": rows[np.sort(order[n:])], "held": rows[np.sort(order[:n])]}
         return self._with(_rows=self._rows | chosen)
@@ -256,10 +267,13 @@ def from_tensors(
     Floating-point images are used as they are; uint8 ones (N, C, H, W) are normalized by the
     training images' mean and standard deviation per channel. No augmentation.
 
-    Raises ConfigError for shapes, types or labels that do not fit together.
+    Raises ConfigError for shapes, types or labels that do not fit together, NaN or infinity.
     """
-    images = {"train": torch.as_tensor(x), "test": torch.as_tensor(x_test)}
-    labels = {"train": torch.as_tensor(y), "test": torch.as_tensor(y_test)}
+    try:
+        images = {"train": torch.as_tensor(x).detach(), "test": torch.as_tensor(x_test).detach()}
+        labels = {"train": torch.as_tensor(y), "test": torch.as_tensor(y_test)}
+    except (TypeError, ValueError, RuntimeError) as error:
+        raise ConfigError(f"images and labels must be tensors or arrays: {brief(error)}") from error
     for split in images:
         _check(split, images[split], labels[split])
     kinds = [(tuple(x.shape[1:]), x.dtype == torch.uint8) for x in images.values()]
@@ -278,15 +292,21 @@ def from_tensors(
 
 def _check(split: str, x: Tensor, y: Tensor) -> None:
     """Raise ConfigError for images or labels of a split that cannot be used."""
-    raw, integer = x.dtype == torch.uint8, not (y.is_floating_point() or y.dtype == torch.bool)
-    kind = f"floating-point or uint8, not {x.dtype}"
-    require(raw or x.is_floating_point(), "images", split, f"they must be {kind}")
-    form = f"uint8 images must be (N, C, H, W), not {tuple(x.shape)}"
-    require(not raw or x.dim() == 4, "images", split, form)
+    raw, dense = x.dtype == torch.uint8, x.layout == torch.strided
+    kind = f"dense and floating-point or uint8, not {x.layout} of {x.dtype}"
+    require(dense and (raw or x.is_floating_point()), "images", split, f"they must be {kind}")
+    form = f"they must be (N, ...), uint8 ones (N, C, H, W), without a 0, not {tuple(x.shape)}"
+    whole = x.dim() == 4 if raw else x.dim() > 1
+    require(whole and x.numel() > 0, "images", split, form)
     need = f"each of its {len(x)} images needs one, but their shape is {tuple(y.shape)}"
-    require(0 < len(x) and y.shape == (len(x),), "labels", split, need)
-    found = f"they must be integers from 0 up, not {y.dtype} from {y.min().item()}"
-    require(integer and y.min().item() >= 0, "labels", split, found)
+    require(y.shape == (len(x),), "labels", split, need)
+    integer = not (y.is_floating_point() or y.is_complex() or y.dtype == torch.bool)
+    low, high = y.long().min().item(), y.long().max().item()
+    found = f"they must be integers 0, 1, ... below a million, not {y.dtype} from {low} to {high}"
+    require(integer and 0 <= low and high < 10**6, "labels", split, found)
+    bad = x.float().isfinite().logical_not().flatten(1).any(1).nonzero().flatten().tolist()
+    finite = f"NaN or infinity in {len(bad)} of them, the first of these: number {bad[:1]}"
+    require(not bad, "images", split, f"{finite}; repair them or leave them out")
 
 
 def _moments(x: Tensor) -> tuple[Channels, Channels]:
