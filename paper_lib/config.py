@@ -189,6 +189,7 @@ class Study:
     probe_batches: Annotated[Positive, "snapshots, or batches, per seed in a probe"] = 16
     eval_batches: Annotated[Positive, "batches in an estimate of the training loss"] = 128
     eval_images: Annotated[Positive, "images of a split in an evaluation of weights"] = 2500
+    limits: Annotated[bool, "whether notebooks measure their limits and checks too"] = True
     label: str = field(default="", repr=False)  # how figures name the setting
     custom: str = field(default="", repr=False)  # digits for what differs from the preset
     dataset: Any = field(default=None, repr=False, compare=False)
@@ -205,6 +206,11 @@ class Study:
     def results(self) -> Path:
         """Folder of the results: the preset's, or one of its own if settings were changed."""
         return folder("results") / (f"{self.preset}-{self.custom}" if self.custom else self.preset)
+
+    @property
+    def unit(self) -> str:
+        """Unit of the loss, as labels say it."""
+        return "nats"
 
     @property
     def averaged_steps(self) -> int:

@@ -16,7 +16,7 @@ import shutil
 import sys
 import tempfile
 import time
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from importlib import metadata
 from pathlib import Path
 from typing import Any
@@ -34,6 +34,7 @@ from scripts import ROOT, ResultError, dependencies, end_with_make, environment,
 
 SOURCES, BUILD = ROOT / "notebooks", ROOT / ".build"
 CHECKED = "NBVAL_CHECK_OUTPUT"  # the comment that makes nbval compare an output with the stored one
+LIMITS, MORE_RUNS = "limits", "more-runs"  # tags of cells without which a notebook runs, too
 KERNEL = {"display_name": "Python 3", "language": "python", "name": "python3"}
 METADATA = {"kernelspec": KERNEL, "language_info": {"name": "python"}}
 
@@ -67,16 +68,40 @@ class Progress:
         sys.stderr.flush()
 
 
-def execute(source: Path, output: Path, parameters: dict[str, Any], **options: Any) -> NotebookNode:
-    """Run a notebook in its own folder; what ran is left in `output`.
+def without(notebook: NotebookNode, tags: Collection[str]) -> NotebookNode:
+    """Leave out the cells that have one of `tags`: LIMITS, or MORE_RUNS too, where it stands.
+
+    A notebook runs to its end without its limits and checks, and 01 to 04 also without cells that
+    train runs beside the study's own: warm-up, stationary window and decay.
+    """
+    notebook.cells = [c for c in notebook.cells if not {*tags} & {*c.metadata.get("tags", [])}]
+    return notebook
+
+
+def not_run(
+    preset: str, seeds: Sequence[int] = (), overrides: dict[str, Any] | str = "{}"
+) -> tuple[str, ...]:
+    """Tags of the cells that a study does not run; ConfigError for settings that cannot work."""
+    return () if study(preset, overrides, seeds=list(seeds)).limits else (LIMITS,)
+
+
+def execute(
+    source: Path,
+    output: Path,
+    parameters: dict[str, Any],
+    left_out: Collection[str] = (),
+    **options: Any,
+) -> NotebookNode:
+    """Run a notebook in its own folder, without cells tagged `left_out`; what ran is in `output`.
 
     Raises NotebookError with the failing cell and its traceback.
     """
     output.parent.mkdir(parents=True, exist_ok=True)
+    nbformat.write(without(nbformat.read(source, as_version=4), left_out), output)
     options |= {"progress_bar": False, "kernel_name": "python3", "cwd": source.parent}
     options |= {"extra_arguments": ["--log-level=ERROR"], "stderr_file": Progress(source.stem)}
     try:
-        return papermill.execute_notebook(source, output, parameters, **options)
+        return papermill.execute_notebook(output, output, parameters, **options)
     except PapermillExecutionError as error:
         raise NotebookError(f"{source.stem} failed, see {output}\n{error}") from error
 
@@ -89,7 +114,7 @@ def run(name: str, preset: str, seeds: Sequence[int], stamp: Path, after: Sequen
     are. It is dated when the run began, since what changed meanwhile it may not have seen.
     """
     given = {"preset": preset, **({"seeds": list(seeds)} if seeds else {})}
-    study(**given)  # raises ConfigError for what cannot work
+    left_out = not_run(**given)
     draft, results = BUILD / "drafts" / preset / name, folder("results").resolve()
     with lock(draft):
         newest = max(path.stat().st_mtime_ns for path in after)
@@ -99,7 +124,7 @@ def run(name: str, preset: str, seeds: Sequence[int], stamp: Path, after: Sequen
         began = time.time_ns()
         print(f"{name}: running on {preset}", flush=True)
         os.environ["PAPER_RESULTS"] = str(draft / "results")
-        executed = execute(SOURCES / f"{name}.ipynb", draft / f"{name}.ipynb", given)
+        executed = execute(SOURCES / f"{name}.ipynb", draft / f"{name}.ipynb", given, left_out)
         published = draft / "results" / preset / "notebooks" / f"{name}.ipynb"
         publish(executed, published, {str(draft / "results"): "results"})
         files = move(draft / "results", results)

@@ -2,23 +2,31 @@
 
 import ast
 import base64
+import builtins
+import copy
+import dataclasses
 import io
 import json
 import os
+import re
+import symtable
 from collections import Counter
 from pathlib import Path
 
+import matplotlib.pyplot as plt
 import nbformat
 import pytest
 import torch
+from helpers import SmallNet, small_data
 from hypothesis import given
 from hypothesis import strategies as st
 from nbformat.v4 import new_code_cell, new_markdown_cell, new_notebook, new_output
 from PIL import Image
 
-from paper_lib import data
+from paper_lib import data, presets
 from paper_lib.config import RunConfig, Study
 from paper_lib.errors import ConfigError
+from paper_lib.results import claims
 from paper_lib.runs.obtain import run_folder
 from scripts import dependencies, notebooks, stamps
 from scripts.notebooks import NotebookError
@@ -36,6 +44,49 @@ def parsed(cell):
 def names_in(cells):
     trees = [parsed(cell) for cell in cells]
     return {node.id for tree in trees for node in ast.walk(tree) if isinstance(node, ast.Name)}
+
+
+def defined_and_read(cell):
+    """The names that a cell defines for others, and those that it reads, in functions too."""
+    scopes = [symtable.symtable(dependencies.code(cell), "cell", "exec")]
+    symbols = scopes[0].get_symbols()
+    defined = {s.get_name() for s in symbols if s.is_assigned() or s.is_imported()}
+    for scope in scopes:
+        scopes += scope.get_children()
+    read = {
+        symbol.get_name()
+        for scope in scopes
+        for symbol in scope.get_symbols()
+        if symbol.is_referenced() and (scope is scopes[0] or symbol.is_global())
+    }
+    return defined, read
+
+
+def undefined(cells):
+    """The names that cells read, and neither they nor cells before them define."""
+    known, found = set(dir(builtins)), set()
+    for defined, read in map(defined_and_read, cells):
+        known |= defined
+        found |= read - known
+    return found
+
+
+LEFT_OUT = ([], [notebooks.LIMITS], [notebooks.LIMITS, notebooks.MORE_RUNS])
+TAGS = {"parameters", *LEFT_OUT[-1]}
+
+
+def problems_of_tags(notebook):
+    """What is wrong with the cells that may be left out."""
+    found, tags = [], [set(cell.metadata.get("tags", [])) for cell in notebook.cells]
+    found += [f"unknown tags: {sorted(each - TAGS)}" for each in tags if each - TAGS]
+    for cell, own in zip(notebook.cells, tags, strict=True):
+        names = [node.value for node in ast.walk(parsed(cell)) if isinstance(node, ast.Constant)]
+        if {"limit", "check"} & set(names) and notebooks.LIMITS not in own:
+            found.append(f"a limit or check, not tagged {notebooks.LIMITS}: {cell.source[:60]!r}")
+    for left_out in LEFT_OUT:
+        names = undefined(notebooks.without(copy.deepcopy(notebook), left_out).cells)
+        found += [f"not defined without {left_out}: {name}" for name in sorted(names)]
+    return found
 
 
 def problems(notebook):
@@ -61,7 +112,7 @@ def problems(notebook):
     found += [f"stored output: {cell.source[:60]!r}" for cell in stored]
     if notebook.metadata.get("kernelspec", {}).get("name") != "python3":
         found.append("the kernel is not python3")
-    return found
+    return found + problems_of_tags(notebook)
 
 
 @pytest.mark.parametrize("path", SOURCES, ids=lambda path: path.stem)
@@ -78,6 +129,28 @@ def test_no_function_is_defined_in_two_notebooks():
         nodes = [node for tree in trees for node in ast.walk(tree)]
         defined.update({node.name for node in nodes if isinstance(node, ast.FunctionDef)})
     assert [name for name, n in defined.items() if n > 1] == [], "what two need is in paper_lib"
+
+
+STUDY = re.compile(r"^study = presets\.study\(.*\)$", flags=re.M)
+
+
+@pytest.mark.parametrize(
+    ("name", "left_out", "n_runs"),
+    [("03_one_step", LEFT_OUT[1], 3), ("04_alignment", LEFT_OUT[2], 2)],
+)
+def test_a_notebook_reaches_its_verdict_without(name, left_out, n_runs, tmp_path, monkeypatch):
+    for kind in ("RUNS", "RESULTS"):
+        monkeypatch.setenv(f"PAPER_{kind}", str(tmp_path / kind.lower()))
+    settings = {"lr": 0.1, "steps": 80, "seeds": [0, 1], "batch_size": 16}
+    study = presets.own(small_data(600), SmallNet, **settings)
+    notebook = nbformat.read(notebooks.SOURCES / f"{name}.ipynb", as_version=4)
+    namespace = {"own": study}
+    for cell in notebooks.without(notebook, left_out).cells:
+        exec(STUDY.sub("study = own", dependencies.code(cell)), namespace)
+    plt.close("all")
+    assert set(claims.table(study.results).role) == {"claim", "control"}
+    assert (study.results / "figures" / f"{name}.csv").exists()
+    assert len(list((tmp_path / "runs").glob("[!.]*"))) == n_runs * len(study.seeds)
 
 
 # --- a notebook of our own ----------------------------------------------------------------------
@@ -100,6 +173,12 @@ def test_the_small_notebook_has_no_problems():
 TWO = "preset = 'digits'\nseeds = None\n"
 
 
+def only_in(notebook, tag):
+    """Leave a name that the checked cell uses to a cell with this tag."""
+    notebook.cells[2].metadata["tags"] = [tag]
+    notebook.cells[3].source = "def check():\n    return claims"
+
+
 @pytest.mark.parametrize(
     ("spoil", "message"),
     [
@@ -111,6 +190,13 @@ TWO = "preset = 'digits'\nseeds = None\n"
         (lambda nb: nb.cells[3].update(source="print(1)"), "no cell whose output is checked"),
         (lambda nb: nb.cells[2].update(outputs=nb.cells[3].outputs), "stored output"),
         (lambda nb: nb.metadata.clear(), "kernel"),
+        (lambda nb: nb.cells[2].metadata.update(tags=["limit"]), "unknown tags: ['limit']"),
+        (lambda nb: nb.cells[2].update(source="dict(role='limit')"), "not tagged limits"),
+        (lambda nb: nb.cells[2].update(source="{'role': 'check'}"), "not tagged limits"),
+        (lambda nb: nb.cells[2].update(source="[a for b in (1, 2)]"), "not defined without []: a"),
+        (lambda nb: nb.cells[3].update(source="work = print\nwork(claims, n)"), "[]: n"),
+        (lambda nb: only_in(nb, "limits"), "not defined without ['limits']: claims"),
+        (lambda nb: only_in(nb, "more-runs"), "['limits', 'more-runs']: claims"),
     ],
 )
 def test_problems_are_found(spoil, message):
@@ -137,12 +223,12 @@ def project(tmp_path, monkeypatch):
     return tmp_path
 
 
-def execute(source, draft, parameters, figure="01_a.csv"):
+def execute(source, draft, parameters, left_out=(), figure="01_a.csv"):
     """Act as a notebook that saves one figure and prints where."""
     figures = notebooks.folder("results") / parameters["preset"] / "figures"
     figures.mkdir(parents=True, exist_ok=True)
     (figures / figure).write_text(str(parameters))
-    notebook = small_notebook()
+    notebook = notebooks.without(small_notebook(), left_out)
     printed = new_output("stream", name="stdout", text=f"saved in {figures}")
     notebook.cells[2].outputs = [printed]
     return notebook
@@ -277,6 +363,16 @@ def test_an_interrupted_run_leaves_the_old_result_and_no_new_stamp(project, monk
         run(project, seeds=(1,))
     assert {path: path.read_bytes() for path in before} == before
     assert not (project / ".build" / "(1,)" / "01_small").exists()
+
+
+@pytest.mark.parametrize(("limits", "expected"), [(True, ()), (False, ("limits",))])
+def test_a_study_without_limits_leaves_their_cells_out(project, monkeypatch, limits, expected):
+    smoke, given = dataclasses.replace(presets.PRESETS["smoke"], limits=limits), []
+    monkeypatch.setitem(presets.PRESETS, "smoke", smoke)
+    monkeypatch.setattr(notebooks, "execute", lambda *args: given.append(args[3]) or execute(*args))
+    run(project)
+    assert given == [expected]
+    assert notebooks.not_run("digits", [0], json.dumps({"limits": limits})) == expected
 
 
 # --- what is said -------------------------------------------------------------------------------
@@ -455,12 +551,14 @@ def test_a_real_execution_smoke_copies_and_a_failure(project, monkeypatch):
     notebook = small_notebook()
     notebook.cells[2].source = "import sys\nprint('half', file=sys.stderr)\nprint(preset, seeds)"
     notebook.cells[3].source = "1 / 0"
+    limit = new_code_cell("raise OSError('a limit')", metadata={"tags": ["limits"]})
+    notebook.cells.insert(3, limit)
     nbformat.write(notebook, source)
     draft = project / "out" / "x.ipynb"
     with pytest.raises(
         NotebookError, match=r"(?s)01_small failed, see .*ZeroDivisionError"
     ) as error:
-        notebooks.execute(source, draft, {"preset": "smoke", "seeds": [3]})
+        notebooks.execute(source, draft, {"preset": "smoke", "seeds": [3]}, ["limits"])
     assert str(draft) in str(error.value)
     notebooks.publish(nbformat.read(draft, as_version=4), project / "published.ipynb", {})
     published = nbformat.read(project / "published.ipynb", as_version=4)

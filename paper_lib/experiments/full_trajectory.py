@@ -173,7 +173,7 @@ def errors(averaged: pd.DataFrame) -> pd.DataFrame:
     """
     rows = []
     for (target, seed), curve in averaged.groupby(["target", "seed"], sort=False):
-        for predictor in PREDICTORS:
+        for predictor in averaged.columns.intersection(list(PREDICTORS), sort=False):
             rms = np.sqrt(np.mean((curve[predictor] - curve.change) ** 2))
             rows.append((target, seed, predictor, rms, rms / np.ptp(curve.change)))
     return pd.DataFrame(rows, columns=["target", "seed", "predictor", "rms", "relative"])
