@@ -185,6 +185,15 @@ def embedding(**options) -> nn.Module:
     return Net(forward, table=nn.Embedding(7, 8, **options), head=head())
 
 
+def by_name() -> nn.Module:
+    """Calls BatchNorm with a named argument."""
+
+    def forward(self, x):
+        return self.rest(torch.tanh(self.norm(input=self.embed(x.flatten(1)))))
+
+    return Net(forward, embed=nn.Linear(64, 8), norm=nn.BatchNorm1d(8), rest=head())
+
+
 def lazy() -> nn.Module:
     net = nn.Sequential(
         nn.LazyConv2d(8, 3), nn.LazyBatchNorm2d(), nn.Flatten(), nn.LazyLinear(CLASSES)
@@ -252,6 +261,7 @@ NETWORKS = {
     "embedding": embedding,
     "sparse embedding": lambda: embedding(sparse=True),
     "scaled embedding": lambda: embedding(scale_grad_by_freq=True),
+    "called by name": by_name,
     "lazy, made": lazy,
     "one batch size": fixed_size,
     "one block twice": once_shared,
@@ -421,6 +431,35 @@ def test_what_cannot_be_trained_is_refused_with_its_cause(name, own_folder):
     with pytest.raises(ConfigError, match=message) as caught:
         runs.obtain(SMALL.replace(steps=5, record=""), small_data(), factory)
     assert len(str(caught.value)) < 300 and "\n" not in str(caught.value)
+
+
+class Once(torch.autograd.Function):
+    """Three times its input, with a derivative that has none."""
+
+    @staticmethod
+    def forward(ctx, x):
+        return 3 * x
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx, gradient):
+        return 3 * gradient
+
+
+@pytest.mark.parametrize("part", ["once", "bag"])
+def test_a_network_without_second_derivative_is_refused(part):
+    bag = nn.EmbeddingBag(2, CLASSES)
+    forwards = {
+        "once": lambda self, x: Once.apply(self.body(x)),
+        "bag": lambda self, x: self.body(x) + self.bag((x.flatten(1) > 0).long()),
+    }
+    net = made(lambda: Net(forwards[part], body=perceptron(), bag=bag if part == "bag" else None))
+    x, y = torch.rand(2, 8, 1, 8, 8), torch.zeros(2, 8, dtype=torch.int64)
+    weights = net.weights.numpy().copy()
+    assert np.isfinite(derivatives.mean_gradient(net, weights, x, y)).all()
+    for product in (derivatives.curvature, derivatives.mean_hessian_product):
+        with pytest.raises(ConfigError, match="no second derivative"):
+            product(net, weights, weights, x, y)
 
 
 def test_one_sample_is_too_few_for_batch_norm(own_folder):

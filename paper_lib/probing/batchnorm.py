@@ -46,7 +46,7 @@ def _tried(net: FlatModel, x: Tensor, kept: bool) -> bool:
     try:
         with batchwise_statistics(net.module, len(x)):
             together = _outputs(net, [unlike.flatten(0, 1)], kept)
-    except (RuntimeError, ValueError, AssertionError):  # its batches have one size
+    except (RuntimeError, ValueError, LookupError, AssertionError):  # its batches have one size
         return False
     # Rounding is below 1e-5, but may take a ReLU past its kink: a step in gradients alone.
     floor, pairs = 1e-5 * torch.cat(alone[1:]).norm(), zip(alone, together, strict=True)
@@ -87,11 +87,11 @@ def batchwise_statistics(module: nn.Module, n_batches: int) -> Iterator[None]:
             del layer.forward
 
 
-def _normalized(layer: BatchNorm, n_batches: int, x: Tensor) -> Tensor:
+def _normalized(layer: BatchNorm, n_batches: int, input: Tensor) -> Tensor:
     """Forward pass of one BatchNorm layer over a concatenation of batches."""
-    layer._check_input_dim(x)
-    last = x.movedim(1, -1)  # channels last: a view of memory that is laid out so
-    flat = last.reshape(n_batches, -1, x.shape[1])
+    layer._check_input_dim(input)
+    last = input.movedim(1, -1)  # channels last: a view of memory that is laid out so
+    flat = last.reshape(n_batches, -1, input.shape[1])
     if flat.shape[1] == 1:
         raise ValueError("Expected more than 1 value per channel")  # as torch says it
     centered = flat - flat.mean(1, keepdim=True)

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _NormBase
 from torch.nn.parallel import DistributedDataParallel
 
-from paper_lib.errors import ConfigError, require
+from paper_lib.errors import ConfigError, brief, require
 
 NetFactory = Callable[[], nn.Module]  # a user's function or class that makes a network
 
@@ -123,13 +123,24 @@ class FlatModel:
         loss.backward()
 
     def hessian_product(self, loss: Tensor, direction: Tensor) -> Tensor:
-        """Return the Hessian of `loss` times a direction, (P,); `grad` is left alone."""
-        gradients = torch.autograd.grad(
-            loss, self.parameters, create_graph=True, materialize_grads=True
-        )
-        parts = _views(direction.to(self.device), self.parameters)
-        slope = sum((g * d).sum() for g, d in zip(gradients, parts, strict=True))
-        return _flatten(list(torch.autograd.grad(slope, self.parameters, materialize_grads=True)))
+        """Return the Hessian of `loss` times a direction, (P,); `grad` is left alone.
+
+        ConfigError where a part of the network cannot be differentiated twice.
+        """
+        parts, saved = _views(direction.to(self.device), self.parameters), self.grad.clone()
+        try:
+            slopes = torch.autograd.grad(
+                loss, self.parameters, create_graph=True, materialize_grads=True
+            )
+            # Through all of the graph: `grad` passes by what is differentiable once, with zeros.
+            self.backward(sum((g * d).sum() for g, d in zip(slopes, parts, strict=True)))
+            return self.grad.clone()
+        except torch.OutOfMemoryError:
+            raise
+        except RuntimeError as error:
+            raise ConfigError(f"the network has no second derivative: {brief(error)}") from error
+        finally:
+            self.grad.copy_(saved)
 
     @contextlib.contextmanager
     def preserved(self, train: bool) -> Iterator[FlatModel]:
