@@ -198,14 +198,23 @@ class Run:
         if path.exists():
             with np.load(path, allow_pickle=False) as stored:
                 return dict(stored)
-        if self.config.momentum > 0:
+        if self.config.momentum > 0 or self._counts:
+            what = "momentum" if self.config.momentum > 0 else "integer buffer"
             raise SnapshotError(
-                f"no momentum was kept at step {step} of {self.folder.name}: "
+                f"no {what} was kept at step {step} of {self.folder.name}: "
                 f"add {step} to `checkpoints`"
             )
         row = self.rows(step)[0]
         none = np.zeros(0, np.float32)
         return {"weights": self.weights[row], "buffers": self.buffers[row], "momentum": none}
+
+    @cached_property
+    def _counts(self) -> bool:
+        """Whether integer buffers of the network changed (perhaps, where their end is unknown)."""
+        begin = self.network().integers.cpu().numpy()
+        if not begin.size:
+            return False
+        return self.diverged or not np.array_equal(begin, self.state()["integers"])
 
     def _require_before_divergence(self, step: int) -> None:
         if self.diverged and step >= self.status["diverged_at"]:
