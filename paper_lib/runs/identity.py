@@ -16,6 +16,7 @@ import functools
 import hashlib
 import itertools
 import json
+import pickle
 import random
 import sys
 import types
@@ -117,9 +118,9 @@ SOURCE = of_source(PACKAGE / "data", PACKAGE / "training")
 
 NAMED = {"torch", "torchvision", "numpy", *sys.stdlib_module_names}
 INSTALLED = {"site-packages", "dist-packages"}
-# Random numbers that everyone draws from: what they have come to says nothing of a network.
-GENERATORS = {"random": random.random, "numpy.random": np.random.random_sample}
-WRAPPERS = (property, staticmethod, classmethod, functools.cached_property)
+# That everyone draws from: what they have come to says nothing of a network.
+GENERATORS = {"random": random.random.__self__, "numpy.random": np.random.rand.__self__}  # noqa: NPY002
+WRAPPERS = property, staticmethod, classmethod, functools.cached_property, type(functools.cache(id))
 
 Items = Iterable[tuple[str, Any]]  # what a value is made of, and what each adds to its path
 
@@ -136,7 +137,8 @@ def of_network(net: nn.Module) -> str:
     counts by its name and file, one of Python, NumPy, torch and torchvision by its name.
 
     Not seen: what is imported inside a function, found by a computed name (`getattr`), reached
-    through two modules (`a.b.c`), or read from files and the environment while training.
+    through two modules (`a.b.c`), or read from files and the environment while training. A module
+    of the user's own that a function names counts by its file.
     Raises ConfigError for what cannot be told from another of its kind, such as an open file.
     """
     return hashlib.sha256(repr([text for _, text in describe(net)]).encode()).hexdigest()
@@ -146,26 +148,22 @@ def require_repeatable(config: RunConfig, dataset: Dataset, net: NetFactory) -> 
     """ConfigError with the cause for a factory whose calls do not make the same network anew."""
     if _repeatable.get(id(net)) is net:
         return
-    one, before = initial_model(config, dataset, net).module, _states()
-    other, after = initial_model(config, dataset, net).module, _states()
-    tensors = [{**dict(m.named_parameters()), **dict(m.named_buffers())} for m in (one, other)]
-    shared = [name for name, tensor in tensors[0].items() if tensors[1].get(name) is tensor]
-    allowed = "each call must make new modules; use copy.deepcopy for those made outside"
-    require(not shared, "net", net, f"two calls share {brief(shared[:3])}, and {allowed}")
+    one = initial_model(config, dataset, net).module
+    states = {name: pickle.dumps(generator) for name, generator in GENERATORS.items()}
+    other = initial_model(config, dataset, net).module
+    drawn = [name for name, generator in GENERATORS.items() if states[name] != pickle.dumps(generator)]
+    old = {id(tensor) for tensor in [*one.parameters(), *one.buffers()]}
+    named = [*other.named_parameters(), *other.named_buffers()]
+    shared = [name for name, tensor in named if id(tensor) in old][:3]
+    allowed = f"two calls share {shared}: make new modules in each, by copy.deepcopy if need be"
+    require(not shared, "net", net, allowed)
     pairs = itertools.zip_longest(describe(one), describe(other), fillvalue=("its size", ""))
-    differing = [a[0] for a, b in pairs if a[1] != b[1]]
-    drawn = " and ".join(name for name in before if before[name] != after[name])
-    cause = f"it draws from {drawn or 'what torch.manual_seed does not seed'}"
-    allowed = "draw from torch's global generator alone, or seed the other inside the function"
-    where = f"two calls differ at {differing[0] if differing else ''}"
-    require(not differing, "net", net, f"{where}, as {cause}: {allowed}")
+    differing = [a[0] for a, b in pairs if a[1] != b[1]][:1]
+    cause = " and ".join(drawn) or "what torch.manual_seed does not seed"
+    allowed = f"two calls differ at {differing}, as it draws from {cause}: use torch's generator"
+    require(not differing, "net", net, f"{allowed}, or seed that one inside the function")
     with contextlib.suppress(TypeError):  # one without weak references is tried each time
         _repeatable[id(net)] = net
-
-
-def _states() -> dict[str, str]:
-    state = np.random.get_state(legacy=False)["state"]
-    return {"random": repr(random.getstate()), "numpy.random": repr((state["pos"], *state["key"]))}
 
 
 def describe(value: Any) -> list[tuple[str, str]]:
@@ -196,10 +194,9 @@ def _describe(
 def _name(value: Any) -> str:
     """Name of a module, or of a library's class or function; "" for other things."""
     if isinstance(value, types.ModuleType):
-        return f"module {value.__name__}"
-    for name, function in GENERATORS.items():
-        if value is function.__self__:
-            return f"generator of {name}"
+        return _module(value.__name__)
+    if any(value is generator for generator in GENERATORS.values()):
+        return type(value).__name__
     if isinstance(value, type):
         libraries = [_library(cls.__module__) for cls in value.__mro__]
         return f"{libraries[0]}.{value.__qualname__}" if all(libraries) else ""
@@ -209,15 +206,20 @@ def _name(value: Any) -> str:
     return ""
 
 
-@functools.cache
 def _library(module: str | None) -> str:
-    """What stands for a library's module, with an installed one's content; "" for the user's."""
-    if module is None or module.partition(".")[0] in NAMED:
-        return str(module)
-    file = Path(getattr(sys.modules.get(module), "__file__", None) or "")
-    if module == "__main__" or not INSTALLED.intersection(file.parts):
-        return ""
-    return f"{module} {hashlib.sha256(file.read_bytes()).hexdigest()}"
+    """What stands for a module of Python's or an installed one; "" for those of the user."""
+    known = module is None or module.partition(".")[0] in NAMED
+    file = Path(getattr(sys.modules.get(str(module)), "__file__", None) or "")
+    installed = module != "__main__" and INSTALLED.intersection(file.parts)
+    return _module(str(module)) if known or installed else ""
+
+
+@functools.cache  # as it was imported, not as it is after an edit
+def _module(name: str) -> str:
+    """Name of a module and, but for Python's, NumPy's and torch's, a hash of its file."""
+    file = Path(getattr(sys.modules.get(name), "__file__", None) or "")
+    known = name.partition(".")[0] in NAMED or not file.is_file()
+    return name if known else f"{name} {hashlib.sha256(file.read_bytes()).hexdigest()}"
 
 
 def _items(value: Any, path: str) -> Items:
@@ -240,7 +242,7 @@ def _items(value: Any, path: str) -> Items:
         return [("", text) for text in sorted(repr(describe(item)) for item in value)]
     if isinstance(value, weakref.ref):
         return [("", value())]
-    if isinstance(value, WRAPPERS) or hasattr(value, "cache_info"):
+    if isinstance(value, WRAPPERS):
         names = ("fget", "fset", "func", "__wrapped__")
         return [(f".{name}", getattr(value, name, None)) for name in names]
     return _of_object(value, path)
@@ -290,22 +292,15 @@ def _of_function(function: types.FunctionType) -> Items:
     if library:
         return
     yield " defaults", (function.__defaults__, function.__kwdefaults__, vars(function))
-    names, attributes = _names(function.__code__)
-    for name in sorted(names & set(function.__globals__)):
-        value = function.__globals__[name]
-        yield f" {name}", value
-        if isinstance(value, types.ModuleType) and not _library(value.__name__):
-            used = sorted(attributes & set(vars(value)))
-            yield from ((f" {name}.{used}", vars(value)[used]) for used in used)
+    for name in sorted(_global_names(function.__code__) & set(function.__globals__)):
+        yield f" {name}", function.__globals__[name]
 
 
-def _names(code: types.CodeType) -> tuple[set[str], set[str]]:
-    """Global variables that code reads, and all names in it, those of attributes too."""
+def _global_names(code: types.CodeType) -> set[str]:
     loads = ("LOAD_GLOBAL", "LOAD_NAME")
-    read = {one.argval for one in dis.get_instructions(code) if one.opname in loads}
-    inner = [_names(const) for const in code.co_consts if isinstance(const, types.CodeType)]
-    both = [(read, set(code.co_names)), *inner]
-    return set().union(*(one[0] for one in both)), set().union(*(one[1] for one in both))
+    names = {one.argval for one in dis.get_instructions(code) if one.opname in loads}
+    inner = [const for const in code.co_consts if isinstance(const, types.CodeType)]
+    return names.union(*map(_global_names, inner))
 
 
 def _of_code(code: types.CodeType) -> Items:
