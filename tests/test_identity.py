@@ -462,11 +462,14 @@ def drawing(draw):
         (lambda: MADE, r"two calls share \['a.weight', .* copy.deepcopy"),
         (lambda: nn.Sequential(Net(), PART), r"two calls share \['1.weight', '1.bias'\]"),
         (
-            drawing(lambda: np.random.rand()),
-            r"differ at Net.a.bias, as it draws from numpy.random:",
+            drawing(lambda: np.random.rand()),  # noqa: NPY002
+            r"differ at Net.a.bias, which depends on numpy.random: draw",
         ),
-        (drawing(lambda: random.random()), r"differ at Net.a.bias, as it draws from random:"),
-        (drawing(lambda: np.random.default_rng().random()), r"what torch.manual_seed does not"),
+        (drawing(lambda: random.random()), r"differ at Net.a.bias, which depends on random: draw"),
+        (
+            drawing(lambda: np.random.default_rng().random()),
+            r"on something that torch.manual_seed does not",
+        ),
         (counting, r"two calls differ at Net.b.held"),
     ],
 )
@@ -477,9 +480,9 @@ def test_a_function_that_does_not_make_the_same_network_anew_is_refused(factory,
 
 def test_a_function_may_draw_and_be_given_what_it_copies():
     def make():
-        np.random.seed(0)
+        np.random.seed(0)  # noqa: NPY002
         net = Net()
-        net.a.weight.data *= float(np.random.rand()) * torch.rand(())
+        net.a.weight.data *= float(np.random.rand()) * torch.rand(())  # noqa: NPY002
         return net
 
     config, dataset = SMALL.replace(model="own"), small_data()

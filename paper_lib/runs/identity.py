@@ -119,7 +119,8 @@ SOURCE = of_source(PACKAGE / "data", PACKAGE / "training")
 NAMED = {"torch", "torchvision", "numpy", *sys.stdlib_module_names}
 INSTALLED = {"site-packages", "dist-packages"}
 # That everyone draws from: what they have come to says nothing of a network.
-GENERATORS = {"random": random.random.__self__, "numpy.random": np.random.rand.__self__}  # noqa: NPY002
+FUNCTIONS: dict[str, Any] = {"random": random.random, "numpy.random": np.random.rand}  # noqa: NPY002
+GENERATORS = {name: function.__self__ for name, function in FUNCTIONS.items()}
 WRAPPERS = property, staticmethod, classmethod, functools.cached_property, type(functools.cache(id))
 
 Items = Iterable[tuple[str, Any]]  # what a value is made of, and what each adds to its path
@@ -151,17 +152,21 @@ def require_repeatable(config: RunConfig, dataset: Dataset, net: NetFactory) -> 
     one = initial_model(config, dataset, net).module
     states = {name: pickle.dumps(generator) for name, generator in GENERATORS.items()}
     other = initial_model(config, dataset, net).module
-    drawn = [name for name, generator in GENERATORS.items() if states[name] != pickle.dumps(generator)]
+    drawn = [
+        name for name, generator in GENERATORS.items() if states[name] != pickle.dumps(generator)
+    ]
     old = {id(tensor) for tensor in [*one.parameters(), *one.buffers()]}
     named = [*other.named_parameters(), *other.named_buffers()]
     shared = [name for name, tensor in named if id(tensor) in old][:3]
     allowed = f"two calls share {shared}: make new modules in each, by copy.deepcopy if need be"
     require(not shared, "net", net, allowed)
     pairs = itertools.zip_longest(describe(one), describe(other), fillvalue=("its size", ""))
-    differing = [a[0] for a, b in pairs if a[1] != b[1]][:1]
-    cause = " and ".join(drawn) or "what torch.manual_seed does not seed"
-    allowed = f"two calls differ at {differing}, as it draws from {cause}: use torch's generator"
-    require(not differing, "net", net, f"{allowed}, or seed that one inside the function")
+    differing = next((a[0] for a, b in pairs if a[1] != b[1]), "")
+    cause = " and ".join(drawn) or "something that torch.manual_seed does not seed"
+    allowed = (
+        f"two calls differ at {differing}, which depends on {cause}: draw by torch's generator"
+    )
+    require(not differing, "net", net, f"{allowed}, or seed the other inside the function")
     with contextlib.suppress(TypeError):  # one without weak references is tried each time
         _repeatable[id(net)] = net
 
