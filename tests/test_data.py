@@ -175,6 +175,16 @@ def test_the_fingerprint_is_that_of_the_content():
     assert first not in prints and len(set(prints)) == len(prints)
 
 
+@pytest.mark.parametrize("kind", [torch.float32, torch.float64, torch.uint8])
+@pytest.mark.parametrize("give", [lambda tensor: tensor, lambda tensor: tensor.numpy()])
+def test_what_is_written_into_own_tensors_later_changes_no_dataset(kind, give):
+    x, y = torch.arange(96).reshape(6, 1, 4, 4).to(kind), torch.arange(6) % 2
+    dataset = data.from_tensors(*map(give, (x, y, x, y)), device="cpu")
+    before = dataset.batch(0, 6, 0)
+    x.zero_(), y.zero_()
+    assert all(map(torch.equal, dataset.batch(0, 6, 0), before))
+
+
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [

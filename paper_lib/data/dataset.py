@@ -185,7 +185,8 @@ class Dataset:
 class TensorDataset(Dataset):
     """A dataset held whole on its device, as float32 images (used as they are) or uint8 ones.
 
-    `images` and `labels` map "train" and "test" to tensors (N, ...) and (N,). uint8 images are
+    `images` and `labels` map "train" and "test" to tensors (N, ...) and (N,), which are kept as
+    they are and must not change. uint8 images are
     normalized per channel by `mean` and `std` (in units of 0..1) when a batch is made, after
     augmentation. `content` stands for the tensors in the fingerprint; without it they are hashed,
     at about 1 GB/s.
@@ -263,7 +264,7 @@ def from_tensors(
 ) -> TensorDataset:
     """Your own data: images x (N, ...), integer labels y (N,) in 0, 1, ...; tensors or arrays.
 
-    They go to `device`, by default the GPU if there is one; runs train where their data is.
+    They are copied to `device`, by default the GPU if there is one; runs train where their data is.
     Floating-point images are used as they are; uint8 ones (N, C, H, W) are normalized by the
     training images' mean and standard deviation per channel. No augmentation.
 
@@ -282,9 +283,9 @@ def from_tensors(
     scale: tuple[Channels, Channels] = (0.0,), (1.0,)
     if images["train"].dtype == torch.uint8:
         scale = _moments(images["train"])
-    else:
-        images = {split: x.float() for split, x in images.items()}
-    labels = {split: y.long() for split, y in labels.items()}
+    kind = torch.uint8 if images["train"].dtype == torch.uint8 else torch.float32
+    images = {split: x.to(kind, copy=True) for split, x in images.items()}
+    labels = {split: y.to(torch.int64, copy=True) for split, y in labels.items()}
     n_classes = int(max(y.max() for y in labels.values())) + 1
     dataset = TensorDataset(name, images, labels, n_classes, mean=scale[0], std=scale[1])
     return dataset.hold_out(held_out, seed).to(device or default_device())

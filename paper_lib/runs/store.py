@@ -196,9 +196,10 @@ class Run:
         self._require_before_divergence(step)
         if self._has_state(step):
             return _load(self.folder / f"state-{step}.npz")
-        if self.config.momentum > 0:
+        if self.config.momentum > 0 or self._counts:
+            what = "momentum" if self.config.momentum > 0 else "integer buffer"
             raise SnapshotError(
-                f"no momentum was kept at step {step} of {self.folder.name}: "
+                f"no {what} was kept at step {step} of {self.folder.name}: "
                 f"add {step} to `checkpoints`"
             )
         row = self.rows(step)[0]
@@ -208,6 +209,14 @@ class Run:
     def _has_state(self, step: int) -> bool:
         config = self.config
         return step > config.start and step in (*config.checkpoints, config.steps)
+
+    @cached_property
+    def _counts(self) -> bool:
+        """Whether integer buffers of the network changed (perhaps, where their end is unknown)."""
+        begin = self.network().integers.cpu().numpy()
+        if not begin.size:
+            return False
+        return self.diverged or not np.array_equal(begin, self.state()["integers"])
 
     def _require_before_divergence(self, step: int) -> None:
         if self.diverged and step >= self.status["diverged_at"]:

@@ -22,11 +22,12 @@ from torch.nn.modules.batchnorm import _BatchNorm
 from torch.nn.parallel import DistributedDataParallel
 
 from paper_lib.data import Dataset
-from paper_lib.errors import require
+from paper_lib.errors import ConfigError, require
 from paper_lib.training.flat import FlatModel
 
 T = TypeVar("T")
 
+MEETING = timedelta(minutes=5)  # in which all processes must have started
 PATIENCE = timedelta(days=7)  # while the first process waits for a lock, or writes
 
 # On the CPU, for decisions; tensors go through the default group.
@@ -37,7 +38,8 @@ _control: Any = None
 def processes() -> Iterator[None]:
     """Join the processes that torchrun started, if it did; each takes the GPU of its local rank.
 
-    They part together. One that fails ends at once, and torchrun then ends the others.
+    They part together. One that fails ends at once, and torchrun then ends the others. Raises
+    ConfigError for variables that torchrun would not set, or where not all processes come.
     """
     if "LOCAL_RANK" not in os.environ:
         yield
@@ -57,11 +59,34 @@ def _join() -> None:
     global _control
     # DistributedDataParallel imports it, and where a group exists its functions' defaults hold it.
     importlib.import_module("torch.distributed.nn.functional")
-    cuda = torch.cuda.is_available()
-    if cuda:
-        torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
-    dist.init_process_group("nccl" if cuda else "gloo", timeout=PATIENCE)
+    local_rank, place = _variables()
+    n_gpus = torch.cuda.device_count()
+    if n_gpus:
+        allowed = f"this machine has {n_gpus} GPUs: start at most as many processes on it"
+        require(local_rank < n_gpus, "LOCAL_RANK", local_rank, allowed)
+        torch.cuda.set_device(local_rank)
+    try:
+        store, rank, world = next(dist.rendezvous("env://", timeout=MEETING))
+    except dist.DistError as error:
+        allowed = f"not all processes came there within {MEETING}, or another program uses it"
+        raise ConfigError(f"MASTER_ADDR, MASTER_PORT = {place} failed: {allowed}") from error
+    group = {"store": store, "rank": rank, "world_size": world, "timeout": PATIENCE}
+    dist.init_process_group("nccl" if n_gpus else "gloo", **group)
     _control = dist.new_group(backend="gloo", timeout=PATIENCE)
+
+
+def _variables() -> tuple[int, str]:
+    """Local rank, and where processes meet; ConfigError for variables that cannot be torchrun's."""
+    names = ("LOCAL_RANK", "RANK", "WORLD_SIZE", "MASTER_PORT", "MASTER_ADDR")
+    texts = {name: os.environ.get(name) for name in names}
+    for name, text in texts.items():
+        usable = bool(text) and (name == "MASTER_ADDR" or str(text).isdecimal())
+        allowed = "start processes by torchrun, which sets it, or unset LOCAL_RANK"
+        require(usable, name, text, allowed)
+    local_rank, rank, world, port = (int(str(texts[name])) for name in names[:4])
+    require(rank < world, "RANK", rank, f"it must be less than WORLD_SIZE = {world}")
+    require(0 < port < 2**16, "MASTER_PORT", port, "it must be from 1 to 65535")
+    return local_rank, f"{texts['MASTER_ADDR']}, {port}"
 
 
 def _part() -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Callable, Iterator
+from itertools import zip_longest
 from typing import Any
 
 import torch
@@ -60,12 +61,13 @@ def threads(n: int) -> Iterator[None]:
 
 
 class FlatModel:
-    """A module whose parameters, gradients and float buffers are views into three vectors.
+    """A module whose parameters, gradients and buffers are views into four vectors.
 
     SGD, averaging and interpolation are then single vector operations, and a snapshot is one copy.
     Convolution weights are stored in channels_last order whatever the device, so that vectors mean
     the same everywhere.
 
+    integers: (R,) uint8, the bytes of all buffers that are not floating-point, e.g. counts.
     weights: (P,) float32.  grad: (P,), filled by `backward`.  buffers: (Q,), e.g. BatchNorm's
     running statistics.  n_classes: outputs that labels need, at least. Raises ConfigError for a
     module that cannot be trained and probed so: lazy, compiled, scripted or wrapped, in another
@@ -90,6 +92,17 @@ class FlatModel:
             p.data, p.grad = value, grad
         for b, value in zip(floats, _views(self.buffers, floats), strict=True):
             b.data = value
+        self.integers = _pack([b for b in module.buffers() if not b.is_floating_point()])
+        self._tensors = [*module.buffers()]
+
+    def require_in_place(self) -> None:
+        """ConfigError where the module has replaced a buffer, which then is no view any more."""
+        pairs = zip_longest(self._tensors, self.module.named_buffers(), fillvalue=("(gone)", None))
+        replaced = [name for before, (name, now) in pairs if now is not before]
+        advice = (
+            "write into it, as in self.x.copy_(...) or self.x += 1, and register it in __init__"
+        )
+        require(not replaced, "buffers replaced by forward", replaced, advice)
 
     def forward(self, x: Tensor) -> Tensor:
         """Return the logits (B, classes) of a batch x (B, ...), in channels_last layout if images.
@@ -146,14 +159,15 @@ class FlatModel:
     def preserved(self, train: bool) -> Iterator[FlatModel]:
         """Evaluate in train or eval mode at any weights; whatever that changes comes back."""
         modes = {sub: sub.training for sub in self.module.modules()}
-        saved = [v.clone() for v in (self.weights, self.grad, self.buffers)]
+        vectors = self.weights, self.grad, self.buffers, self.integers
+        saved = [v.clone() for v in vectors]
         recurrent = any(isinstance(sub, nn.RNNBase) for sub in modes)
         try:
             with forked_rng(self.device), exact_float32(self.device, recurrent):
                 self.module.train(train)
                 yield self
         finally:
-            for vector, value in zip((self.weights, self.grad, self.buffers), saved, strict=True):
+            for vector, value in zip(vectors, saved, strict=True):
                 vector.copy_(value)
             for sub, mode in modes.items():
                 sub.training = mode
@@ -196,6 +210,17 @@ def _flatten(tensors: list[Tensor]) -> Tensor:
     dense = [t.detach().to_dense() for t in tensors]  # an embedding's gradient may be sparse
     parts = [(t.permute(0, 2, 3, 1) if t.ndim == 4 else t).float().reshape(-1) for t in dense]
     return torch.cat(parts).clone()
+
+
+def _pack(tensors: list[Tensor]) -> Tensor:
+    """Move the bytes of tensors into one vector (R,) uint8, into which they become views."""
+    if not tensors:
+        return torch.zeros(0, dtype=torch.uint8)
+    tensors = sorted(tensors, key=lambda t: -t.itemsize)  # each begins at a multiple of its size
+    vector = torch.cat([t.reshape(-1).view(torch.uint8) for t in tensors])
+    for part, t in zip(vector.split([t.nbytes for t in tensors]), tensors, strict=True):
+        t.data = part.view(t.dtype).view(t.shape)
+    return vector
 
 
 def _views(vector: Tensor, like: list[Tensor]) -> list[Tensor]:

@@ -22,7 +22,8 @@ CHUNK = 25  # steps between looks at the loss, each of which waits for a GPU
 RESUME_EVERY_S = 10.0  # about this much work is lost when a run is killed,
 RESUME_SHARE = 0.05  # or more, where saving takes long: at most this share of the time goes into it
 
-State = dict[str, np.ndarray]  # weights (P,), buffers (Q,), momentum (P,) or (0,)
+# weights (P,), buffers (Q,), integers (R,) where they were kept, momentum (P,) or (0,)
+State = dict[str, np.ndarray]
 Report = Callable[
     [int, float, float], None
 ]  # steps done since the last report, loss, learning rate
@@ -125,8 +126,9 @@ def _seed_step(device: torch.device, step: int, config: RunConfig) -> None:
 
 def set_state(net: FlatModel, state: State) -> Tensor:
     """Put weights and buffers into the network; return the momentum, (P,), or zeros."""
-    net.weights.copy_(torch.from_numpy(np.array(state["weights"])))
-    net.buffers.copy_(torch.from_numpy(np.array(state["buffers"])))
+    vectors = {"weights": net.weights, "buffers": net.buffers, "integers": net.integers}
+    for name in vectors.keys() & state.keys():
+        vectors[name].copy_(torch.from_numpy(np.array(state[name])))
     if state["momentum"].size == 0:
         return torch.zeros_like(net.weights)
     return torch.from_numpy(state["momentum"]).to(net.device)
@@ -136,6 +138,7 @@ def get_state(net: FlatModel, momentum: Tensor | None) -> State:
     """Inverse of `set_state`, as NumPy copies; without momentum its vector is empty."""
     momentum = net.weights[:0] if momentum is None else momentum
     vectors = {"weights": net.weights, "buffers": net.buffers, "momentum": momentum}
+    vectors["integers"] = net.integers
     return {name: vector.cpu().numpy().copy() for name, vector in vectors.items()}
 
 
@@ -252,7 +255,8 @@ class _Training:
         else:
             self.averages.sums.copy_(torch.from_numpy(resumed["averages"]))
             done = int(resumed["step"]), float(resumed["wall_s"])
-        distributed.share_(self.net.weights, self.net.buffers, self.velocity, self.averages.sums)
+        vectors = self.net.weights, self.net.buffers, self.net.integers
+        distributed.share_(*vectors, self.velocity, self.averages.sums)
         return distributed.share(done)
 
     def take_steps(self, first: int, clock: float, report: Report) -> int | None:
@@ -267,6 +271,7 @@ class _Training:
             chunk.losses.append(backward(self.net, step, x, y, config))
             sgd_step(self.net, self.velocity, self.lrs[step - start], config)
             if len(chunk.losses) == CHUNK or step + 1 == config.steps:
+                self.net.require_in_place()
                 if step + 1 == config.steps:
                     self._keep(step + 1, chunk)
                 loss = chunk.write(self.recorder, self.lrs[chunk.first - start : step + 1 - start])
