@@ -223,10 +223,10 @@ def _is_dense(value: Any) -> bool:
 
 
 def _check_path(path: Path, to_read: bool = True) -> None:
-    allowed = f"its name must end in {', '.join(SUFFIXES)}"
-    require(path.suffix in SUFFIXES, "checkpoint", str(path), allowed)
     allowed = "there is no such file or folder, or it is no plain file"  # a pipe would never end
     require(not to_read or os.path.isfile(path), "checkpoint", str(path), allowed)
+    allowed = f"its name must end in {', '.join(SUFFIXES)}"
+    require(path.suffix in SUFFIXES, "checkpoint", str(path), allowed)
 
 
 def save(state: State, path: Path | str, key: str | None = None) -> None:
