@@ -61,7 +61,7 @@ def _running_means(module: nn.Module, tracked: Sequence[BatchNorm]) -> Iterator[
     seen, restored = dict.fromkeys(tracked, 0), tracked
 
     def weigh(layer: BatchNorm, inputs: tuple, named: dict[str, Tensor]) -> None:
-        (x,) = *inputs, *named.values()
+        x = [*inputs, *named.values()][0]
         values = x.numel() // layer.num_features
         layer.training = values > 1
         if not layer.training:

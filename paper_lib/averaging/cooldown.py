@@ -79,7 +79,7 @@ def step_weights(steps: Sequence[int], schedule: str) -> np.ndarray:
     require(len(steps) > 1, "number of checkpoints", len(steps), "an average needs at least two")
     at = np.asarray(steps, dtype=np.float64)
     rise = np.diff(at)
-    for i in np.flatnonzero(~((rise > 0) & (rise < np.inf))):  # NaN too
+    for i in np.flatnonzero(~((rise > 0) & (rise < np.inf))).tolist():  # NaN too
         raise ConfigError(f"step {steps[i + 1]} comes after step {steps[i]}: each must be later")
     between = ((at[1:] + at[:-1]) / 2 - at[0]) / (at[-1] - at[0])
     # A step decay just halfway between two checkpoints goes to the later one.
