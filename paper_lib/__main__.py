@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import argparse
+import io
+import os
 import re
 import sys
 from collections.abc import Callable, Sequence
@@ -149,6 +151,8 @@ def _parser() -> argparse.ArgumentParser:
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run a command; return the exit code (2 for settings that cannot work)."""
+    if isinstance(sys.stdout, io.TextIOWrapper):  # show any name, and notice a closed pipe at once
+        sys.stdout.reconfigure(errors="backslashreplace", line_buffering=True)
     words = sys.argv[1:] if argv is None else argv
     words = [re.sub(r"^--\w+", lambda flag: flag[0].replace("_", "-"), word) for word in words]
     try:
@@ -158,8 +162,11 @@ def main(argv: Sequence[str] | None = None) -> int:
             check_names(flags, [*RUN_SETTINGS, *STUDY_SETTINGS], "setting")
         require(not unknown, "command", " ".join(words), f"unexpected words {' '.join(unknown)}")
         return known.carry_out(**{n: v for n, v in vars(known).items() if n != "carry_out"}) or 0
+    except BrokenPipeError:  # the reader, such as head, has enough; Python writes again at exit
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 1
     except (ConfigError, OSError, MemoryError) as error:
-        print(f"error: {error}", file=sys.stderr)
+        print("error:", *(str(error) or "out of memory").splitlines(), file=sys.stderr)
         return 2
     except KeyboardInterrupt:
         print("interrupted: the same command goes on where this one stopped", file=sys.stderr)

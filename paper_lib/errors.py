@@ -27,13 +27,16 @@ def check_names(given: Iterable[str], allowed: Iterable[str], what: str) -> None
     """Raise ConfigError for a name that is not allowed, with the nearest one that is."""
     allowed = list(allowed)
     for name in given:
-        if name not in allowed:
-            near = difflib.get_close_matches(str(name), allowed, n=1)
+        if not isinstance(name, str) or name not in allowed:
+            near = difflib.get_close_matches(str(name)[:100], allowed, n=1)
             hint = f"; did you mean {near[0]!r}?" if near else ""
-            raise ConfigError(f"unknown {what} {name!r}{hint} (allowed: {', '.join(allowed)})")
+            raise ConfigError(f"unknown {what} {brief(name)}{hint} (allowed: {', '.join(allowed)})")
 
 
 def brief(value: Any) -> str:
     """A value as Python writes it, on one line of at most 200 characters."""
-    text = " ".join(repr(value).split())
+    try:
+        text = " ".join(repr(value).split())
+    except (ValueError, RecursionError):  # thousands of digits, or of levels
+        text = f"<{type(value).__name__} too long to show>"
     return text if len(text) <= 200 else f"{text[:197]}..."

@@ -21,6 +21,8 @@ def say(line: str) -> None:
     """Print a line on stderr, beside any progress bar."""
     tqdm.write(line, file=sys.stderr)
 
+from paper_lib.errors import require
+
 
 def folder(kind: str) -> Path:
     """Return where `kind` ("data", "results" or "runs") lives.
@@ -30,6 +32,8 @@ def folder(kind: str) -> Path:
     .build/scratch, so that a notebook run by hand never touches those that are committed.
     """
     if named := os.environ.get(f"PAPER_{kind.upper()}"):
+        is_folder = os.path.isdir(named) or not os.path.lexists(named)
+        require(is_folder, f"PAPER_{kind.upper()}", named, "it must name a folder")
         return Path(named)
     for top in (Path.cwd(), *Path.cwd().parents):
         project = top / "pyproject.toml"

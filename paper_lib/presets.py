@@ -23,7 +23,8 @@ def _changed(base: Study, settings: Mapping[str, Any], **others: Any) -> Study:
     """`base` with settings of its run and its own by name; empty `seeds` stand for its seeds."""
     run = {name: value for name, value in settings.items() if name in RUN_SETTINGS}
     others |= {name: value for name, value in settings.items() if name in STUDY_SETTINGS}
-    if as_items(others.get("seeds")) in (None, [], ()):
+    seeds = as_items(others.get("seeds"))
+    if seeds is None or (isinstance(seeds, list | tuple) and not seeds):
         others.pop("seeds", None)
     return dataclasses.replace(base, run=base.run.replace(**run), **others)
 
@@ -159,7 +160,7 @@ def own(dataset: Any, net: Any = None, *, lr: float, steps: int, **settings: Any
 
 
 def _by_name(settings: Any) -> dict[str, Any]:
-    with suppress(ValueError):
+    with suppress(ValueError, RecursionError):
         settings = json.loads(settings) if isinstance(settings, str) else settings
     require(isinstance(settings, Mapping), "overrides", settings, 'write them as {"lr": 0.5}')
     return dict(settings)

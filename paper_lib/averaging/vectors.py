@@ -13,7 +13,7 @@ from collections.abc import Callable, Iterator, Sequence
 import numpy as np
 from numpy.typing import ArrayLike
 
-from paper_lib.errors import ConfigError, require
+from paper_lib.errors import ConfigError, brief, require
 from paper_lib.theory.quadratic import check_decay
 
 BLOCK_ROWS = 64  # summed in the precision of the trajectory; float64 beyond
@@ -81,7 +81,7 @@ def named(name: str, n: int) -> np.ndarray:
         build, value = FAMILIES[family], float(setting) if family == "EMA" else int(setting)
     except (KeyError, ValueError):
         allowed = "write EMA and a decay, or uniform or two points and a whole number of steps"
-        raise ConfigError(f"unknown average {name!r}: {allowed}") from None
+        raise ConfigError(f"unknown average {brief(name)}: {allowed}") from None
     return build(n, value)
 
 

@@ -180,6 +180,9 @@ def _is_there(run: Run, set_aside: bool = False) -> bool:
 
 def _train(run: Run, config: RunConfig, begin: State | None, report: Report) -> None:
     """Train a run and record it, in the process that writes."""
+    if run.net is None:  # before it is built, which may take too much as well
+        n_weights, _ = budget.size(Study(preset="", run=config, dataset=run.dataset))
+        budget.require_memory(config, n_weights, run.dataset.device)
     model = loop.initial_model(config, run.dataset, run.net)
     budget.require_memory(config, model.weights.numel(), model.device)
     sizes = model.weights.numel(), model.buffers.numel()
