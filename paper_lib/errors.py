@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import difflib
+import re
 from collections.abc import Iterable
 from typing import Any
 
@@ -18,9 +19,10 @@ def require(ok: bool, name: str, value: Any, allowed: str) -> None:
 
 
 def require_folder_name(name: str, value: str) -> None:
-    """Raise ConfigError for a value that would name a folder elsewhere."""
-    plain = value[:1] != "." and not set("/\0\n") & set(value)
-    require(plain, name, value, "it names a folder: leave out '/', and '.' at its beginning")
+    """Raise ConfigError for a value that cannot name a folder, or would name one elsewhere."""
+    plain = re.fullmatch(r"\w[\w .+-]{0,49}", str(value)) is not None
+    allowed = "at most 50 letters, digits, spaces and _ . + -, beginning with a letter or digit"
+    require(plain, name, value, allowed)
 
 
 def check_names(given: Iterable[str], allowed: Iterable[str], what: str) -> None:

@@ -14,14 +14,14 @@ import filelock
 import numpy as np
 from tqdm import tqdm
 
+from paper_lib.errors import require
+
 LOCK_S = 1.0  # after which a process says that it waits
 
 
 def say(line: str) -> None:
     """Print a line on stderr, beside any progress bar."""
     tqdm.write(line, file=sys.stderr)
-
-from paper_lib.errors import require
 
 
 def folder(kind: str) -> Path:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import copy
 import hashlib
-import re
 from collections.abc import Iterable, Iterator, Sequence
 from functools import lru_cache
 from typing import Any, Self
@@ -14,7 +13,7 @@ import torch
 from torch import Tensor
 
 from paper_lib.data.augment import FlipCrop
-from paper_lib.errors import ConfigError, brief, check_names, require
+from paper_lib.errors import ConfigError, brief, check_names, require, require_folder_name
 
 SPLITS = ("train", "held", "test")
 
@@ -55,9 +54,7 @@ class Dataset:
     def __init__(
         self, name: str, n_classes: int, shape: Sequence[int], labels: Tensors, augment: Any
     ):
-        safe = re.fullmatch(r"\w[\w .+-]{0,49}", str(name)) is not None
-        allowed = "at most 50 letters, digits, spaces and _ . + -, beginning with a letter or digit"
-        require(safe, "name of a dataset", name, allowed)
+        require_folder_name("name of a dataset", name)
         y = labels["train"]
         require(bool((y != y[:1]).any()), "labels", y[:1].tolist(), "train on two classes or more")
         self.name, self.n_classes, self.shape = name, n_classes, tuple(shape)

@@ -20,7 +20,7 @@ from tqdm import tqdm
 from paper_lib import data, files
 from paper_lib.config import RunConfig, Study, check_seeds
 from paper_lib.data import Dataset
-from paper_lib.errors import ConfigError, require, require_folder_name
+from paper_lib.errors import ConfigError, require
 from paper_lib.runs import budget, checksums, parallel
 from paper_lib.runs.identity import average_vectors, learning_rates, run_key
 from paper_lib.runs.store import Recorder, Run
@@ -225,7 +225,6 @@ def run_folder(
     _check_network(dataset, net)
     name = "own" if net is not None else config.model
     key = run_key(config, dataset, net)
-    require_folder_name("name of a dataset", dataset.name)
     return files.folder("runs") / f"{dataset.name}-{name}-{key}"
 
 
