@@ -6,13 +6,14 @@ gradient there. It says how the loss goes on under any schedule.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 
 import numpy as np
 import pandas as pd
 from tqdm import tqdm
 
 from paper_lib.errors import require
+from paper_lib.experiments.tables import tabulated
 from paper_lib.probing import probe
 from paper_lib.probing.hessian import spectral_measure, split_gradients
 from paper_lib.runs import Run
@@ -28,20 +29,17 @@ PREDICTORS = {  # column: what the prediction is made from
 }
 
 
-# --- measured -----------------------------------------------------------------------------------
-
-
+@tabulated
 def responses(
     target: str, constant: Sequence[Run], changed: Sequence[Sequence[Run]]
-) -> pd.DataFrame:
+) -> Iterator[dict]:
     """Loss under changing learning rates minus that of a twin at a constant one, a row per step.
 
     `changed` holds for each of the constant runs those that follow each other from where it begins.
     Both see the same batches, so that what is hard in a batch cancels. Columns target, seed, step
     (from there), lr (with momentum lr / (1 - m), its effect in slow directions) and change (nats).
-    Raises ConfigError where the two do not begin together, or the constant run is the shorter one.
+    ConfigError where the two do not begin together, or the constant run is the shorter one.
     """
-    tables = []
     for twin, parts in zip(constant, changed, strict=True):
         c, first = twin.config, parts[0].config.start
         require(first == c.start, "start", first, f"the constant run begins at step {c.start}")
@@ -49,17 +47,11 @@ def responses(
         allowed = f"the constant run takes only {len(twin.loss)} steps"
         require(len(loss) <= len(twin.loss), "steps", len(loss), allowed)
         columns = {"target": target, "seed": c.seed, "step": np.arange(len(loss))}
-        columns |= {"lr": lrs / (1 - c.momentum), "change": loss - twin.loss[: len(loss)]}
-        tables.append(pd.DataFrame(columns))
-    return pd.concat(tables, ignore_index=True)
+        yield columns | {"lr": lrs / (1 - c.momentum), "change": loss - twin.loss[: len(loss)]}
 
 
 def hessian_states(
-    runs: Sequence[Run],
-    step: int,
-    n_gradients: int = 128,
-    n_products: int = 8,
-    n_nodes: int = 12,
+    runs: Sequence[Run], step: int, n_gradients: int = 128, n_products: int = 8, n_nodes: int = 12
 ) -> dict[int, Directions]:
     """States of runs at a snapshot, by seed, of squared gradient and noise; nothing is fitted.
 
@@ -109,9 +101,6 @@ def onward(run: Run, step: int, state: Directions, n: int) -> pd.DataFrame:
     return pd.DataFrame(columns)
 
 
-# --- predicted ----------------------------------------------------------------------------------
-
-
 def response_spectra(source: pd.DataFrame, lr: float) -> dict[int, Directions]:
     """The states that explain each seed's response (`responses` of one target), by seed.
 
@@ -156,9 +145,6 @@ def predict(
     return predicted
 
 
-# --- compared -----------------------------------------------------------------------------------
-
-
 def blocks(table: pd.DataFrame, n: int = 20) -> pd.DataFrame:
     """Means over about n blocks of steps of each target and seed: single batches are noisy."""
     width = np.maximum(1, table.groupby(["target", "seed"]).step.transform("size") // n)
@@ -166,17 +152,17 @@ def blocks(table: pd.DataFrame, n: int = 20) -> pd.DataFrame:
     return numbered.groupby(["target", "seed", "block"], sort=False).mean().reset_index()
 
 
-def errors(averaged: pd.DataFrame) -> pd.DataFrame:
+@tabulated
+def errors(averaged: pd.DataFrame) -> Iterator[dict]:
     """Errors of every predictor by target and seed, from `blocks`.
 
-    Columns target, seed, predictor, rms (nats), relative (over the range of the measured curve).
+    Columns target, seed, predictor, relative: root mean square over the measured curve's range.
     """
-    rows = []
     for (target, seed), curve in averaged.groupby(["target", "seed"], sort=False):
         for predictor in PREDICTORS:
-            rms = np.sqrt(np.mean((curve[predictor] - curve.change) ** 2))
-            rows.append((target, seed, predictor, rms, rms / np.ptp(curve.change)))
-    return pd.DataFrame(rows, columns=["target", "seed", "predictor", "rms", "relative"])
+            relative = np.sqrt(np.mean((curve[predictor] - curve.change) ** 2))
+            relative /= np.ptp(curve.change)
+            yield {"target": target, "seed": seed, "predictor": predictor, "relative": relative}
 
 
 def share_predicted(table: pd.DataFrame, tolerance: float = 0.25, n: int = 20) -> float:

@@ -6,7 +6,6 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 import numpy as np
-import pandas as pd
 import torch
 from tqdm import tqdm
 
@@ -14,12 +13,11 @@ from paper_lib.averaging.monitor import MEMORIES, Averages, Monitor
 from paper_lib.config import RunConfig, Study
 from paper_lib.data import Dataset
 from paper_lib.errors import require
+from paper_lib.experiments.tables import tabulated
 from paper_lib.probing import probe
 from paper_lib.runs import Run, load_dataset
 from paper_lib.training import loop
 from paper_lib.training.flat import FlatModel, exact_float32, forked_rng, threads
-
-# --- lowering the learning rate at every alarm ----------------------------------------------------
 
 
 @dataclass(frozen=True, eq=False)
@@ -83,9 +81,6 @@ def _losses(config: RunConfig, dataset: Dataset, net: FlatModel) -> Iterator[flo
         yield float(loop.backward(net, step, x, y, config))
 
 
-# --- what gradients say, on recorded runs -------------------------------------------------------
-
-
 def observed(run: Run, memories: Sequence[float] = MEMORIES) -> Averages:
     """`Averages` of a run that recorded every iterate, as they stand at its end."""
     begin, end = run.config.start + (1 if run.config.momentum else 0), run.config.steps
@@ -96,6 +91,7 @@ def observed(run: Run, memories: Sequence[float] = MEMORIES) -> Averages:
     return averages
 
 
+@tabulated
 def measure_gains(
     runs: Sequence[Run],
     first: int,
@@ -103,7 +99,7 @@ def measure_gains(
     n_points: int = 8,
     n_batches: int = 8,
     shift: int = 50,
-) -> pd.DataFrame:
+) -> Iterator[dict]:
     """What averages save: predicted from the gradients used, measured on held-out batches.
 
     Averages begin at step `first` of a run; its second half from there counts. One row per seed and
@@ -112,7 +108,6 @@ def measure_gains(
     steep directions; `measured`, the mean of the loss at x_t minus that at a_t over n_points steps,
     with batch statistics and weight decay, as the gradients have it.
     """
-    tables = []
     for run in runs:
         c = run.config
         predicted, shifted, points = _averages(run, first, memories, n_points, shift)
@@ -121,9 +116,7 @@ def measure_gains(
         losses = losses + c.weight_decay / 2 * np.square(points).sum(1)
         losses = losses.reshape(n_points, 1 + len(memories))
         found = {"seed": c.seed, "memory": memories, "predicted": predicted, "shifted": shifted}
-        found["measured"] = (losses[:, :1] - losses[:, 1:]).mean(0)
-        tables.append(pd.DataFrame(found))
-    return pd.concat(tables, ignore_index=True)
+        yield found | {"measured": (losses[:, :1] - losses[:, 1:]).mean(0)}
 
 
 def _averages(
