@@ -20,11 +20,6 @@ POSITIONS = np.linspace(0, 1, 11)  # on a segment
 PARTED, SAME, OTHER = "parted", "same batches", "other batches"
 
 
-def other_batches(config: RunConfig) -> RunConfig:
-    """The same run on other batches."""
-    return config.replace(batch_seed=config.stream + OTHER_BATCHES)
-
-
 def other_start(config: RunConfig, seed: int) -> RunConfig:
     """The same batches from where the parent gets with another seed; ConfigError for its own."""
     require(seed != config.seed, "seed", seed, "another start needs another seed")
@@ -48,16 +43,18 @@ def second_starts(config: RunConfig, every: int) -> dict[str, RunConfig]:
     def record(first: int) -> str:
         return f"{first}-{first + n}/{every},{first + n}"
 
-    parted = other_batches(config).replace(record=record(config.start))
+    batches = config.stream + OTHER_BATCHES
+    parted = config.replace(batch_seed=batches, record=record(config.start))
     other = parted.branch(n, record=record(config.steps))
     return {PARTED: parted, SAME: other.replace(batch_seed=config.stream), OTHER: other}
 
 
 def part(runs: Sequence[Run], config: RunConfig, every: int) -> dict[tuple[int, str], Run]:
     """The `second_starts` of `config` with the seed of each run, on its data, by (seed, kind)."""
-    seeds = [run.config.seed for run in runs]
-    kinds = {seed: second_starts(config.replace(seed=seed), every) for seed in seeds}
-    configs = {(seed, kind): c for seed in seeds for kind, c in kinds[seed].items()}
+    configs = {}
+    for seed in (run.config.seed for run in runs):
+        starts = second_starts(config.replace(seed=seed), every)
+        configs |= {(seed, kind): start for kind, start in starts.items()}
     return dict(zip(configs, branch_all(runs, list(configs.values())), strict=True))
 
 

@@ -61,18 +61,15 @@ def hessian_states(
     curvatures count as flat: a quadratic would fall there without end.
     """
     half = max(1, n_gradients // 2)
-    states = {}
-    for run in tqdm(runs, desc=f"Hessian at step {step}"):
-        weights = np.array(run.at(step))
-        states[run.config.seed] = _hessian_state(run, weights, n_products, half, n_nodes)
-    return states
+    return {
+        run.config.seed: _hessian_state(run, step, n_products, half, n_nodes)
+        for run in tqdm(runs, desc=f"Hessian at step {step}")
+    }
 
 
-def _hessian_state(
-    run: Run, weights: np.ndarray, n_products: int, half: int, n_nodes: int
-) -> Directions:
+def _hessian_state(run: Run, step: int, n_products: int, half: int, n_nodes: int) -> Directions:
     """The state of one run; `half` is the number of batches in each of the two mean gradients."""
-    wd = run.config.weight_decay
+    weights, wd = np.array(run.at(step)), run.config.weight_decay
     undecayed, *means = split_gradients(run, weights, n_products, half)
     one, other = (mean + wd * weights for mean in means)
 
@@ -81,9 +78,8 @@ def _hessian_state(
 
     h, both = spectral_measure(product, (one + other) / 2, n_nodes)
     h_noise, noise = spectral_measure(product, (one - other) / 2, n_nodes)
-    variance = np.append(0 * both, 2 * half * noise)
-    squared = np.append(both, -noise)
-    return Directions(np.maximum(np.append(h, h_noise), 0), variance, squared)
+    curvatures, variance = np.append(h, h_noise), np.append(0 * both, 2 * half * noise)
+    return Directions(np.maximum(curvatures, 0), variance, np.append(both, -noise))
 
 
 def onward(run: Run, step: int, state: Directions, n: int) -> pd.DataFrame:
@@ -133,15 +129,13 @@ def predict(
     states: Mapping[str, Mapping[int, Directions]],
     lr: float,
 ) -> pd.DataFrame:
-    """`responses` with a column for each of `states` (by name, then seed), and `current`.
-
-    `current` is `follow_current`, `lr` the constant learning rate.
+    """`responses` with a column for each of `states` (by name, then seed), and `follow_current`'s
+    as `current`; `lr` is the constant learning rate.
     """
     predicted = table.assign(current=follow_current(table, source))
     for name, by_seed in states.items():
         for (_, seed), curve in table.groupby(["target", "seed"]):
-            response = by_seed[seed].response(curve.lr.to_numpy(), lr)
-            predicted.loc[curve.index, name] = response
+            predicted.loc[curve.index, name] = by_seed[seed].response(curve.lr.to_numpy(), lr)
     return predicted
 
 

@@ -256,8 +256,3 @@ def varying_curvature(
             columns["predicted"] = quadratic.varying_curvature_variance(etas, variation) / v
             columns["broken"] = np.sqrt(apart / moved)
             yield {"seed": seed, "dof": dof, "variation": variation, "eta": etas, **columns}
-
-
-def deviations(table: pd.DataFrame) -> pd.Series:
-    """Per seed, the largest deviation of `measured` from `predicted`, in standard errors."""
-    return ((table.measured - table.predicted).abs() / table.error).groupby(table.seed).max()

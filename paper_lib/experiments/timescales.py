@@ -19,7 +19,6 @@ from paper_lib.probing import derivatives, hessian, probe
 from paper_lib.runs import Run
 from paper_lib.theory import quadratic
 from paper_lib.theory.spectrum import Directions
-from paper_lib.training.flat import FlatModel
 
 FRESH = 4  # batches per iterate for the gradient noise there
 
@@ -67,30 +66,24 @@ def modes(run: Run, n_directions: int = 12, n_batches: int = 16, settle: int = 0
     _, V = hessian.top_directions(net, center, x[:n_batches], y[:n_batches], n_directions)
     h = hessian.curvatures(net, center, V, x[n_batches:], y[n_batches:]) + c.weight_decay
     at = np.linspace(0, len(X) - 1, max(2, n_batches)).astype(int)
-    noise = [_noise(net, X[i], V, *_fresh_batches(run, j)) for j, i in enumerate(at)]
+    each = [derivatives.each_gradient(net, X[i], *_fresh(run, j)) for j, i in enumerate(at)]
+    noise = [np.var([V @ g for g in gradients], axis=0, ddof=1) for gradients in each]
     return Modes(run, first, V, h, np.mean(noise, 0), X @ V.T - center @ V.T)
 
 
-def _fresh_batches(run: Run, j: int) -> tuple[Tensor, Tensor]:
+def _fresh(run: Run, j: int) -> tuple[Tensor, Tensor]:
     """FRESH batches of a probing stream, others for every j."""
     stream = probe.PROBE_STREAM + run.config.seed
     numbers = range(1000 + j * FRESH, 1000 + (j + 1) * FRESH)
     return run.dataset.batches(numbers, run.config.batch_size, stream)
 
 
-def _noise(net: FlatModel, weights: np.ndarray, V: np.ndarray, x: Tensor, y: Tensor) -> np.ndarray:
-    """Variance over batches of their gradients along V (k, P): (k,)."""
-    return np.var([V @ g for g in derivatives.each_gradient(net, weights, x, y)], axis=0, ddof=1)
-
-
 def curvatures_met(m: Modes, n_iterates: int = 3) -> np.ndarray:
     """Curvature along the directions at iterates, mean over them, with weight decay: (k,)."""
     net, X, c = m.run.network(), m.window, m.run.config
     at = np.linspace(0, len(X) - 1, n_iterates).astype(int)
-    found = [
-        hessian.curvatures(net, X[i], m.directions, *_fresh_batches(m.run, j))
-        for j, i in enumerate(at)
-    ]
+    V = m.directions
+    found = [hessian.curvatures(net, X[i], V, *_fresh(m.run, j)) for j, i in enumerate(at)]
     return np.mean(found, axis=0) + c.weight_decay
 
 
@@ -176,8 +169,8 @@ def two_point_fall(
 
     Columns seed, lag, and in nats, means over n_pairs pairs: `full`, of the average itself;
     `steep`, when only the components along the measured directions are averaged; `random`, the same
-    along as many random ones; `model`, what the measured spectrum predicts for steep,
-    sum h v (1 - rho_lag) / 4. ConfigError for lags that the window does not hold.
+    along as many random ones; `model`, predicted for steep: sum h v (1 - rho_lag) / 4. ConfigError
+    for lags that the window does not hold.
     """
     c, X, V = m.run.config, m.window, m.directions[m.stable]
     allowed = f"they must lie in 1..{len(X) - 1}"

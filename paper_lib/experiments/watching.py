@@ -22,14 +22,12 @@ from paper_lib.training.flat import FlatModel, exact_float32, forked_rng, thread
 
 @dataclass(frozen=True, eq=False)
 class Watched:
-    """A run that was watched: weights (P,) at its end, loss and lr (n_steps,) of every step, and
-    the steps at which it was found stationary.
-    """
+    """A run that was watched."""
 
-    weights: np.ndarray
-    loss: np.ndarray
-    lr: np.ndarray
-    alarms: list[int]
+    weights: np.ndarray  # at its end, (P,)
+    loss: np.ndarray  # of every step, (n_steps,)
+    lr: np.ndarray  # of every step, (n_steps,)
+    alarms: list[int]  # steps at which it was found stationary
 
 
 def watch(
@@ -38,8 +36,8 @@ def watch(
     """Train on the batches of `config`, multiplying the learning rate by `factor` at every alarm.
 
     With `factor` = 1 this is the run of `config` at its constant learning rate, to the same bits.
-    Raises ConfigError unless `config` starts from an unperturbed initialization and has a constant
-    learning rate, and where the run diverges.
+    ConfigError for a branch, a schedule, a perturbed start, threads or compilation, and where the
+    run diverges.
     """
     velocity, lr = torch.zeros_like(net.weights), config.lr
     losses, rates, alarms = [], [], []
@@ -67,10 +65,7 @@ def watch_all(study: Study, memory: float, factor: float) -> list[Watched]:
 
 
 def _losses(config: RunConfig, dataset: Dataset, net: FlatModel) -> Iterator[float]:
-    """Leave the gradient of each batch of a new run in net.grad, and yield the batch's loss.
-
-    Raises ConfigError for a branch, a schedule, a perturbed start, threads, or compilation.
-    """
+    """Leave the gradient of each batch of a new run in net.grad, and yield the batch's loss."""
     require(config.start == 0, "start", config.start, "watching begins at the initialization")
     allowed = {"schedule": "constant", "perturbation": 0, "threads": 1, "compile": False}
     for name, value in allowed.items():
