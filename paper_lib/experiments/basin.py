@@ -51,7 +51,7 @@ def second_starts(config: RunConfig, every: int) -> dict[str, RunConfig]:
 
 def part(runs: Sequence[Run], config: RunConfig, every: int) -> dict[tuple[int, str], Run]:
     """The `second_starts` of `config` with the seed of each run, on its data, by (seed, kind)."""
-    configs = {}
+    configs: dict[tuple[int, str], RunConfig] = {}
     for seed in (run.config.seed for run in runs):
         starts = second_starts(config.replace(seed=seed), every)
         configs |= {(seed, kind): start for kind, start in starts.items()}

@@ -4,13 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping
 from functools import wraps
-from typing import Any, ParamSpec
+from typing import Any, ParamSpec, TypeAlias
 
 import numpy as np
 import pandas as pd
 
 Given = ParamSpec("Given")
-Part = pd.DataFrame | Mapping[str, Any]
+Part: TypeAlias = pd.DataFrame | Mapping[str, Any]
 
 
 def tabulated(parts: Callable[Given, Iterator[Part]]) -> Callable[Given, pd.DataFrame]:

@@ -34,8 +34,6 @@ ROLES = {
     "control": "what must fail the claim's criterion, if that criterion means anything",
     "check": "of an estimate or a simulation",
 }
-CONFIDENCE = 0.95  # of the two-sided t interval over seeds that decides
-Bound = float | tuple[float, float]
 COLUMNS = (
     "claim role quantity predicted measured spread seeds low high criterion verdict notebook "
     "network reason"
@@ -147,7 +145,7 @@ def t_interval(values: np.ndarray) -> tuple[float, float]:
     if values.size < 2 or not np.isfinite(values).all():
         return math.nan, math.nan
     mean, spread = mean_and_spread(values)
-    t = stats.t.ppf((1 + CONFIDENCE) / 2, values.size - 1)
+    t = stats.t.ppf(0.975, values.size - 1)
     half = float(t * spread / math.sqrt(values.size))
     return mean - half, mean + half
 
@@ -185,7 +183,7 @@ class Ledger:
         *,
         role: str = "claim",
         predicted: Callable[..., Any] | None = None,
-        **criterion: Bound,
+        **criterion: float | tuple[float, float],
     ) -> Criterion:
         """State what `quantity`, averaged over seeds, must satisfy for claim "C<n>".
 
