@@ -154,9 +154,9 @@ def errors(averaged: pd.DataFrame) -> Iterator[dict]:
     """
     for (target, seed), curve in averaged.groupby(["target", "seed"], sort=False):
         for predictor in PREDICTORS:
-            relative = np.sqrt(np.mean((curve[predictor] - curve.change) ** 2))
-            relative /= np.ptp(curve.change)
-            yield {"target": target, "seed": seed, "predictor": predictor, "relative": relative}
+            rms = np.sqrt(np.mean((curve[predictor] - curve.change) ** 2))
+            key = {"target": target, "seed": seed, "predictor": predictor}
+            yield {**key, "relative": rms / np.ptp(curve.change)}
 
 
 def share_predicted(table: pd.DataFrame, tolerance: float = 0.25, n: int = 20) -> float:

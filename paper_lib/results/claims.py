@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 import re
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -34,6 +34,8 @@ ROLES = {
     "control": "what must fail the claim's criterion, if that criterion means anything",
     "check": "of an estimate or a simulation",
 }
+CONFIDENCE = 0.95  # of the two-sided t interval over seeds that decides
+Bound = float | tuple[float, float]
 COLUMNS = (
     "claim role quantity predicted measured spread seeds low high criterion verdict notebook "
     "network reason"
@@ -78,7 +80,9 @@ class Criterion:
 
         Where it does not fail, a criterion that holds proves nothing and is undecided.
         """
-        other = replace(self, role="control", quantity=quantity, controls=[])
+        settings = {"predict": self.predict, "_ledger": self._ledger}
+        bounds = {"kind": self.kind, "low": self.low, "high": self.high}
+        other = Criterion(self.claim, "control", quantity, **bounds, **settings)
         self._ledger.add(other)
         self.controls.append(other)
         return other
@@ -106,8 +110,7 @@ class Criterion:
     @property
     def sentence(self) -> str:
         """The criterion in words."""
-        percent = 100 * (self.high - 1)
-        return KINDS[self.kind].format(low=self.low, high=self.high, percent=percent)
+        return KINDS[self.kind].format(low=self.low, high=self.high, percent=100 * self.high)
 
     @property
     def values(self) -> np.ndarray:
@@ -124,13 +127,16 @@ class Criterion:
 
     def own_verdict(self) -> str:
         """holds, fails or undecided, whatever its controls say."""
-        strict = self.kind in ("below", "above")
-        return judge(self.interval(), self.low, self.high, strict)
+        low, high = self.low, self.high
+        if self.kind == "within":
+            low = -high
+        if self.kind == "rel":
+            low, high = 1 - high, 1 + high
+        return judge(self.interval(), low, high, strict=self.kind in ("below", "above"))
 
     def verdict(self) -> tuple[str, str]:
         """The verdict and, where it does not hold, the reason."""
-        verdict = self.own_verdict()
-        passing = [c for c in self.controls if c.own_verdict() != "fails"]
+        verdict, passing = self.own_verdict(), [c for c in self.controls if not c.fails()]
         if not (self.values.size and np.isfinite(self.values).all()):
             return verdict, f"not measurable: values {self.values.tolist()}"
         if verdict == "holds" and passing:
@@ -139,13 +145,17 @@ class Criterion:
             return verdict, self.reason or "reason not known"
         return verdict, ""
 
+    def fails(self) -> bool:
+        """Whether the interval over seeds lies beyond the bounds."""
+        return self.own_verdict() == "fails"
+
 
 def t_interval(values: np.ndarray) -> tuple[float, float]:
     """The two-sided 95 % t interval of the mean of values (n,); NaN for fewer than two."""
     if values.size < 2 or not np.isfinite(values).all():
         return math.nan, math.nan
     mean, spread = mean_and_spread(values)
-    t = stats.t.ppf(0.975, values.size - 1)
+    t = stats.t.ppf((1 + CONFIDENCE) / 2, values.size - 1)
     half = float(t * spread / math.sqrt(values.size))
     return mean - half, mean + half
 
@@ -183,7 +193,7 @@ class Ledger:
         *,
         role: str = "claim",
         predicted: Callable[..., Any] | None = None,
-        **criterion: float | tuple[float, float],
+        **criterion: Bound,
     ) -> Criterion:
         """State what `quantity`, averaged over seeds, must satisfy for claim "C<n>".
 
@@ -249,21 +259,16 @@ def _require(holds: object, message: str) -> None:
 
 
 def _bounds(kind: str, bounds: list[float]) -> tuple[float, float]:
-    """The low and the high bound of what `Criterion.interval` gives."""
+    """The low and the high bound of a criterion; a tolerance is the high one."""
     n = 2 if kind == "between" else 1
     finite = len(bounds) == n and all(map(math.isfinite, bounds))
     _require(finite, f"{kind} = {bounds}: give {n} finite number(s)")
     _require(n == 1 or bounds[0] < bounds[1], f"between = {bounds}: the first must be the smaller")
     positive = kind not in RELATIVE or bounds[0] > 0
     _require(positive, f"{kind} = {bounds[0]}: a tolerance must be > 0")
-    low, high = bounds[0], bounds[-1]
-    return {
-        "between": (low, high),
-        "below": (-math.inf, high),
-        "above": (low, math.inf),
-        "within": (-high, high),
-        "rel": (1 - high, 1 + high),
-    }[kind]
+    low = -math.inf if kind == "below" else bounds[0]
+    high = math.inf if kind == "above" else bounds[-1]
+    return low, high
 
 
 def mean_and_spread(values: np.ndarray) -> tuple[float, float]:
@@ -312,9 +317,9 @@ def by_claim(rows: pd.DataFrame) -> list[ClaimVerdict]:
     fail, and is undecided else.
     """
     judged, found = rows[rows.role == "claim"], []
+    network = judged.groupby("claim").network.any()
     for claim in sorted(judged.claim.unique(), key=lambda name: int(name[1:])):
-        own = judged[judged.claim == claim]
-        verdicts = own.verdict.tolist()
+        verdicts = judged[judged.claim == claim].verdict.tolist()
         counts = {name: verdicts.count(name) for name in ("holds", "fails", "undecided")}
         if counts["holds"] == len(verdicts):
             verdict = "holds"
@@ -326,9 +331,14 @@ def by_claim(rows: pd.DataFrame) -> list[ClaimVerdict]:
         said = f"{counts['holds']} of {len(verdicts)} criteria hold"
         said += f", {counts['fails']} fail{'s' * (counts['fails'] == 1)}" * bool(counts["fails"])
         said += f", {counts['undecided']} undecided" * bool(counts["undecided"])
-        said += ", of the model alone, without a network" * (not own.network.any())
+        said += ", of the model alone, without a network" * (not network[claim])
         found.append(ClaimVerdict(claim, verdict, said))
     return found
+
+
+def read(path: Path) -> pd.DataFrame:
+    """Return the claims of one notebook's file, as it states them."""
+    return pd.read_csv(path, dtype={"reason": str}).fillna({"reason": ""})
 
 
 def table(results: Path | str) -> pd.DataFrame:
@@ -336,8 +346,7 @@ def table(results: Path | str) -> pd.DataFrame:
     files = sorted(Path(results).glob("claims/*.csv"))
     if not files:
         raise FileNotFoundError(f"no claims in {results}: `make figures` measures them")
-    rows = pd.concat([pd.read_csv(path, dtype={"reason": str}) for path in files])
-    rows = rows.fillna({"reason": ""})
+    rows = pd.concat(map(read, files), ignore_index=True)
     numbers = rows.claim.str[1:].astype(int)
     return rows.iloc[numbers.argsort(kind="stable")].reset_index(drop=True)
 
@@ -356,10 +365,13 @@ def markdown(rows: pd.DataFrame) -> str:
         predicted = "" if math.isnan(row.predicted) else f"{row.predicted:.3g}"
         measured = f"{with_spread(row.measured, row.spread)} (n = {row.seeds})"
         criterion = re.sub(r"\d+\.\d{4,}", lambda n: f"{float(n[0]):.3g}", row.criterion)
-        due = {"fails": "fails, as it must"} if row.role == "control" else {"holds": "holds"}
-        verdict = due.get(row.verdict, f"**{row.verdict}**")
+        if row.role == "control":
+            verdict = {"fails": "fails, as it must"}.get(row.verdict, f"**{row.verdict}**")
+        else:
+            verdict = row.verdict if row.verdict == "holds" else f"**{row.verdict}**"
         verdict += f": {row.reason}" if row.reason else ""
-        lines += [[row.claim, row.role, row.quantity, predicted, measured, criterion, verdict]]
+        said = [row.claim, row.role, row.quantity, predicted, measured, criterion, verdict]
+        lines.append(said)
     return pipes(lines)
 
 

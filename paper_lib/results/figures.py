@@ -65,9 +65,9 @@ def save(fig: Figure, results: Path | str, name: str, data: pd.DataFrame) -> Non
     _require_legible(fig, name)
     _fit_title(fig)
     stem = Path(results) / "figures" / name
-    no_date: dict[str, dict] = {".png": {"Software": None}, ".svg": {"Date": None, "Creator": None}}
     # A fixed salt and no date make the SVG's ids and header reproducible; text can be searched.
     with mpl.rc_context({"svg.hashsalt": name, "svg.fonttype": "none"}):
+        no_date = {".png": {"Software": None}, ".svg": {"Date": None, "Creator": None}}
         for suffix, metadata in no_date.items():
             with replacing(stem.with_name(name + suffix)) as temporary:
                 fig.savefig(temporary, metadata=metadata)
@@ -153,8 +153,8 @@ def dots(ax: Axes, data: pd.DataFrame, value: str, rows: str, hue: str | None = 
         at = group[rows].map(names.index) + aside
         found = ax.scatter(group[value], at, color=f"C{i}", s=45, alpha=0.8, label=label)
         for height, mean in group.groupby(at)[value].mean().items():
-            edges = [height - 0.12, height + 0.12]
-            ax.plot([mean, mean], edges, color="black", zorder=found.zorder + 1)
+            ends = [height - 0.12, height + 0.12]
+            ax.plot([mean, mean], ends, color="black", zorder=found.zorder + 1)
     ax.set(yticks=range(len(names)), yticklabels=names, ylim=(len(names) - 0.5, -0.5))
 
 
