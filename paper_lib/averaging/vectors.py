@@ -133,12 +133,12 @@ def gram(X: np.ndarray) -> np.ndarray:
     Centring precedes the products: differences of raw float32 products would lose distances that
     are small beside the norm of the weights.
     """
-    center = average(uniform(len(X), len(X)), X)
+    middle = center(X)
     G = np.zeros((len(X), len(X)))
     width = max(1, BLOCK_BYTES // (len(X) * X.itemsize))
     for first in range(0, X.shape[1], width):
         columns = slice(first, first + width)
-        Z = X[:, columns] - center[columns]
+        Z = X[:, columns] - middle[columns]
         G += Z @ Z.T
     return G
 

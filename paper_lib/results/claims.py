@@ -110,8 +110,7 @@ class Criterion:
     @property
     def sentence(self) -> str:
         """The criterion in words."""
-        words = KINDS[self.kind]
-        return words.format(low=self.low, high=self.high, percent=100 * self.high)
+        return KINDS[self.kind].format(low=self.low, high=self.high, percent=100 * self.high)
 
     @property
     def values(self) -> np.ndarray:

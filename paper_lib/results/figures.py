@@ -57,10 +57,9 @@ def save(fig: Figure, results: Path | str, name: str, data: pd.DataFrame) -> Non
     The same figure gives the same bytes. Raises ValueError for no data, a name that is not letters,
     digits, "-" and "_", or a figure too wide for its tick labels to be read in the README.
     """
+    allowed = "use letters, digits, '-' and '_' only, without a suffix"
     if not re.fullmatch(r"[\w-]+", name):
-        raise ValueError(
-            f"figure name {name!r}: use letters, digits, '-' and '_' only, without a suffix"
-        )
+        raise ValueError(f"figure name {name!r}: {allowed}")
     if data.empty:
         raise ValueError(f"figure {name!r} has no data: pass the numbers that it shows")
     _require_legible(fig, name)
@@ -124,10 +123,8 @@ def band(
         shown = shown.assign(**{y: np.log(shown[y])})
     back = np.exp if log else np.asarray
     summary = summarize(shown, y, [x] if hue is None else [hue, x])
-    groups = (
-        [(line.pop("label", None), summary)] if hue is None else summary.groupby(hue, sort=False)
-    )
-    for label, group in groups:
+    single = [(line.pop("label", None), summary)]
+    for label, group in single if hue is None else summary.groupby(hue, sort=False):
         at, mean, spread = (group[column].to_numpy() for column in (x, "mean", "spread"))
         (drawn,) = ax.plot(at, back(mean), label=label, **line)
         if np.isfinite(spread).any():
@@ -141,17 +138,6 @@ def predicted(
 ) -> None:
     """Draw what the model predicts, y(x), in its own style (dashed black)."""
     ax.plot(x, y, **{**PREDICTION, "label": label, **line})
-
-
-def equality(ax: Axes, data: pd.DataFrame, x: str, y: str, hue: str | None = None) -> None:
-    """Draw `y` against `x`, a dot a row, a colour a value of `hue`, on the line of equality."""
-    groups = [(None, data)] if hue is None else data.groupby(hue, sort=False)
-    for label, group in groups:
-        style = {"s": 45, "alpha": 0.8, "edgecolor": "white", "linewidth": 0.5}
-        ax.scatter(group[x], group[y], label=label, **style)
-    both = data[[x, y]].to_numpy()
-    ends = np.array([np.nanmin(both), np.nanmax(both)])
-    predicted(ax, ends, ends, label="equality")
 
 
 def dots(ax: Axes, data: pd.DataFrame, value: str, rows: str, hue: str | None = None) -> None:
@@ -172,16 +158,9 @@ def dots(ax: Axes, data: pd.DataFrame, value: str, rows: str, hue: str | None = 
     ax.set(yticks=range(len(names)), yticklabels=names, ylim=(len(names) - 0.5, -0.5))
 
 
-def annotate_n(ax: Axes, n: int, of: str = "seeds", log: bool = False) -> None:
-    """Say in the corner what bands are and how many repetitions have; `log` as for `band`."""
-    ax.annotate(
-        f"mean ± s.d.{' of the logarithm' if log else ''}, n = {n} {of}",
-        xy=(1, 0),
-        xycoords="axes fraction",
-        xytext=(-4, 4),
-        textcoords="offset points",
-        ha="right",
-        va="bottom",
-        fontsize="small",
-        color="0.35",
-    )
+def annotate_n(ax: Axes, n: int, log: bool = False) -> None:
+    """Say in the corner what bands are, over n seeds; `log` as for `band`."""
+    said = f"mean ± s.d.{' of the logarithm' if log else ''}, n = {n} seeds"
+    place = {"xycoords": "axes fraction", "xytext": (-4, 4), "textcoords": "offset points"}
+    text = {"ha": "right", "va": "bottom", "fontsize": "small", "color": "0.35"}
+    ax.annotate(said, (1, 0), **place, **text)
