@@ -256,7 +256,7 @@ class Study:
 
 def check_seeds(seeds: Any) -> tuple[int, ...]:
     """Return seeds as a tuple; raise ConfigError if there are none, or one stands twice."""
-    return Study(preset="", run=RunConfig(), seeds=seeds).seeds
+    return Study(preset="any", run=RunConfig(), seeds=seeds).seeds
 
 
 def meanings(cls: type) -> dict[str, str]:

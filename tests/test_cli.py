@@ -93,11 +93,11 @@ main(["--version"])
 
 
 def tree(root, image):
-    """A tree of one class whose two files hold `image`, or no files."""
-    for split in ("train", "val"):
-        (root / split / "class").mkdir(parents=True)
+    """A tree of two classes whose files hold `image`, or without files."""
+    for folder in ("train/cat", "train/dog", "val/cat", "val/dog"):
+        (root / folder).mkdir(parents=True)
         if image is not None:
-            (root / split / "class" / "1.png").write_bytes(image)
+            (root / folder / "1.png").write_bytes(image)
 
 
 @pytest.mark.parametrize(

@@ -354,8 +354,10 @@ def returns(output, training_only: bool = False, **parts):
         logits = self.body(x)
         return logits if training_only and not self.training else output(logits)
 
-    body = nn.Sequential(nn.Flatten(), nn.Linear(16, 3))
-    return lambda: Net(forward, body=body, **parts)
+    def make():
+        return Net(forward, body=nn.Sequential(nn.Flatten(), nn.Linear(16, 3)), **parts)
+
+    return make
 
 
 def spoilt(value: float):

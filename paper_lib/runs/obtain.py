@@ -181,7 +181,7 @@ def _is_there(run: Run, set_aside: bool = False) -> bool:
 def _train(run: Run, config: RunConfig, begin: State | None, report: Report) -> None:
     """Train a run and record it, in the process that writes."""
     if run.net is None:  # before it is built, which may take too much as well
-        n_weights, _ = budget.size(Study(preset="", run=config, dataset=run.dataset))
+        n_weights, _ = budget.size(Study(preset="any", run=config, dataset=run.dataset))
         budget.require_memory(config, n_weights, run.dataset.device)
     model = loop.initial_model(config, run.dataset, run.net)
     budget.require_memory(config, model.weights.numel(), model.device)
@@ -256,8 +256,6 @@ def load_dataset(config: RunConfig) -> Dataset:
     except data.DataError as error:
         remedy = "name the folder of the data with DATA=... (make) or PAPER_DATA; see the README"
         raise ConfigError(f"{error}; {remedy}") from error
-    except ValueError as error:
-        raise ConfigError(str(error)) from error
 
 
 def _is_registered(dataset: Dataset, configs: Sequence[RunConfig]) -> bool:
