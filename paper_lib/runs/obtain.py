@@ -6,7 +6,6 @@ A run's folder is <data>-<model>-<key> among the runs; `identity` says what the 
 from __future__ import annotations
 
 import contextlib
-import errno
 import functools
 import os
 import warnings
@@ -166,9 +165,7 @@ def _is_there(run: Run, set_aside: bool = False) -> bool:
     try:
         if there:
             checksums.check(run.folder)
-    except OSError as error:
-        if error.errno in (errno.EMFILE, errno.ENFILE, errno.ENOMEM):  # says nothing of the run
-            raise
+    except checksums.DamagedError as error:
         there = False
         if set_aside:
             aside = run.folder.with_name(f"{run.folder.name}.damaged")
