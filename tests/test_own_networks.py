@@ -369,10 +369,10 @@ def spoilt(value: float):
     return make
 
 
-def with_buffer(tensor: torch.Tensor):
+def with_buffer(tensor):
     def make():
         net = SmallNet()
-        net.register_buffer("extra", tensor)
+        net.register_buffer("extra", tensor())
         return net
 
     return make
@@ -424,11 +424,11 @@ REFUSED = {
     ),
     "sparse weights": (with_tensor(torch.eye(3).to_sparse()), "'extra' .* dense"),
     "sparse integers": (
-        with_buffer(torch.eye(3, dtype=torch.int64).to_sparse()),
+        with_buffer(lambda: torch.eye(3, dtype=torch.int64).to_sparse()),
         "'extra' = torch.int64 .* dense",
     ),
     "quantized": (
-        with_buffer(torch.quantize_per_tensor(torch.ones(3), 0.1, 0, torch.qint8)),
+        with_buffer(lambda: torch.quantize_per_tensor(torch.ones(3), 0.1, 0, torch.qint8)),
         "'extra' = torch.qint8 .* dense",
     ),
     "tied by their data": (tied_by_data, "parameters share memory: make them one"),

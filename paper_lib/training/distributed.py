@@ -13,6 +13,7 @@ import inspect
 import os
 from collections.abc import Callable, Iterator
 from datetime import timedelta
+from functools import partial
 from typing import Any, TypeVar
 
 import torch
@@ -219,7 +220,7 @@ def synchronize(module: nn.Module) -> None:
     """Let BatchNorm in training mode normalize by statistics of the parts of all processes."""
     for layer in module.modules():
         if isinstance(layer, _BatchNorm):
-            layer.forward = _SynchronizedNorm(layer)
+            layer.forward = partial(_normalized, layer)
 
 
 class _Sum(torch.autograd.Function):
@@ -236,28 +237,22 @@ class _Sum(torch.autograd.Function):
         return _Sum.forward(ctx, gradient)
 
 
-class _SynchronizedNorm:
+def _normalized(layer: _BatchNorm, x: Tensor) -> Tensor:
     """Forward pass of one BatchNorm layer over a batch of which every process has an equal part."""
-
-    def __init__(self, layer: _BatchNorm):
-        self.layer = layer
-
-    def __call__(self, x: Tensor) -> Tensor:
-        layer = self.layer
-        if not (layer.training or layer.running_mean is None):
-            return type(layer).forward(layer, x)
-        others = [d for d in range(x.ndim) if d != 1]
-        shape = [-1 if d == 1 else 1 for d in range(x.ndim)]
-        n = dist.get_world_size() * x.numel() // x.shape[1]
-        values = x.float()  # under autocast too, as in torch's
-        mean = _Sum.apply(values.sum(others)) / n
-        centered = values - mean.view(shape)
-        variance = _Sum.apply(centered.square().sum(others)) / n
-        if layer.running_mean is not None and layer.running_var is not None:
-            with torch.no_grad():
-                layer.running_mean.lerp_(mean, layer.momentum)
-                layer.running_var.lerp_(variance * (n / (n - 1)), layer.momentum)
-        out = centered * (variance + layer.eps).rsqrt().view(shape)
-        if layer.affine:
-            out = out * layer.weight.view(shape) + layer.bias.view(shape)
-        return out.to(x.dtype)
+    if not (layer.training or layer.running_mean is None):
+        return type(layer).forward(layer, x)
+    others = [d for d in range(x.ndim) if d != 1]
+    shape = [-1 if d == 1 else 1 for d in range(x.ndim)]
+    n = dist.get_world_size() * x.numel() // x.shape[1]
+    values = x.float()  # under autocast too, as in torch's
+    mean = _Sum.apply(values.sum(others)) / n
+    centered = values - mean.view(shape)
+    variance = _Sum.apply(centered.square().sum(others)) / n
+    if layer.running_mean is not None and layer.running_var is not None:
+        with torch.no_grad():
+            layer.running_mean.lerp_(mean, layer.momentum)
+            layer.running_var.lerp_(variance * (n / (n - 1)), layer.momentum)
+    out = centered * (variance + layer.eps).rsqrt().view(shape)
+    if layer.affine:
+        out = out * layer.weight.view(shape) + layer.bias.view(shape)
+    return out.to(x.dtype)
