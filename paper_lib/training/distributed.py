@@ -7,9 +7,7 @@ on its own is the first, has the whole batch, and sharing does nothing.
 from __future__ import annotations
 
 import contextlib
-import gc
 import importlib
-import inspect
 import os
 from collections.abc import Callable, Iterator
 from datetime import timedelta
@@ -20,11 +18,9 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
-from torch.nn.parallel import DistributedDataParallel
 
 from paper_lib.data import Dataset
 from paper_lib.errors import ConfigError, require
-from paper_lib.training.flat import FlatModel
 
 T = TypeVar("T")
 
@@ -58,7 +54,7 @@ def processes() -> Iterator[None]:
 
 def _join() -> None:
     global _control
-    # DistributedDataParallel imports it, and where a group exists its functions' defaults hold it.
+    # torch.compile imports it, and where a group exists its functions' defaults hold it.
     importlib.import_module("torch.distributed.nn.functional")
     local_rank, place = _variables()
     n_gpus = torch.cuda.device_count()
@@ -100,7 +96,6 @@ def _part() -> None:
     global _control
     dist.barrier(_control)
     _control = None
-    gc.collect()  # DistributedDataParallel is part of a cycle, and it holds the default group
     dist.destroy_process_group()
 
 
@@ -192,32 +187,14 @@ def mean(tensor: Tensor) -> Tensor:
     return tensor
 
 
-@contextlib.contextmanager
-def together(net: FlatModel) -> Iterator[None]:
-    """Average gradients over the processes, and let BatchNorm normalize whole batches.
-
-    torch's SyncBatchNorm does the latter on GPUs only; this serves, and is tested on, every device.
-    """
-    if not active():
-        yield
-        return
-    module = net.module
-    synchronize(module)
-    device = [torch.cuda.current_device()] if net.device.type == "cuda" else None
-    known = inspect.signature(DistributedDataParallel).parameters
-    name = "forward_sync_buffers" if "forward_sync_buffers" in known else "broadcast_buffers"
-    net.module = DistributedDataParallel(module, device_ids=device, **{name: False})
-    try:
-        yield
-    finally:
-        net.module = module
-
-
 # --- BatchNorm ----------------------------------------------------------------------------------
 
 
 def synchronize(module: nn.Module) -> None:
-    """Let BatchNorm in training mode normalize by statistics of the parts of all processes."""
+    """Let BatchNorm in training mode normalize by statistics of the parts of all processes.
+
+    torch's SyncBatchNorm does so on GPUs only; this serves, and is tested on, every device.
+    """
     for layer in module.modules():
         if isinstance(layer, _BatchNorm):
             layer.forward = partial(_normalized, layer)
