@@ -232,15 +232,21 @@ def test_files_are_read_once_by_a_process_and_again_when_they_change(damaged, mo
     assert len(read) == 2 * once
 
 
-def test_a_process_out_of_files_takes_no_run_for_damaged(damaged, monkeypatch):
-    def out_of_files(folder):
-        raise OSError(errno.EMFILE, "Too many open files")
+@pytest.mark.parametrize("kind", ["whole", "half"])
+@pytest.mark.parametrize("code", [errno.EMFILE, errno.ENOMEM, errno.EACCES, errno.ESTALE])
+def test_what_cannot_be_read_just_now_is_not_taken_for_damaged(kind, code, damaged, monkeypatch):
+    folder, blocks = damaged(kind, None, lambda *paths: None), checksums._blocks
 
-    folder = damaged("whole", "log.npy", lambda *paths: None)
-    monkeypatch.setattr(checksums, "check", out_of_files)
-    with pytest.raises(OSError, match="Too many open files"):
+    def read(path, n):
+        if path.suffix == ".npy":
+            raise OSError(code, "not now", str(path))
+        return blocks(path, n)
+
+    before = sorted(folder.iterdir())
+    monkeypatch.setattr(checksums, "_blocks", read)
+    with pytest.raises(OSError, match="not now"):
         obtain()
-    assert folder.exists()
+    assert sorted(folder.iterdir()) == before
 
 
 def test_what_a_run_does_not_list_is_not_taken_for_its_own(made, damaged):

@@ -19,6 +19,15 @@ CONFIG = SMALL.replace(
     lr=0.05, momentum=0.5, averages=("EMA 0.9", "uniform 10"), steps=30, record="0-30"
 )
 
+
+class Unused(SmallNet):
+    """With parameters that no loss depends on."""
+
+    def __init__(self):
+        super().__init__()
+        self.unused = torch.nn.Linear(2, 2)
+
+
 # A parent, its branch, and one run in which the second process dies at step 15 when it is told to.
 JOB = textwrap.dedent(
     """
@@ -26,7 +35,7 @@ JOB = textwrap.dedent(
     from helpers import SmallNet, small_data
     from paper_lib import files, runs
     from paper_lib.training import distributed, loop
-    from test_distributed import CONFIG
+    from test_distributed import CONFIG, Unused
     loop.CHUNK, loop.RESUME_EVERY_S, loop.RESUME_SHARE = 5, 0.0, float("inf")
     def report(steps, loss, lr, seen=[0]):
         seen[0] += steps
@@ -45,6 +54,7 @@ JOB = textwrap.dedent(
             runs.obtain(CONFIG.branch(5, record="35"), small_data(), SmallNet)
             bad = CONFIG.replace(lr=1e30, weight_decay=0.1)
             assert runs.obtain(bad, small_data(), SmallNet).diverged
+            runs.obtain(CONFIG, small_data(), Unused)
         assert run.status["processes"] == 2  # it is there for every process
     # A thread of gloo that outlives its group can end the process by SIGABRT.
     tasks = pathlib.Path("/proc/self/task").glob("*/comm")

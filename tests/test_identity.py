@@ -403,7 +403,7 @@ def test_networks_that_differ_in_one_thing_have_different_hashes(name):
     ],
 )
 def test_what_wraps_a_function_is_looked_into(one, other):
-    found = [identity.describe(held) for held in (one, other)]
+    found = [list(identity.describe(held)) for held in (one, other)]
     assert found[0] != found[1]
 
 

@@ -369,6 +369,21 @@ def spoilt(value: float):
     return make
 
 
+def with_buffer(tensor):
+    def make():
+        net = SmallNet()
+        net.register_buffer("extra", tensor())
+        return net
+
+    return make
+
+
+def tied_by_data():
+    net = nn.Sequential(nn.Flatten(), nn.Linear(16, 16), nn.Linear(16, 16), nn.Linear(16, 3))
+    net[2].weight.data = net[1].weight.data
+    return net
+
+
 def with_tensor(tensor: torch.Tensor, **options):
     def make():
         net = SmallNet()
@@ -408,6 +423,15 @@ REFUSED = {
         "'extra' = torch.complex64",
     ),
     "sparse weights": (with_tensor(torch.eye(3).to_sparse()), "'extra' .* dense"),
+    "sparse integers": (
+        with_buffer(lambda: torch.eye(3, dtype=torch.int64).to_sparse()),
+        "'extra' = torch.int64 .* dense",
+    ),
+    "quantized": (
+        with_buffer(lambda: torch.quantize_per_tensor(torch.ones(3), 0.1, 0, torch.qint8)),
+        "'extra' = torch.qint8 .* dense",
+    ),
+    "tied by their data": (tied_by_data, "parameters share memory: make them one"),
     "no momentum": (lambda: nn.Sequential(nn.BatchNorm2d(1, momentum=None)), "momentum .* '0'"),
     "SyncBatchNorm": (
         lambda: nn.SyncBatchNorm.convert_sync_batchnorm(SmallNet()),

@@ -64,8 +64,8 @@ def write(path: Path, run: str, sums: Mapping[str, Sum]) -> None:
 def verified(folder: Path, listed: str = FINISHED) -> dict[str, Sum]:
     """The checksums of a list, after reading all of its files.
 
-    OSError, which names the file, where one cannot be read, is not what was written (DamagedError),
-    or where the list is another run's.
+    DamagedError, which names the file, where one is missing, is not what was written, or where the
+    list is another run's; another OSError where one cannot be read, which may pass.
     """
     path, run = folder / listed, folder.name.removesuffix(".part")
     content, _, crc = b"".join(_blocks(path, BLOCK)).rstrip().rpartition(b"\n")
@@ -82,11 +82,12 @@ def verified(folder: Path, listed: str = FINISHED) -> dict[str, Sum]:
 
 
 def check(folder: Path) -> None:
-    """Raise OSError unless a finished run is what was written, as `verified` does.
+    """Raise an error unless a finished run is what was written, as `verified` does.
 
     A process reads its files once, and again only where a size or a time has changed.
     """
-    stats = [(path.name, path.stat()) for path in sorted(folder.iterdir())]
+    paths = sorted(folder.iterdir()) if folder.is_dir() else []
+    stats = [(path.name, path.stat()) for path in paths if path.exists()]
     _check(folder, tuple((n, s.st_size, s.st_mtime_ns, s.st_ctime_ns) for n, s in stats))
 
 

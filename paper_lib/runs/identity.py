@@ -21,7 +21,7 @@ import random
 import sys
 import types
 import weakref
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -42,15 +42,13 @@ FORMAT = 3  # of the files in a run's folder
 
 def run_key(config: RunConfig, dataset: Dataset, net: NetFactory | None) -> str:
     """The 12 hex digits that identify a run (see the head of this module)."""
-    if net is not None:
-        require_repeatable(config, dataset, net)
     identity = {
         "config": config.to_dict(),
         "numbers": [
             _hash(numbers) for numbers in (learning_rates(config), average_vectors(config))
         ],
         "data": dataset.fingerprint,
-        "network": None if net is None else of_network(initial_model(config, dataset, net).module),
+        "network": None if net is None else of_factory(config, dataset, net),
         "source": SOURCE,
         "format": FORMAT,
     }
@@ -119,8 +117,7 @@ SOURCE = of_source(PACKAGE / "data", PACKAGE / "training")
 NAMED = {"torch", "torchvision", "numpy", *sys.stdlib_module_names}
 INSTALLED = {"site-packages", "dist-packages"}
 # That everyone draws from: what they have come to says nothing of a network.
-FUNCTIONS: dict[str, Any] = {"random": random.random, "numpy.random": np.random.rand}  # noqa: NPY002
-GENERATORS = {name: function.__self__ for name, function in FUNCTIONS.items()}
+GENERATORS: dict[str, Any] = {"random": random._inst, "numpy.random": np.random.mtrand._rand}
 WRAPPERS = property, staticmethod, classmethod, functools.cached_property, type(functools.cache(id))
 
 Items = Iterable[tuple[str, Any]]  # what a value is made of, and what each adds to its path
@@ -145,11 +142,18 @@ def of_network(net: nn.Module) -> str:
     return hashlib.sha256(repr([text for _, text in describe(net)]).encode()).hexdigest()
 
 
-def require_repeatable(config: RunConfig, dataset: Dataset, net: NetFactory) -> None:
-    """ConfigError with the cause for a factory whose calls do not make the same network anew."""
-    if _repeatable.get(id(net)) is net:
-        return
+def of_factory(config: RunConfig, dataset: Dataset, net: NetFactory) -> str:
+    """Hash of what a factory makes; ConfigError with the cause where two calls make two things."""
     one = initial_model(config, dataset, net).module
+    if _repeatable.get(id(net)) is not net:
+        _require_same(one, config, dataset, net)
+        with contextlib.suppress(TypeError):  # one without weak references is tried each time
+            _repeatable[id(net)] = net
+    return of_network(one)
+
+
+def _require_same(one: nn.Module, config: RunConfig, dataset: Dataset, net: NetFactory) -> None:
+    """ConfigError with the cause unless a factory makes its first network `one` anew."""
     states = {name: pickle.dumps(generator) for name, generator in GENERATORS.items()}
     other = initial_model(config, dataset, net).module
     drawn = [
@@ -167,33 +171,28 @@ def require_repeatable(config: RunConfig, dataset: Dataset, net: NetFactory) -> 
         f"two calls differ at {differing}, which depends on {cause}: draw by torch's generator"
     )
     require(not differing, "net", net, f"{allowed}, or seed the other inside the function")
-    with contextlib.suppress(TypeError):  # one without weak references is tried each time
-        _repeatable[id(net)] = net
 
 
-def describe(value: Any) -> list[tuple[str, str]]:
-    """What a network (or other value) is made of: the path of each part, and a text for it."""
-    found: list[tuple[str, str]] = []
-    _describe(value, type(value).__name__, {}, found)
-    return found
+def describe(
+    value: Any, path: str = "", seen: dict[int, tuple[int, Any]] | None = None
+) -> Iterator[tuple[str, str]]:
+    """Yield what a network (or other value) is made of: the path of each part, and a text for it.
 
-
-def _describe(
-    value: Any, path: str, seen: dict[int, tuple[int, Any]], found: list[tuple[str, str]]
-) -> None:
-    """Append a value and what it is made of; by its number alone what was seen before."""
+    `seen` numbers what came before, of which the number alone is said.
+    """
+    path, seen = path or type(value).__name__, {} if seen is None else seen
     plain = type(value) in (type(None), type(...), bool, int, float, complex, str, bytes)
     if text := repr(value) if plain else _name(value):
-        found.append((path, text))
+        yield path, text
     elif id(value) in seen:
-        found.append((path, f"as {seen[id(value)][0]}"))
+        yield path, f"as {seen[id(value)][0]}"
     else:
         if type(value) not in (tuple, frozenset):  # equal constants may be one object, or two
             seen[id(value)] = len(seen), value  # kept alive, or another would get its number
         items = list(_items(value, path))
-        found.append((path, f"{type(value).__qualname__} of {len(items)}"))
+        yield path, f"{type(value).__qualname__} of {len(items)}"
         for name, item in items:
-            _describe(item, path + name, seen, found)
+            yield from describe(item, path + name, seen)
 
 
 def _name(value: Any) -> str:
@@ -244,9 +243,7 @@ def _items(value: Any, path: str) -> Items:
     if type(value) in (list, tuple):
         return [(f"[{i}]", item) for i, item in enumerate(value)]
     if type(value) in (set, frozenset):
-        return [("", text) for text in sorted(repr(describe(item)) for item in value)]
-    if isinstance(value, weakref.ref):
-        return [("", value())]
+        return [("", text) for text in sorted(repr([*describe(item)]) for item in value)]
     if isinstance(value, WRAPPERS):
         names = ("fget", "fset", "func", "__wrapped__")
         return [(f".{name}", getattr(value, name, None)) for name in names]

@@ -6,7 +6,6 @@ A run's folder is <data>-<model>-<key> among the runs; `identity` says what the 
 from __future__ import annotations
 
 import contextlib
-import errno
 import functools
 import os
 import warnings
@@ -166,9 +165,7 @@ def _is_there(run: Run, set_aside: bool = False) -> bool:
     try:
         if there:
             checksums.check(run.folder)
-    except OSError as error:
-        if error.errno in (errno.EMFILE, errno.ENFILE, errno.ENOMEM):  # says nothing of the run
-            raise
+    except checksums.DamagedError as error:
         there = False
         if set_aside:
             aside = run.folder.with_name(f"{run.folder.name}.damaged")
@@ -221,17 +218,15 @@ def run_folder(
     config: RunConfig, dataset: Dataset | None = None, net: NetFactory | None = None
 ) -> Path:
     """The folder of a run, whether it exists or not."""
-    dataset = dataset or load_dataset(config)
-    _check_network(dataset, net)
-    name = "own" if net is not None else config.model
-    key = run_key(config, dataset, net)
-    return files.folder("runs") / f"{dataset.name}-{name}-{key}"
+    return _run(config, dataset, net).folder
 
 
 def _run(config: RunConfig, dataset: Dataset | None, net: NetFactory | None) -> Run:
     """A run by its settings, whether it exists or not."""
     dataset = dataset or load_dataset(config)
-    return Run(run_folder(config, dataset, net), dataset, net)
+    _check_network(dataset, net)
+    name, key = config.model if net is None else "own", run_key(config, dataset, net)
+    return Run(files.folder("runs") / f"{dataset.name}-{name}-{key}", dataset, net)
 
 
 def _check_network(dataset: Dataset, net: NetFactory | None) -> None:

@@ -267,7 +267,7 @@ class Recorder:
             return None
         try:
             sums = checksums.verified(self.part, checksums.HALF)
-        except OSError as error:
+        except checksums.DamagedError as error:
             files.say(f"{error}: the run starts again")
             return None
         for path in self.part.iterdir():  # what it wrote later, or had not yet finished

@@ -7,23 +7,20 @@ on its own is the first, has the whole batch, and sharing does nothing.
 from __future__ import annotations
 
 import contextlib
-import gc
 import importlib
-import inspect
 import os
 from collections.abc import Callable, Iterator
 from datetime import timedelta
+from functools import partial
 from typing import Any, TypeVar
 
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
-from torch.nn.parallel import DistributedDataParallel
 
 from paper_lib.data import Dataset
 from paper_lib.errors import ConfigError, require
-from paper_lib.training.flat import FlatModel
 
 T = TypeVar("T")
 
@@ -57,7 +54,7 @@ def processes() -> Iterator[None]:
 
 def _join() -> None:
     global _control
-    # DistributedDataParallel imports it, and where a group exists its functions' defaults hold it.
+    # torch.compile imports it, and where a group exists its functions' defaults hold it.
     importlib.import_module("torch.distributed.nn.functional")
     local_rank, place = _variables()
     n_gpus = torch.cuda.device_count()
@@ -99,7 +96,6 @@ def _part() -> None:
     global _control
     dist.barrier(_control)
     _control = None
-    gc.collect()  # DistributedDataParallel is part of a cycle, and it holds the default group
     dist.destroy_process_group()
 
 
@@ -191,35 +187,17 @@ def mean(tensor: Tensor) -> Tensor:
     return tensor
 
 
-@contextlib.contextmanager
-def together(net: FlatModel) -> Iterator[None]:
-    """Average gradients over the processes, and let BatchNorm normalize whole batches.
-
-    torch's SyncBatchNorm does the latter on GPUs only; this serves, and is tested on, every device.
-    """
-    if not active():
-        yield
-        return
-    module = net.module
-    synchronize(module)
-    device = [torch.cuda.current_device()] if net.device.type == "cuda" else None
-    known = inspect.signature(DistributedDataParallel).parameters
-    name = "forward_sync_buffers" if "forward_sync_buffers" in known else "broadcast_buffers"
-    net.module = DistributedDataParallel(module, device_ids=device, **{name: False})
-    try:
-        yield
-    finally:
-        net.module = module
-
-
 # --- BatchNorm ----------------------------------------------------------------------------------
 
 
 def synchronize(module: nn.Module) -> None:
-    """Let BatchNorm in training mode normalize by statistics of the parts of all processes."""
+    """Let BatchNorm in training mode normalize by statistics of the parts of all processes.
+
+    torch's SyncBatchNorm does so on GPUs only; this serves, and is tested on, every device.
+    """
     for layer in module.modules():
         if isinstance(layer, _BatchNorm):
-            layer.forward = _SynchronizedNorm(layer)
+            layer.forward = partial(_normalized, layer)
 
 
 class _Sum(torch.autograd.Function):
@@ -236,28 +214,22 @@ class _Sum(torch.autograd.Function):
         return _Sum.forward(ctx, gradient)
 
 
-class _SynchronizedNorm:
+def _normalized(layer: _BatchNorm, x: Tensor) -> Tensor:
     """Forward pass of one BatchNorm layer over a batch of which every process has an equal part."""
-
-    def __init__(self, layer: _BatchNorm):
-        self.layer = layer
-
-    def __call__(self, x: Tensor) -> Tensor:
-        layer = self.layer
-        if not (layer.training or layer.running_mean is None):
-            return type(layer).forward(layer, x)
-        others = [d for d in range(x.ndim) if d != 1]
-        shape = [-1 if d == 1 else 1 for d in range(x.ndim)]
-        n = dist.get_world_size() * x.numel() // x.shape[1]
-        values = x.float()  # under autocast too, as in torch's
-        mean = _Sum.apply(values.sum(others)) / n
-        centered = values - mean.view(shape)
-        variance = _Sum.apply(centered.square().sum(others)) / n
-        if layer.running_mean is not None and layer.running_var is not None:
-            with torch.no_grad():
-                layer.running_mean.lerp_(mean, layer.momentum)
-                layer.running_var.lerp_(variance * (n / (n - 1)), layer.momentum)
-        out = centered * (variance + layer.eps).rsqrt().view(shape)
-        if layer.affine:
-            out = out * layer.weight.view(shape) + layer.bias.view(shape)
-        return out.to(x.dtype)
+    if not (layer.training or layer.running_mean is None):
+        return type(layer).forward(layer, x)
+    others = [d for d in range(x.ndim) if d != 1]
+    shape = [-1 if d == 1 else 1 for d in range(x.ndim)]
+    n = dist.get_world_size() * x.numel() // x.shape[1]
+    values = x.float()  # under autocast too, as in torch's
+    mean = _Sum.apply(values.sum(others)) / n
+    centered = values - mean.view(shape)
+    variance = _Sum.apply(centered.square().sum(others)) / n
+    if layer.running_mean is not None and layer.running_var is not None:
+        with torch.no_grad():
+            layer.running_mean.lerp_(mean, layer.momentum)
+            layer.running_var.lerp_(variance * (n / (n - 1)), layer.momentum)
+    out = centered * (variance + layer.eps).rsqrt().view(shape)
+    if layer.affine:
+        out = out * layer.weight.view(shape) + layer.bias.view(shape)
+    return out.to(x.dtype)

@@ -197,10 +197,14 @@ def _check(module: nn.Module) -> None:
     require(trained, "module", kind, "it needs at least one trainable parameter")
     for name, t in (*module.named_parameters(), *module.named_buffers()):
         empty = nn.parameter.is_lazy(t) or t.is_meta
-        dense = t.dtype == torch.float32 and t.layout == torch.strided
-        fits = not empty and (dense or not (t.requires_grad or t.is_floating_point()))
+        dense = not empty and t.layout == torch.strided and not t.is_quantized
+        free = not (t.requires_grad or t.is_floating_point())  # to be of any other type
+        fits = dense and (free or t.dtype == torch.float32)
         advice = "make it dense float32: call .float(), and put a batch through lazy layers"
         require(fits, f"tensor {name!r}", "no values yet" if empty else t.dtype, advice)
+    memory = [p.data_ptr() for p in module.parameters() if p.numel()]
+    advice = "parameters share memory: make them one, as in a.weight = b.weight"
+    require(len(set(memory)) == len(memory), "module", kind, advice)
 
 
 def _flatten(tensors: list[Tensor]) -> Tensor:

@@ -178,8 +178,9 @@ def train_run(
         if first > config.start:
             report(first - config.start, float("nan"), config.lr)
         clock = time.monotonic() - spent
-        with distributed.together(net):
-            diverged_at = training.take_steps(first, clock, report)
+        if distributed.active():
+            distributed.synchronize(net.module)
+        diverged_at = training.take_steps(first, clock, report)
     status = {
         "diverged_at": diverged_at,
         "parameters": net.weights.numel(),
@@ -269,6 +270,7 @@ class _Training:
         for step, x, y in batches(config, self.dataset, first):
             self._keep(step, chunk)
             chunk.losses.append(backward(self.net, step, x, y, config))
+            distributed.mean(self.net.grad)
             sgd_step(self.net, self.velocity, self.lrs[step - start], config)
             if len(chunk.losses) == CHUNK or step + 1 == config.steps:
                 self.net.require_in_place()
