@@ -113,7 +113,7 @@ figures: $(ENV) ## run every notebook whose result is out of date, into results/
 	$(python) -m scripts.notebooks begin $$todo --preset="$$CONFIG" --seeds="$$SEEDS" --stamps $(STAMPS) --jobs="$$JOBS" && \
 	TODO="$$todo" $(MAKE) --no-print-directory $$todo && \
 	{ $(python) -m scripts.compare $(if $(FRESH),,--keep) $(HERE); test $$? -lt 2; }; }; } && \
-	{ test -z "$$todo" -a -e $(STAMPS)/page || $(python) -m scripts.report $(HERE) --stamp $(STAMPS)/page; } && \
+	$(python) -m scripts.report $(HERE) && \
 	echo "$(words $(NOTEBOOKS)) notebooks are up to date in" $(HERE)
 
 compare: $(ENV) ## compare results/CONFIG with what is committed, within stated tolerances

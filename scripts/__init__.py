@@ -16,6 +16,12 @@ class ResultError(ValueError):
     """A result that is damaged, or nowhere to be kept; the message says what to do."""
 
 
+def damaged(file: Path, reason: object) -> ResultError:
+    """Return the error of a result that cannot be read, for this reason."""
+    reason = " ".join(str(reason).split())
+    return ResultError(f"{file} is damaged ({reason}): make figures makes it again")
+
+
 def git(*words: str) -> bytes:
     """Return git's output in the checkout; nothing where it fails, as without a repository."""
     if not (ROOT / ".git").exists():  # a repository around a copy is another's
@@ -53,8 +59,7 @@ def read_figure(content: bytes, name: Path, numbers: str = "", words: str = "") 
         for column in words.split():
             table[column].str.len()
     except (ValueError, KeyError, AttributeError) as error:  # of these pandas has several kinds
-        reason = " ".join(str(error).split())
-        raise ResultError(f"{name} is damaged ({reason}): make figures makes it again") from error
+        raise damaged(name, error) from error
     return table
 
 

@@ -54,17 +54,10 @@ def compare_claims(old: pd.DataFrame, new: pd.DataFrame) -> list[str]:
             if np.isinf(before) != np.isinf(after):
                 lines.append(f"{name}: {what} was {before:.4g}, is {after:.4g}")
         before, after = row.measured, row.measured_new
-        spread = float(np.hypot(row.spread, row.spread_new))
-        allowed = max(
-            SPREADS * spread if np.isfinite(spread) else 0.0, MEAN_TOLERANCE * abs(before)
-        )
-        finite = bool(np.isfinite([before, after]).all())
-        same = (
-            abs(after - before) <= allowed
-            if finite
-            else np.array_equal(before, after, equal_nan=True)
-        )
-        if not same:
+        spread = np.hypot(row.spread, row.spread_new)
+        allowed = max(SPREADS * spread if spread < np.inf else 0.0, MEAN_TOLERANCE * abs(before))
+        within = np.isfinite([before, after]).all() and abs(after - before) <= allowed
+        if not within and not np.array_equal(before, after, equal_nan=True):
             lines.append(f"{name}: measured {before:.4g} -> {after:.4g}, allowed ±{allowed:.2g}")
     return lines
 

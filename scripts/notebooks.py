@@ -27,7 +27,7 @@ from nbformat import NotebookNode
 from papermill import PapermillExecutionError
 
 from paper_lib.errors import ConfigError, check_names, require
-from paper_lib.files import cpus, folder, lock, replacing
+from paper_lib.files import cpus, folder, lock, remove, replacing
 from paper_lib.presets import study
 from paper_lib.results.palette import shrink
 from scripts import ROOT, ResultError, dependencies, end_with_make, environment, git, stamps
@@ -256,7 +256,7 @@ def begin(preset: str, seeds: Sequence[int], todo: Sequence[str], stamped: Path,
     except (ValueError, OSError) as error:
         raise NotebookError(f"no notebook can run on {preset}: {error}") from error
     for name in todo:
-        stamps.forget(stamped / name)
+        remove(stamped / name)
     left = remaining(preset, todo, stamped, jobs)
     print(f"{len(todo)} notebooks to run, into {folder('results') / preset}{left}", flush=True)
 

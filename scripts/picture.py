@@ -13,7 +13,7 @@ from matplotlib.axes import Axes
 from matplotlib.ticker import MaxNLocator
 
 from paper_lib.results import figures
-from scripts import ResultError, read_figure
+from scripts import damaged, read_figure
 
 SOURCES = {  # and the columns that are drawn: numbers, words
     "03_one_step": ("probe own held trained", "panel"),
@@ -95,7 +95,6 @@ def draw(results: Path) -> None:
             try:
                 panel(ax, table)
             except IndexError as error:
-                remedy = "make figures makes it again"
-                raise ResultError(f"{path} is damaged (it lacks rows): {remedy}") from error
+                raise damaged(path, "it lacks rows") from error
         figures.save(fig, results, "picture", pd.concat(tables, keys=SOURCES, names=["figure"]))
     plt.close(fig)

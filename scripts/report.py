@@ -11,7 +11,6 @@ from __future__ import annotations
 import argparse
 import re
 import sys
-import time
 from collections import defaultdict
 from collections.abc import Sequence
 from pathlib import Path
@@ -26,7 +25,7 @@ from paper_lib.errors import ConfigError, check_names
 from paper_lib.files import replacing
 from paper_lib.presets import PRESETS
 from paper_lib.results import claims
-from scripts import ROOT, ResultError, environment, picture, stamps
+from scripts import ROOT, ResultError, damaged, environment, picture
 
 MARKS = "<!-- claims: written by make readme -->\n", "<!-- end of claims -->"
 TEMPLATES = SandboxedEnvironment(undefined=jinja2.StrictUndefined)
@@ -100,9 +99,7 @@ def found(results: Path, rows: pd.DataFrame) -> Said:
         return f"{row(quantity).predicted:.3g}"
 
     try:
-        template = SandboxedEnvironment(undefined=jinja2.StrictUndefined).from_string(
-            path.read_text()
-        )
+        template = TEMPLATES.from_string(path.read_text())
         text = template.render(measured=measured, predicted=predicted)
     except (jinja2.TemplateError, UnicodeDecodeError) as error:
         raise ResultError(f"{path} cannot be read: {error}") from error
@@ -165,8 +162,7 @@ def made_with(results: Path) -> str:
         machine = ", ".join(made[key] for key in ("platform", "processor", "device"))
         lines = [f"Python {made['python']} on {machine}, {made['cores']} cores; {packages}.", ""]
     except (KeyError, TypeError, AttributeError) as error:
-        remedy = "is missing or damaged: make figures makes it again"
-        raise ResultError(f"{results / 'environment.json'} {remedy}") from error
+        raise damaged(results / "environment.json", "or missing") from error
     lines += [f"- commit {c}: {', '.join(commits[c])}" for c in commits]
     return "\n".join(map(claims.plain, lines))
 
@@ -192,17 +188,15 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Write the page of a folder of results; return the exit code."""
     parser = argparse.ArgumentParser(prog="make readme", description=__doc__)
     parser.add_argument("results", type=Path)
-    parser.add_argument("--stamp", type=Path, help="where to note what was written")
-    args = parser.parse_args(argv)
     try:
-        write(args.results.resolve(), args.stamp)
+        write(parser.parse_args(argv).results.resolve())
     except (ConfigError, claims.LedgerError, ResultError, OSError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
     return 0
 
 
-def write(results: Path, stamp: Path | None) -> None:
+def write(results: Path) -> None:
     """Write the page and the picture of a folder of results; the README's table if it is its."""
     picture.draw(results)
     text = page(results)
@@ -210,9 +204,6 @@ def write(results: Path, stamp: Path | None) -> None:
         temporary.write_text(text)
     if results == ROOT / "results" / "digits":
         update_readme(results)
-    if stamp is not None:
-        made = [results / "README.md", *(results / "figures").glob("picture.*")]
-        stamps.write(stamp, made, time.time_ns())
 
 
 if __name__ == "__main__":

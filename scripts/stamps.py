@@ -1,4 +1,4 @@
-"""Stamps: what a notebook, or the page, made, by which make knows whether it is up to date.
+"""Stamps: what a notebook made, by which make knows whether it is up to date.
 
 `python -m scripts.stamps FOLDER` removes the stamps of a folder whose files are neither as they
 were made nor as they are committed: what was deleted or changed, or is by now that of other
@@ -10,15 +10,12 @@ from __future__ import annotations
 import hashlib
 import json
 import os
-import shutil
 import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-from paper_lib.files import replacing
+from paper_lib.files import remove, replacing
 from scripts import ROOT, environment, git
-
-PAGE = "page"  # the stamp of a preset's README.md and picture
 
 
 def digest(file: Path) -> str:
@@ -50,22 +47,14 @@ def holds(stamp: Path) -> bool:
         return False
     folders = {file.parents[1] for file in made}
     recorded = any(stamp.name in environment(folder)["notebooks"] for folder in folders)
-    as_it_should = not changed or changed.items() <= committed().items()
-    return as_it_should and (recorded or stamp.name == PAGE)
-
-
-def forget(stamp: Path) -> None:
-    """Remove a stamp, and whatever else is in its place."""
-    if stamp.is_dir() and not stamp.is_symlink():
-        shutil.rmtree(stamp)
-    stamp.unlink(missing_ok=True)
+    return recorded and (not changed or changed.items() <= committed().items())
 
 
 def main(folder: Path) -> None:
     """Remove the stamps of a folder that do not hold."""
     for stamp in folder.iterdir():
         if not holds(stamp):
-            forget(stamp)
+            remove(stamp)
 
 
 if __name__ == "__main__":

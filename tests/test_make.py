@@ -28,7 +28,7 @@ echo "$PAPER_DATA $PAPER_RESULTS $PAPER_RUNS"
 
 def run_make(folder, *words, **variables):
     """Run make with what it would have in a fresh shell."""
-    ours = ("MAKE", "MFLAGS", "PAPER", "CONFIG", "SEEDS")
+    ours = ("MAKE", "MFLAGS", "PAPER", "CONFIG", "SEEDS", "PYTHONUNBUFFERED")
     inherited = {key: value for key, value in os.environ.items() if not key.startswith(ours)}
     inherited["REAL_PYTHON"] = sys.executable
     command = ["make", *words, *(f"{key}={value}" for key, value in variables.items())]

@@ -25,6 +25,7 @@ from PIL import Image
 from paper_lib import presets
 from paper_lib.config import RunConfig, Study
 from paper_lib.errors import ConfigError
+from paper_lib.files import remove
 from paper_lib.results import claims
 from scripts import dependencies, notebooks, stamps
 from scripts.notebooks import NotebookError
@@ -283,7 +284,7 @@ def test_a_result_that_is_not_as_it_was_made_is_made_again(project, file, done):
 def test_a_damaged_stamp_stands_for_nothing_and_goes(project, content):
     run(project)
     damaged = stamp(project)
-    stamps.forget(damaged)
+    remove(damaged)
     damaged.mkdir() if content is None else damaged.write_text(content)
     assert not stamps.holds(damaged)
     stamps.main(damaged.parent)
