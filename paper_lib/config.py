@@ -196,6 +196,7 @@ class Study:
     custom: str = field(default="", repr=False)  # digits for what differs from the preset
     dataset: Any = field(default=None, repr=False, compare=False)
     net: Any = field(default=None, repr=False, compare=False)
+    finished: Any = field(default=(), repr=False, compare=False)  # runs that were trained elsewhere
 
     def __post_init__(self) -> None:
         require_folder_name("preset", self.preset)
@@ -212,7 +213,7 @@ class Study:
     @property
     def unit(self) -> str:
         """Unit of the loss, as labels say it."""
-        return "nats"
+        return "nats" if self.dataset is None else self.dataset.loss.unit
 
     @property
     def averaged_steps(self) -> int:

@@ -394,10 +394,10 @@ def with_tensor(tensor: torch.Tensor, **options):
 
 
 Output = collections.namedtuple("Output", "logits")
-LOGITS = r"output of the network = .* is not allowed: .* logits alone, a float tensor \(8, 3 or mor"
+LOGITS = r"output of the network = .* is not allowed: it must (be a float|be \(8, 3 cl|depend on)"
 
 REFUSED = {
-    "tuple": (returns(lambda o: (o, o)), LOGITS.replace(".*", "'tuple'", 1)),
+    "tuple": (returns(lambda o: (o, o)), LOGITS.replace(".*", "'tuple of a tensor.*", 1)),
     "tuple in training": (returns(lambda o: (o, o), training_only=True), LOGITS),
     "named tuple": (returns(Output), LOGITS),
     "dictionary": (returns(lambda o: {"logits": o}), LOGITS),
@@ -535,7 +535,7 @@ def test_an_error_of_the_networks_own_is_shown_as_it_is(own_folder):
         assert "was given (8, 1, 4, 4) of torch.float32 on cpu" in text
 
 
-@pytest.mark.parametrize("label", [-100, -1, 3, 10**9])
+@pytest.mark.parametrize("label", [-1, 3, 10**9])
 def test_labels_beyond_the_outputs_are_refused(label):
     net = made(SmallNet)
     x, y = torch.rand(2, 8, 1, 4, 4), torch.zeros(2, 8, dtype=torch.int64)
@@ -545,7 +545,7 @@ def test_labels_beyond_the_outputs_are_refused(label):
     for probing in (probe.losses, derivatives.gradients, derivatives.mean_gradient):
         with pytest.raises(ConfigError, match=message):
             probing(net, weights, x, y)
-        with pytest.raises(ConfigError, match=r"type of y = torch.float32"):
+        with pytest.raises(ConfigError, match=r"type of labels = torch.float32"):
             probing(net, weights, x, y.float())
     with pytest.raises(ConfigError, match=message):
         probe.evaluate(net, weights, buffers, [(x[1], y[1])])

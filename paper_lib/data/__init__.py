@@ -1,4 +1,4 @@
-"""Load datasets: by name with `load`, or from tensors of your own with `from_tensors`."""
+"""Load datasets: by name with `load`, or of your own with `from_tensors` and `from_loaders`."""
 
 from __future__ import annotations
 
@@ -9,9 +9,21 @@ from typing import Any
 import torch
 
 from paper_lib.data.dataset import DataError, Dataset, TensorDataset, default_device, from_tensors
+from paper_lib.data.loader import LoadedDataset, from_loaders
+from paper_lib.data.loss import Loss
 from paper_lib.errors import check_names, require
 
-__all__ = ["DataError", "Dataset", "TensorDataset", "default_device", "from_tensors", "load"]
+__all__ = [
+    "DataError",
+    "Dataset",
+    "LoadedDataset",
+    "Loss",
+    "TensorDataset",
+    "default_device",
+    "from_loaders",
+    "from_tensors",
+    "load",
+]
 
 MODULES = {"digits": "digits", "cifar10": "cifar", "cifar100": "cifar", "imagefolder": "images"}
 

@@ -108,7 +108,7 @@ class StreamedImages(Dataset):
         if draws is not None:
             flipped = torch.from_numpy(self._augment.flips(draws))
             images[flipped] = images[flipped].flip(-1)
-        return images, self._labels[source][torch.from_numpy(rows)]
+        return images, self._tree.labels[source][torch.from_numpy(rows)]
 
     def _ready(self, x: Tensor, y: Tensor) -> Batch:
         x, y = x.to(self.device, non_blocking=True), y.to(self.device, non_blocking=True)

@@ -58,7 +58,7 @@ def _tried(net: FlatModel, x: Tensor, kept: bool) -> bool:
 def _outputs(net: FlatModel, batches: list[Tensor], kept: bool) -> list[Tensor]:
     """Logits and, if `kept`, the gradient of a random sum of them by each parameter, else zero."""
     with torch.set_grad_enabled(kept):
-        logits = torch.cat([net.forward(batch) for batch in batches]).float()
+        logits = torch.cat([net.loss.chosen(net.forward(x)) for x in batches]).float()
         if not kept:
             return [logits, logits.new_zeros(1)]
         net.backward((logits * _noise(logits)).sum())

@@ -48,6 +48,7 @@ def run_key(config: RunConfig, dataset: Dataset, net: NetFactory | None) -> str:
             _hash(numbers) for numbers in (learning_rates(config), average_vectors(config))
         ],
         "data": dataset.fingerprint,
+        "loss": of_network(dataset.loss),
         "network": None if net is None else of_factory(config, dataset, net),
         "source": SOURCE,
         "format": FORMAT,
@@ -125,8 +126,8 @@ Items = Iterable[tuple[str, Any]]  # what a value is made of, and what each adds
 _repeatable: weakref.WeakValueDictionary[int, Any] = weakref.WeakValueDictionary()
 
 
-def of_network(net: nn.Module) -> str:
-    """Hash of a network as it begins, the same in every process of one minor version of Python.
+def of_network(net: Any) -> str:
+    """Hash of a network as it begins, or a loss, in every process of one minor version of Python.
 
     It takes all that can be reached from the module: tensors, which of them are shared or trained,
     buffers of every kind, submodules and their training modes, hooks, attributes, and of classes

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _NormBase
 from torch.nn.parallel import DistributedDataParallel
 
+from paper_lib.data.loss import CROSS_ENTROPY, Loss
 from paper_lib.errors import ConfigError, brief, require
 
 NetFactory = Callable[[], nn.Module]  # a user's function or class that makes a network
@@ -69,17 +70,19 @@ class FlatModel:
 
     integers: (R,) uint8, the bytes of all buffers that are not floating-point, e.g. counts.
     weights: (P,) float32.  grad: (P,), filled by `backward`.  buffers: (Q,), e.g. BatchNorm's
-    running statistics.  n_classes: outputs that labels need, at least. Raises ConfigError for a
-    module that cannot be trained and probed so: lazy, compiled, scripted or wrapped, in another
-    precision than float32, without trainable parameters, or a BatchNorm with momentum=None.
+    running statistics.  loss: what a batch is judged by. Raises ConfigError for a module that
+    cannot be trained and probed so: lazy, compiled, scripted or wrapped, in another precision than
+    float32, without trainable parameters, or a BatchNorm with momentum=None.
     """
 
-    def __init__(self, module: nn.Module, device: torch.device | str = "cpu", n_classes: int = 1):
+    def __init__(
+        self, module: nn.Module, device: torch.device | str = "cpu", loss: Loss = CROSS_ENTROPY
+    ):
         _check(module)
         for sub in module.modules():
             if isinstance(sub, _NormBase):
                 sub.num_batches_tracked = None  # an integer that only matters without a momentum
-        self.module, self.n_classes = module.to(device), n_classes
+        self.module, self.loss = module.to(device), loss
         self.separable: dict[tuple, bool] = {}  # what probing has found out about it
         self.device = torch.device(device)
         self.parameters = params = [p for p in module.parameters() if p.requires_grad]
@@ -104,15 +107,17 @@ class FlatModel:
         )
         require(not replaced, "buffers replaced by forward", replaced, advice)
 
-    def forward(self, x: Tensor) -> Tensor:
-        """Return the logits (B, classes) of a batch x (B, ...), in channels_last layout if images.
+    def forward(self, x: Any) -> Any:
+        """Return the output for a batch x (B, ...), in channels_last layout if images.
 
-        ConfigError for any other output, and where BatchNorm is left a single value to normalize.
-        Any other error is the network's own, and notes which batch it was given.
+        Several inputs, a TensorDict, go to the module by name, or in order if they have none.
+        ConfigError where BatchNorm is left a single value to normalize. Any other error is the
+        network's own, and notes which batch it was given.
         """
-        given = x.contiguous(memory_format=torch.channels_last) if x.ndim == 4 else x
+        is_image = isinstance(x, Tensor) and x.ndim == 4
+        given = x.contiguous(memory_format=torch.channels_last) if is_image else x
         try:
-            logits = self.module(given)
+            return self._call(given)
         except Exception as error:
             note = f"the network, on {self.device}, was given {_describe(x)} on {x.device}"
             if "more than 1 value per channel" in str(error):
@@ -120,15 +125,13 @@ class FlatModel:
                 raise ConfigError(f"{note}: {advice}") from error
             error.add_note(note)
             raise
-        allowed = (
-            f"its forward must return logits alone, a float tensor ({len(x)}, {self.n_classes} or "
-            "more) that depends on its trainable parameters"
-        )
-        fits = isinstance(logits, Tensor) and logits.is_floating_point()
-        fits = fits and logits.shape[:-1] == (len(x),) and logits.shape[1] >= self.n_classes
-        fits = fits and (logits.requires_grad or not torch.is_grad_enabled())
-        require(fits, "output of the network", _describe(logits), allowed)
-        return logits
+
+    def _call(self, x: Any) -> Any:
+        if isinstance(x, Tensor):
+            return self.module(x)
+        named = dict(x.items())
+        in_order = all(name.isdigit() for name in named)
+        return self.module(*named.values()) if in_order else self.module(**named)
 
     def backward(self, loss: Tensor) -> None:
         """Replace `grad` by the gradient of `loss`."""

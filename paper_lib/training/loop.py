@@ -9,7 +9,6 @@ from typing import Any, Protocol
 
 import numpy as np
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 from paper_lib.config import RunConfig
@@ -67,7 +66,7 @@ def initial_model(config: RunConfig, dataset: Dataset, net: NetFactory | None = 
             )
         else:
             module = net()
-    return FlatModel(module, dataset.device, dataset.n_classes)
+    return FlatModel(module, dataset.device, dataset.loss)
 
 
 def batches(
@@ -99,14 +98,14 @@ def sgd_step(net: FlatModel, velocity: Tensor, lr: float, config: RunConfig) -> 
 
 
 def batch_loss(net: FlatModel, x: Tensor, y: Tensor, config: RunConfig) -> Tensor:
-    """Mean cross-entropy of a batch under the run's precision, a scalar."""
+    """Mean loss of a batch under the run's precision, a scalar."""
     reduced = config.precision == "bfloat16"
     autocast = (
         torch.autocast(net.device.type, torch.bfloat16) if reduced else contextlib.nullcontext()
     )
     with autocast:
-        logits = net.forward(x)
-    return F.cross_entropy(logits.float(), y)
+        output = net.forward(x)
+    return net.loss(output, y)
 
 
 def _seed_step(device: torch.device, step: int, config: RunConfig) -> None:
