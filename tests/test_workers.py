@@ -1,5 +1,6 @@
 """Worker processes: what they are given and give back, and how they and their caller may end."""
 
+import dataclasses
 import os
 import pickle
 import shutil
@@ -171,9 +172,15 @@ def test_what_cannot_be_sent_is_refused():
 
 
 def test_a_worker_with_other_code_or_data_refuses(monkeypatch):
-    config, where = study("smoke", steps=2, record="").run, runs.run_folder
+    config = study("smoke", steps=2, record="").run
     module = sys.modules["paper_lib.runs.obtain"]
-    monkeypatch.setattr(module, "run_folder", lambda *args: where(*args).with_name("other"))
+    found = module._run
+
+    def elsewhere(*args):
+        run = found(*args)
+        return dataclasses.replace(run, folder=run.folder.with_name("other"))
+
+    monkeypatch.setattr(module, "_run", elsewhere)
     with pytest.raises(WorkerError, match="changed since this session began: restart it"):
         runs.train_seeds(config, [0, 1], progress=False)
 

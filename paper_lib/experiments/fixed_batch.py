@@ -24,14 +24,16 @@ NOISE = 1e-5  # nats: float32 losses of order 1 are good to about 1e-6; less is 
 
 
 def along(run: Run, first: int, last: int, n: int = 7) -> np.ndarray:
-    """n iterates from x_first to x_last, (n, P), about equally far apart in time.
+    """At most n iterates from x_first to x_last, (n, P), about equally far apart in time.
 
-    ConfigError for an empty window, SnapshotError for iterates that were not kept.
+    Of those that were kept; ConfigError for an empty window, SnapshotError where an end was not.
     """
     allowed = "it is empty: the last step must come after the first"
     require(last > first, "window", (first, last), allowed)
-    steps = np.unique(np.linspace(first, last, n).round().astype(int))
-    return np.array(run.weights[run.rows(steps)])
+    begin, end = run.rows([first, last])
+    at = np.linspace(first, last, n).round()
+    nearest = np.abs(run.steps[begin : end + 1, None] - at).argmin(0)
+    return np.array(run.weights[begin + np.unique(nearest)])
 
 
 def random_path(points: np.ndarray, seed: int = 0) -> np.ndarray:
@@ -45,6 +47,16 @@ def random_path(points: np.ndarray, seed: int = 0) -> np.ndarray:
 def segment(start: np.ndarray, end: np.ndarray, n: int = 9) -> np.ndarray:
     """n points on the straight line between two weight vectors, both included, (n, P)."""
     return start + np.linspace(0, 1, n, dtype=np.float32)[:, None] * (end - start)
+
+
+def middle(start: np.ndarray, end: np.ndarray, reach: float, n: int = 9) -> np.ndarray:
+    """The n points in the middle of a `segment` that are less than `reach` apart, (n, P).
+
+    The whole segment where it is so short that n points of it are.
+    """
+    part = min(1.0, 0.9 * (n - 1) * reach / float(np.linalg.norm(end - start)))
+    at = 0.5 + part * (np.linspace(0, 1, n, dtype=np.float32) - 0.5)
+    return start + at[:, None] * (end - start)
 
 
 def lengths(points: np.ndarray) -> np.ndarray:

@@ -72,6 +72,33 @@ def measure(
     return probe.per_run(runs, at, one, f"one step, batches of {size}").assign(size=size)
 
 
+def along_own_step(
+    runs: Sequence[Run],
+    at: Sequence[int],
+    n_held: int = 8,
+    multiples: np.ndarray = MULTIPLES,
+) -> pd.DataFrame:
+    """Probe each run at the snapshots `at`, along the step that its optimizer took there.
+
+    The step is d = x_{t+1} - x_t, whatever took it; `probe` are multiples of it. One row per seed,
+    snapshot and probe step: losses of the step's batch, `own`, and of n_held held-out ones, `held`,
+    and the parabola of the own batch's loss by its slope and curvature there, `parabola`.
+    SnapshotError where x_t or x_{t+1} was not kept.
+    """
+
+    def one(run: Run, net: FlatModel, step: int) -> pd.DataFrame:
+        x, later = (np.array(run.at(t)) for t in (step, step + 1))
+        own, direction = run.batches([step]), later - x
+        slope = float(derivatives.gradients(net, x, *own)[0] @ direction)
+        bend = float(derivatives.curvature(net, x, direction, *own)[0] * (direction @ direction))
+        losses = probe.line(net, x, direction, multiples, *own)[:, 0]
+        held = probe.line(net, x, direction, multiples, *run.held(step, n_held)).mean(1)
+        model = losses[0] + slope * multiples + bend * multiples**2 / 2
+        return pd.DataFrame({"probe": multiples, "own": losses, "held": held, "parabola": model})
+
+    return probe.per_run(runs, at, one, "the optimizer's own step")
+
+
 def trained_loss(runs: Sequence[Run], n_batches: int) -> pd.Series:
     """Mean training loss (nats) at the end of each run, by seed.
 

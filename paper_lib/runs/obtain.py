@@ -21,6 +21,7 @@ from paper_lib.config import RunConfig, Study, check_seeds
 from paper_lib.data import Dataset
 from paper_lib.errors import ConfigError, require
 from paper_lib.runs import budget, checksums, parallel
+from paper_lib.runs.finished import parts
 from paper_lib.runs.identity import average_vectors, learning_rates, run_key
 from paper_lib.runs.store import Recorder, Run
 from paper_lib.training import distributed, loop
@@ -29,7 +30,12 @@ from paper_lib.training.loop import Report, State
 
 
 def train(study: Study, config: RunConfig, progress: bool = True) -> list[Run]:
-    """The runs of a config for every seed of a study, on its own data and network if any."""
+    """The runs of a config for every seed of a study, on its own data and network if any.
+
+    Of a study of finished runs they are stretches of these; ConfigError where that is not in them.
+    """
+    if study.finished:
+        return parts(study, config)
     return train_seeds(config, study.seeds, study.dataset, study.net, progress)
 
 
