@@ -5,16 +5,23 @@ SEEDS ?=
 JOBS ?= 2
 PYTHON ?= python3
 NOTEBOOKS := $(shell ls notebooks 2>/dev/null | sed -n 's/^\([0-9][0-9]_[A-Za-z0-9_-]*\)\.ipynb$$/\1/p')
+# Of a run of one's own: those that need no other.
+FIGURES = $(if $(OWN),$(filter 01_% 02_% 03_% 04_% 14_%,$(NOTEBOOKS)),$(NOTEBOOKS))
 RUNS_NOTEBOOKS := $(filter figures $(NOTEBOOKS),$(MAKECMDGOALS))
 
 # Settings are neither text of make's nor of the shell's: they are taken as they are, and reach commands quoted or
 # as variables of the environment.
 ASKED := $(filter-out file,$(origin PYTHON))
-SETTINGS := CONFIG SEEDS JOBS FRESH TODO PY PYTHON DATA RESULTS RUNS PAPER_DATA PAPER_RESULTS PAPER_RUNS
+SETTINGS := CONFIG OWN SEEDS JOBS FRESH TODO PY PYTHON DATA RESULTS RUNS PAPER_DATA PAPER_RESULTS PAPER_RUNS
 $(foreach v,$(SETTINGS),$(if $(value $v),$(eval override $v := $$(value $v))))
-export CONFIG SEEDS JOBS TODO
 quoted = '$(subst ','\'',$1)'
 absolute = $(if $(filter /%,$(firstword $1)),$1,$(CURDIR)/$1)
+# A study of one's own is a Python file, whose results go under its name.
+ifneq ($(OWN),)
+override CONFIG := $(basename $(notdir $(OWN)))
+endif
+PRESET := $(if $(OWN),$(call absolute,$(OWN)),$(CONFIG))
+export CONFIG PRESET SEEDS JOBS TODO
 WRONG := $(shell case $(call quoted,$(CONFIG)) in (''|[.-]*|*[/[:space:]]*) echo 'CONFIG: give the name of a preset' ;; esac; \
 	case $(call quoted,$(JOBS)) in (0*|*[!0-9]*) echo 'JOBS: give a number from 1' ;; esac)
 define newline
@@ -66,6 +73,7 @@ help: ## list the tasks and settings
 	@echo
 	@echo "Settings, as in 'make figures CONFIG=cifar10 SEEDS=\"0 1 2\"':"
 	@echo "  CONFIG=digits    preset: smoke, digits, cifar10_small, cifar10, imagenet, ... (README)"
+	@echo "  OWN=my_run.py    in place of a preset, a Python file with a run, or network and data, of your own"
 	@echo "  SEEDS=\"0 1 2\"    seeds, instead of the preset's own"
 	@echo "  JOBS=2           notebooks at a time, which share the cores"
 	@echo "  DATA=data        where datasets are; likewise RUNS=runs and RESULTS=results, which is"
@@ -84,12 +92,12 @@ BUILT_WITH := $(shell cat .venv/.complete 2>/dev/null)
 other-python:
 
 train: $(ENV) ## train a preset's runs ahead of time (figures trains what it needs)
-	@exec $(python) -m paper_lib train --preset "$$CONFIG" $(if $(SEEDS),--seeds "$$SEEDS")
+	@exec $(python) -m paper_lib train --preset "$$PRESET" $(if $(SEEDS),--seeds "$$SEEDS")
 
 # A stamp for each notebook, in a folder for each combination of settings, says what it made: where that is gone or
 # changed, so is the stamp. Prerequisites come from an include, which is written anew when a source changed; of files,
 # those count whose names a module or notebook can have.
-STAMPS := .build/stamps/$(shell printf '%s\n' $(foreach v,CONFIG SEEDS PAPER_DATA PAPER_RESULTS,$(call quoted,$($v))) \
+STAMPS := .build/stamps/$(shell printf '%s\n' $(foreach v,PRESET SEEDS PAPER_DATA PAPER_RESULTS,$(call quoted,$($v))) \
 	| cksum | tr ' ' -)
 ifneq ($(RUNS_NOTEBOOKS),)
 $(if $(wildcard $(STAMPS)/*),$(shell $(python) -m scripts.stamps $(STAMPS) >&2))
@@ -101,20 +109,20 @@ include .build/dependencies.mk
 endif
 
 $(NOTEBOOKS): %: $(STAMPS)/%
-$(STAMPS)/%: | $(ENV)
-	@exec $(python) -m scripts.notebooks run $* --preset="$$CONFIG" --seeds="$$SEEDS" --stamps $(STAMPS) \
+$(STAMPS)/%: $(wildcard $(OWN)) | $(ENV)
+	@exec $(python) -m scripts.notebooks run $* --preset="$$PRESET" --seeds="$$SEEDS" --stamps $(STAMPS) \
 	--jobs="$$JOBS" --todo="$$TODO" --after $^
 
 # What is out of date is what make would run now; settings and data are checked before it does.
 figures: $(ENV) ## run every notebook whose result is out of date, into results/CONFIG; compare with the committed
-	@planned=$$($(MAKE) --no-print-directory -n $(NOTEBOOKS)) || exit 2; \
+	@planned=$$($(MAKE) --no-print-directory -n $(FIGURES)) || exit 2; \
 	todo=$$(echo "$$planned" | sed -n 's/.*scripts\.notebooks run \([^ ]*\).*/\1/p' | tr '\n' ' '); \
 	{ test -z "$$todo" || { \
-	$(python) -m scripts.notebooks begin $$todo --preset="$$CONFIG" --seeds="$$SEEDS" --stamps $(STAMPS) --jobs="$$JOBS" && \
+	$(python) -m scripts.notebooks begin $$todo --preset="$$PRESET" --seeds="$$SEEDS" --stamps $(STAMPS) --jobs="$$JOBS" && \
 	TODO="$$todo" $(MAKE) --no-print-directory $$todo && \
 	{ $(python) -m scripts.compare $(if $(FRESH),,--keep) $(HERE); test $$? -lt 2; }; }; } && \
 	$(python) -m scripts.report $(HERE) && \
-	echo "$(words $(NOTEBOOKS)) notebooks are up to date in" $(HERE)
+	echo "$(words $(FIGURES)) notebooks are up to date in" $(HERE)
 
 compare: $(ENV) ## compare results/CONFIG with what is committed, within stated tolerances
 	@$(python) -m scripts.compare $(HERE)

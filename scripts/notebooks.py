@@ -82,7 +82,10 @@ def not_run(
     preset: str, seeds: Sequence[int] = (), overrides: dict[str, Any] | str = "{}"
 ) -> tuple[str, ...]:
     """Tags of the cells that a study does not run; ConfigError for settings that cannot work."""
-    return () if study(preset, overrides, seeds=list(seeds)).limits else (LIMITS,)
+    chosen = study(preset, overrides, seeds=list(seeds))
+    if chosen.finished:
+        return LIMITS, MORE_RUNS
+    return () if chosen.limits else (LIMITS,)
 
 
 def execute(
@@ -114,8 +117,8 @@ def run(name: str, preset: str, seeds: Sequence[int], stamp: Path, after: Sequen
     are. It is dated when the run began, since what changed meanwhile it may not have seen.
     """
     given = {"preset": preset, **({"seeds": list(seeds)} if seeds else {})}
-    left_out = not_run(**given)
-    draft, results = BUILD / "drafts" / preset / name, folder("results").resolve()
+    left_out, place = not_run(**given), study(**given).preset
+    draft, results = BUILD / "drafts" / place / name, folder("results").resolve()
     with lock(draft):
         newest = max(path.stat().st_mtime_ns for path in after)
         if stamps.holds(stamp) and stamp.stat().st_mtime_ns >= newest:
@@ -125,12 +128,12 @@ def run(name: str, preset: str, seeds: Sequence[int], stamp: Path, after: Sequen
         print(f"{name}: running on {preset}", flush=True)
         os.environ["PAPER_RESULTS"] = str(draft / "results")
         executed = execute(SOURCES / f"{name}.ipynb", draft / f"{name}.ipynb", given, left_out)
-        published = draft / "results" / preset / "notebooks" / f"{name}.ipynb"
+        published = draft / "results" / place / "notebooks" / f"{name}.ipynb"
         publish(executed, published, {str(draft / "results"): "results"})
         files = move(draft / "results", results)
-        for old in set((results / preset / "figures").glob(f"{name[:2]}_*")) - set(files):
+        for old in set((results / place / "figures").glob(f"{name[:2]}_*")) - set(files):
             old.unlink()
-        record(results / preset, name, (time.time_ns() - began) / 1e9)
+        record(results / place, name, (time.time_ns() - began) / 1e9)
         stamps.write(stamp, files, began)
         shutil.rmtree(draft)
     return True
@@ -245,20 +248,22 @@ def begin(preset: str, seeds: Sequence[int], todo: Sequence[str], stamped: Path,
     Raises ConfigError for settings that cannot work, ResultError for folders that nobody can write
     into and NotebookError for data that are missing.
     """
-    config = study(preset, seeds=list(seeds)).run
-    for kind, place in (("RESULTS", folder("results") / preset), ("RUNS", folder("runs"))):
+    chosen = study(preset, seeds=list(seeds))
+    config, results = chosen.run, folder("results") / chosen.preset
+    for kind, place in (("RESULTS", results), ("RUNS", folder("runs"))):
         require_writable(place, kind)
     from paper_lib.data import load
 
     options = {"held_out": config.held_out, "image_size": config.image_size or None}
     try:
-        load(config.data, folder("data"), **options)
+        if chosen.dataset is None:
+            load(config.data, folder("data"), **options)
     except (ValueError, OSError) as error:
         raise NotebookError(f"no notebook can run on {preset}: {error}") from error
     for name in todo:
         remove(stamped / name)
     left = remaining(preset, todo, stamped, jobs)
-    print(f"{len(todo)} notebooks to run, into {folder('results') / preset}{left}", flush=True)
+    print(f"{len(todo)} notebooks to run, into {results}{left}", flush=True)
 
 
 def require_writable(place: Path, setting: str) -> None:
@@ -276,7 +281,7 @@ def remaining(preset: str, todo: Sequence[str], stamped: Path, jobs: int) -> str
     """How many are done, and the minutes that others take by the times of the committed results."""
     left = [name for name in todo if not (stamped / name).exists()]
     done = f", {len(todo) - len(left)} of {len(todo)}" if len(left) < len(todo) else ""
-    times = environment(ROOT / "results" / preset)["notebooks"]
+    times = environment(ROOT / "results" / Path(preset).stem)["notebooks"]
     if not left or not set(left) <= set(times):
         return done
     minutes = sum(times[name]["seconds"] for name in left) / min(jobs, len(left)) / 60
