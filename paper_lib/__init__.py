@@ -19,7 +19,7 @@ from __future__ import annotations
 from importlib import import_module
 from typing import Any
 
-__version__ = "0.3.0"
+__version__ = "0.4.0"
 
 PARTS = """averaging config data errors experiments files presets probing results runs theory
 training""".split()

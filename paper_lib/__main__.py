@@ -1,14 +1,18 @@
-"""The command line, `paper-lib` or `python -m paper_lib`: train, plan, jpegs, cooldown."""
+"""The command line, `paper-lib` or `python -m paper_lib`: train, plan, verify, jpegs, cooldown."""
 
 from __future__ import annotations
 
 import argparse
+import io
+import os
 import re
 import sys
 from collections.abc import Callable, Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any, NoReturn
+
+from tqdm import tqdm
 
 from paper_lib import __version__
 from paper_lib.averaging.schedules import COOLDOWNS
@@ -57,6 +61,27 @@ def plan(preset: str, rate: float | None, **settings: str) -> None:
     print(shown.to_string(index=False, float_format=lambda value: f"{value:,.2f}"))
     columns = [name for name in ("million images", "GB on disk", "hours") if name in table]
     print("together: " + ", ".join(f"{table[name].sum():,.2f} {name}" for name in columns))
+
+
+def verify(runs: Path | None) -> int:
+    """Check every file of all runs; the exit code is 1 where one is damaged. Changes nothing."""
+    top = (runs or folder("runs")).absolute()
+    require(top.is_dir(), "folder", str(top), "it must be one of runs")
+    from paper_lib.runs import checksums
+
+    of_run = re.compile("-[0-9a-f]{12}$").search
+    found = [top] if of_run(top.name) else sorted(p for p in top.iterdir() if of_run(p.name))
+    damaged = size = 0
+    for path in tqdm(found, desc="checking", unit="run"):
+        try:
+            size += sum(one.size for one in checksums.verified(path).values())
+        except OSError as error:
+            damaged += 1
+            tqdm.write(str(error))
+    print(f"{len(found) - damaged} of {len(found)} runs are what was written: {size / 1e9:.2f} GB")
+    if damaged:
+        print(f"{damaged} damaged: each is set aside and trained again by whatever needs it next")
+    return int(damaged > 0)
 
 
 def jpegs(dataset: str, target: Path) -> None:
@@ -108,10 +133,13 @@ def _parser() -> argparse.ArgumentParser:
         return added
 
     _add_settings(command(train))
-    planner, writer, cooler = command(plan), command(jpegs), command(cooldown)
+    planner, checker = command(plan), command(verify)
+    writer, cooler = command(jpegs), command(cooldown)
     _add_settings(planner)
     about = "of all devices, as train shows it"
     planner.add_argument("--images-per-second", dest="rate", type=float, help=about)
+    about = "where the runs are, by default where they are kept"
+    checker.add_argument("runs", type=Path, nargs="?", metavar="folder", help=about)
     writer.add_argument("dataset", help="cifar10 or cifar100")
     writer.add_argument("target", type=Path, metavar="folder")
     about = "files, or a folder: .pt, .pth, .safetensors, named by step"
@@ -123,6 +151,8 @@ def _parser() -> argparse.ArgumentParser:
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run a command; return the exit code (2 for settings that cannot work)."""
+    if isinstance(sys.stdout, io.TextIOWrapper):  # show any name, and notice a closed pipe at once
+        sys.stdout.reconfigure(errors="backslashreplace", line_buffering=True)
     words = sys.argv[1:] if argv is None else argv
     words = [re.sub(r"^--\w+", lambda flag: flag[0].replace("_", "-"), word) for word in words]
     try:
@@ -131,14 +161,16 @@ def main(argv: Sequence[str] | None = None) -> int:
         if "preset" in known:
             check_names(flags, [*RUN_SETTINGS, *STUDY_SETTINGS], "setting")
         require(not unknown, "command", " ".join(words), f"unexpected words {' '.join(unknown)}")
-        known.carry_out(**{name: v for name, v in vars(known).items() if name != "carry_out"})
+        return known.carry_out(**{n: v for n, v in vars(known).items() if n != "carry_out"}) or 0
+    except BrokenPipeError:  # the reader, such as head, has enough; Python writes again at exit
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 1
     except (ConfigError, OSError, MemoryError) as error:
-        print(f"error: {error}", file=sys.stderr)
+        print("error:", *(str(error) or "out of memory").splitlines(), file=sys.stderr)
         return 2
     except KeyboardInterrupt:
         print("interrupted: the same command goes on where this one stopped", file=sys.stderr)
         return 130
-    return 0
 
 
 if __name__ == "__main__":

@@ -16,7 +16,7 @@ from pydantic import AfterValidator, BeforeValidator, ConfigDict, Field, Validat
 from pydantic.dataclasses import dataclass
 
 from paper_lib.averaging import schedules, vectors
-from paper_lib.errors import ConfigError, brief, check_names, require
+from paper_lib.errors import ConfigError, brief, check_names, require, require_folder_name
 from paper_lib.files import folder
 
 
@@ -52,12 +52,17 @@ def unique(seeds: tuple[int, ...]) -> tuple[int, ...]:
     return seeds
 
 
-Int = Annotated[int, BeforeValidator(as_number), Field(lt=2**63)]
+LONGEST = 10_000_000  # steps of a run, whose log, schedule and averages are held in memory
+
+Int = Annotated[int, BeforeValidator(as_number), Field(le=10**18)]
 Natural = Annotated[Int, Field(ge=0)]
 Positive = Annotated[Int, Field(ge=1)]
 Float = Annotated[float, BeforeValidator(as_number)]
 Naturals = Annotated[tuple[Natural, ...], BeforeValidator(as_items)]
-Floats = Annotated[tuple[Float, ...], BeforeValidator(as_items)]
+Step = Annotated[Natural, Field(le=LONGEST)]
+Steps = Annotated[Step, Field(ge=1)]
+Factors = Annotated[tuple[Annotated[Float, Field(ge=0)], ...], BeforeValidator(as_items)]
+Word = Annotated[str, Field(pattern=r"^\w+$")]  # it is part of a folder's name
 Names = Annotated[tuple[str, ...], BeforeValidator(as_names)]
 Seeds = Annotated[Naturals, Field(min_length=1), AfterValidator(unique)]
 Norm = Literal["batch", "group", "none"]
@@ -89,12 +94,9 @@ def _one_line(error: ValidationError) -> ConfigError:
     if isinstance(cause, ConfigError):
         return cause
     path = [part for part in fault["loc"] if str(part).isalnum() or str(part).isidentifier()]
-    name = ".".join(map(str, path))
-    allowed = (
-        str(cause or fault["msg"])
-        .replace("Input should be", "it must be")
-        .replace("valid tuple", "list, such as [0, 1]")
-    )
+    name, allowed = ".".join(map(str, path)), str(cause or fault["msg"])
+    allowed = allowed.replace("Input should be", "it must be")
+    allowed = allowed.replace("valid tuple", "list, such as [0, 1]")
     return ConfigError(f"{name} = {brief(fault['input'])} is not allowed: {allowed}")
 
 
@@ -115,16 +117,16 @@ class RunConfig:
     data: Annotated[str, "digits, cifar10, cifar100, imagefolder, or your own"] = "digits"
     held_out: Annotated[Natural, "training images kept apart, for held-out batches"] = 8000
     image_size: Annotated[Natural, "pixels, for imagefolder alone, which needs it"] = 0
-    model: Annotated[str, "a network of training, such as resnet8 or resnet50"] = "resnet8"
-    width: Annotated[Positive, "channels of the network's first stage"] = 8
+    model: Annotated[Word, "a network of training, such as resnet8 or resnet50"] = "resnet8"
+    width: Annotated[Positive, Field(le=65_536), "channels of the network's first stage"] = 8
     norm: Annotated[Norm, "batch, group or none"] = "batch"
     activation: Annotated[Activation, "relu, silu or gelu"] = "relu"
     batch_size: Annotated[Positive, "images in a batch"] = 64
-    lr: Annotated[Float, "learning rate"] = 1.0
-    schedule: Annotated[str | Floats, "a name, or one factor of lr per step"] = "constant"
+    lr: Annotated[Float, Field(gt=0), "learning rate"] = 1.0
+    schedule: Annotated[str | Factors, "a name, or one factor of lr per step"] = "constant"
     momentum: Annotated[Float, Field(ge=0, lt=1), "momentum of SGD"] = 0.0
     weight_decay: Annotated[Float, Field(ge=0), "weight decay, added to the gradient"] = 5e-4
-    steps: Annotated[Int, "step at which the run ends"] = 1500
+    steps: Annotated[Step, "step at which the run ends"] = 1500
     record: Annotated[str, "snapshots kept: 0-50,75-1500/25 is 0 to 50, then every 25th"] = ""
     checkpoints: Annotated[Naturals, "steps to branch from; the end always is one"] = ()
     averages: Annotated[Names, "averages kept of all iterates: EMA 0.99, uniform 400"] = ()
@@ -134,7 +136,7 @@ class RunConfig:
     compile: Annotated[bool, "torch.compile the forward pass: other last bits"] = False
     threads: Annotated[Positive, "CPU threads of a run: other last bits"] = 1
     parent: Annotated[RunConfig | None, "the run that this one leaves"] = None
-    start: Annotated[Natural, "the step of its parent at which this run begins"] = 0
+    start: Annotated[Step, "the step of its parent at which this run begins"] = 0
     perturbation: Annotated[Float, Field(ge=0), "displacement of the start over its norm"] = 0.0
 
     def __post_init__(self) -> None:
@@ -182,19 +184,22 @@ class Study:
 
     preset: str
     run: Annotated[RunConfig, "the warm-up to the stationary state, at a constant lr"]
-    window: Annotated[Positive, "steps after the warm-up, every iterate recorded"] = 800
-    horizon: Annotated[Natural, "steps that the scoreboard averages; 0: the window"] = 0
-    decay: Annotated[Positive, "steps in which a decayed run takes lr to zero"] = 800
+    window: Annotated[Steps, "steps after the warm-up, every iterate recorded"] = 800
+    horizon: Annotated[Step, "steps that the scoreboard averages; 0: the window"] = 0
+    decay: Annotated[Steps, "steps in which a decayed run takes lr to zero"] = 800
     seeds: Annotated[Seeds, "seeds, as in --seeds '0 1 2'"] = (0, 1, 2)
     probe_batches: Annotated[Positive, "snapshots, or batches, per seed in a probe"] = 16
     eval_batches: Annotated[Positive, "batches in an estimate of the training loss"] = 128
     eval_images: Annotated[Positive, "images of a split in an evaluation of weights"] = 2500
+    limits: Annotated[bool, "whether notebooks measure their limits and checks too"] = True
     label: str = field(default="", repr=False)  # how figures name the setting
     custom: str = field(default="", repr=False)  # digits for what differs from the preset
     dataset: Any = field(default=None, repr=False, compare=False)
     net: Any = field(default=None, repr=False, compare=False)
+    finished: Any = field(default=(), repr=False, compare=False)  # runs that were trained elsewhere
 
     def __post_init__(self) -> None:
+        require_folder_name("preset", self.preset)
         is_class = isinstance(self.net, type)
         makes = callable(self.net) and (is_class or not hasattr(self.net, "state_dict"))
         allowed = "pass the function that makes the network, such as its class, not the network"
@@ -204,6 +209,11 @@ class Study:
     def results(self) -> Path:
         """Folder of the results: the preset's, or one of its own if settings were changed."""
         return folder("results") / (f"{self.preset}-{self.custom}" if self.custom else self.preset)
+
+    @property
+    def unit(self) -> str:
+        """Unit of the loss, as labels say it."""
+        return "nats" if self.dataset is None else self.dataset.loss.unit
 
     @property
     def averaged_steps(self) -> int:
@@ -247,7 +257,7 @@ class Study:
 
 def check_seeds(seeds: Any) -> tuple[int, ...]:
     """Return seeds as a tuple; raise ConfigError if there are none, or one stands twice."""
-    return Study(preset="", run=RunConfig(), seeds=seeds).seeds
+    return Study(preset="any", run=RunConfig(), seeds=seeds).seeds
 
 
 def meanings(cls: type) -> dict[str, str]:
@@ -258,7 +268,6 @@ def meanings(cls: type) -> dict[str, str]:
 
 def check_run(c: RunConfig) -> None:
     """Raise ConfigError where settings of a run, each good by itself, cannot work together."""
-    require(c.lr > 0, "lr", c.lr, "the learning rate must be > 0")
     sized = c.image_size > 0 or c.data != "imagefolder"
     require(sized, "image_size", c.image_size, "a tree of images needs the size to load at")
     allowed = f"the run starts at step {c.start} and must take at least one"
@@ -268,6 +277,10 @@ def check_run(c: RunConfig) -> None:
     if c.parent is not None:
         allowed = f"the parent run ends at step {c.parent.steps}"
         require(c.start <= c.parent.steps, "start", c.start, allowed)
+        for name in ("model", "width", "norm"):
+            before = getattr(c.parent, name)
+            allowed = f"a branch keeps the network of its parent, {before!r}"
+            require(getattr(c, name) == before, name, getattr(c, name), allowed)
     if isinstance(c.schedule, str):
         check_names([c.schedule], schedules.COOLDOWNS, "schedule")
     else:
@@ -287,16 +300,17 @@ def check_run(c: RunConfig) -> None:
 
 def parse_record(record: str) -> np.ndarray:
     """Turn "0-50,100-1500/25" (both ends included) into ascending snapshot steps, shape (n,)."""
-    steps: set[int] = set()
+    windows = [np.arange(0)]
     for part in filter(None, record.replace(" ", "").split(",")):
         match = re.fullmatch(r"(\d{1,9})(?:-(\d{1,9})(?:/(\d{1,9}))?)?", part)
         if match is None:
-            allowed = "write windows as first-last or first-last/stride"
-            raise ConfigError(f"record = {record!r} is not allowed: {allowed}")
+            allowed = f"write windows as first-last or first-last/stride, up to step {LONGEST}"
+            raise ConfigError(f"record = {brief(record)} is not allowed: {allowed}")
         first, last, stride = int(match[1]), int(match[2] or match[1]), int(match[3] or 1)
-        require(last >= first and stride >= 1, "record", record, f"the window {part!r} is empty")
-        steps.update(range(first, last + 1, stride))
-    return np.array(sorted(steps), dtype=np.int64)
+        allowed = f"the window {part!r} is empty, or goes beyond step {LONGEST}"
+        require(first <= last <= LONGEST and stride >= 1, "record", record, allowed)
+        windows.append(np.arange(first, last + 1, stride))
+    return np.unique(np.concatenate(windows))
 
 
 def describe(steps: np.ndarray) -> str:

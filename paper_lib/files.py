@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import shutil
+import sys
 import zlib
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
@@ -11,6 +12,16 @@ from pathlib import Path
 
 import filelock
 import numpy as np
+from tqdm import tqdm
+
+from paper_lib.errors import require
+
+LOCK_S = 1.0  # after which a process says that it waits
+
+
+def say(line: str) -> None:
+    """Print a line on stderr, beside any progress bar."""
+    tqdm.write(line, file=sys.stderr)
 
 
 def folder(kind: str) -> Path:
@@ -21,6 +32,8 @@ def folder(kind: str) -> Path:
     .build/scratch, so that a notebook run by hand never touches those that are committed.
     """
     if named := os.environ.get(f"PAPER_{kind.upper()}"):
+        is_folder = os.path.isdir(named) or not os.path.lexists(named)
+        require(is_folder, f"PAPER_{kind.upper()}", named, "it must name a folder")
         return Path(named)
     for top in (Path.cwd(), *Path.cwd().parents):
         project = top / "pyproject.toml"
@@ -48,10 +61,29 @@ def replacing(path: Path | str) -> Iterator[Path]:
         temporary.unlink(missing_ok=True)
 
 
-def lock(path: Path) -> filelock.FileLock:
-    """Return the lock of `path` between processes; the system releases it when its holder dies."""
+@contextmanager
+def lock(path: Path) -> Iterator[None]:
+    """Hold the lock of `path` between processes; say so where another one has it.
+
+    The system releases it when its holder dies.
+    """
     path.parent.mkdir(parents=True, exist_ok=True)
-    return filelock.FileLock(path.with_name(f".{path.name}.lock"))
+    free = filelock.FileLock(path.with_name(f".{path.name}.lock"))
+    try:
+        held = free.acquire(timeout=LOCK_S)
+    except filelock.Timeout:
+        say(f"waiting for another process, which is making {path}")
+        held = free.acquire()
+    with held:
+        yield
+
+
+def remove(path: Path) -> None:
+    """Remove a file, a link, or a folder with all that it holds, if there is one."""
+    if path.is_dir() and not path.is_symlink():
+        shutil.rmtree(path)
+    else:
+        path.unlink(missing_ok=True)
 
 
 def allocate(path: Path, shape: tuple[int, ...], dtype: str) -> np.memmap:

@@ -3,10 +3,14 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 import hashlib
+import importlib
 import json
-from collections.abc import Mapping
+import sys
+from collections.abc import Mapping, Sequence
 from contextlib import suppress
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -14,7 +18,9 @@ import numpy as np
 from paper_lib.config import RunConfig, Study, as_items, describe
 from paper_lib.errors import check_names, require
 
-NOT_SET = "parent start perturbation seed batch_seed preset run label custom dataset net".split()
+NOT_SET = (
+    "parent start perturbation seed batch_seed preset run label custom dataset net finished".split()
+)
 RUN_SETTINGS = [f.name for f in dataclasses.fields(RunConfig) if f.name not in NOT_SET]
 STUDY_SETTINGS = [f.name for f in dataclasses.fields(Study) if f.name not in NOT_SET]
 
@@ -23,7 +29,8 @@ def _changed(base: Study, settings: Mapping[str, Any], **others: Any) -> Study:
     """`base` with settings of its run and its own by name; empty `seeds` stand for its seeds."""
     run = {name: value for name, value in settings.items() if name in RUN_SETTINGS}
     others |= {name: value for name, value in settings.items() if name in STUDY_SETTINGS}
-    if as_items(others.get("seeds")) in (None, [], ()):
+    seeds = as_items(others.get("seeds"))
+    if seeds is None or (isinstance(seeds, list | tuple) and not seeds):
         others.pop("seeds", None)
     return dataclasses.replace(base, run=base.run.replace(**run), **others)
 
@@ -99,14 +106,19 @@ _add(  # the usual recipe, its lr 0.1 with momentum 0.9 as plain SGD, and consta
 def study(preset: str, settings: Mapping[str, Any] | str = "{}", **overrides: Any) -> Study:
     """Return a preset with settings changed, each by its name in `RunConfig` or `Study`.
 
+    A path to a Python file, my_run.py, stands for the `study` that it makes: its own preset.
+
     `settings` may also be JSON, as papermill's -p passes it. Empty `seeds` stand for the preset's
     own. A changed `steps` cuts the preset's windows to the shorter run, unless `record` is given
     too. Settings other than seeds that differ from the preset's are added to the label, and their
     results go to a folder of their own.
     Raises ConfigError for an unknown preset or setting (with the nearest match) or a bad value.
     """
-    check_names([preset], PRESETS, "preset")
-    base, given = PRESETS[preset], {**_by_name(settings), **overrides}
+    is_file = str(preset).endswith(".py")
+    if not is_file:
+        check_names([preset], PRESETS, "preset")
+    base = from_file(preset) if is_file else PRESETS[preset]
+    given = {**_by_name(settings), **overrides}
     check_names(given, [*RUN_SETTINGS, *STUDY_SETTINGS], "setting")
     changes = dict(given)
     if "steps" in given:
@@ -119,6 +131,25 @@ def study(preset: str, settings: Mapping[str, Any] | str = "{}", **overrides: An
     differing = [f"{name} = {after[name]}" for name in names]
     custom = _digits(sorted(differing)) if differing else ""
     return dataclasses.replace(chosen, label=", ".join([base.label, *differing]), custom=custom)
+
+
+def from_file(path: str) -> Study:
+    """The study that a Python file makes, under the file's name.
+
+    There `study` is the study, or a function that makes it. ConfigError where it is neither.
+    """
+    file = Path(path).resolve()
+    require(file.is_file(), "preset", path, "there is no such file")
+    if str(file.parent) not in sys.path:  # where workers find the file's classes, too
+        sys.path.insert(0, str(file.parent))
+    module = importlib.import_module(file.stem)
+    same = Path(module.__file__ or "").resolve() == file
+    require(same, "preset", path, f"another module is called {file.stem}: rename the file")
+    made: Any = getattr(module, "study", None)
+    made = made() if callable(made) else made
+    allowed = "it must make one by presets.own(...) or presets.finished(...)"
+    require(isinstance(made, Study), "study", f"{type(made).__name__} in {path}", allowed)
+    return dataclasses.replace(made, preset=file.stem, custom="")
 
 
 def own(dataset: Any, net: Any = None, *, lr: float, steps: int, **settings: Any) -> Study:
@@ -158,8 +189,52 @@ def own(dataset: Any, net: Any = None, *, lr: float, steps: int, **settings: Any
     return dataclasses.replace(found, custom=_digits([found.run.to_dict(), measured]))
 
 
+def finished(runs: Sequence[Any], label: str, **settings: Any) -> Study:
+    """Return a study of runs that were trained elsewhere (`runs.from_checkpoints`), to look at.
+
+    Its window is the longest stretch of consecutive iterates that all of them recorded; what comes
+    after it counts as the decay to a fully trained network. Settings are those of `Study`.
+    Raises ConfigError for runs of one seed, of several networks' data, or without such a stretch.
+    """
+    allowed = [name for name in STUDY_SETTINGS if name not in ("seeds", "window", "decay")]
+    check_names(settings, allowed, "setting of a study of finished runs")
+    base, dataset = runs[0].config, runs[0].dataset
+    kept = functools.reduce(np.intersect1d, [run.steps for run in runs])
+    breaks = np.flatnonzero(np.diff(kept[kept > 0]) != 1) + 1
+    stretch = max(np.split(kept[kept > 0], breaks), key=len)
+    advice = "record consecutive iterates, as in Snapshots(folder, '0-50,100-1000/50,1000-1100')"
+    require(len(stretch) > 8, "longest stretch of iterates", len(stretch), advice)
+    start, last, lrs = int(stretch[0]), int(stretch[-1]), runs[0].lr
+    run = base.replace(
+        steps=start,
+        lr=float(lrs[start]),
+        schedule=tuple((lrs[:start] / lrs[start]).tolist()),
+        record=describe(kept[kept <= start]),
+    )
+    images = dataset.sizes["train"]
+    window = last - start
+    defaults = {
+        "probe_batches": min(16, max(6, window // 25)),
+        "eval_batches": min(128, max(8, images // 64)),
+        "eval_images": min(2500, images),
+    }
+    return Study(
+        preset="finished",
+        run=run,
+        window=window,
+        decay=base.steps - start,
+        seeds=tuple(one.config.seed for one in runs),
+        label=label,
+        custom=_digits([one.folder.name for one in runs]),
+        dataset=dataset,
+        net=runs[0].net,
+        finished=tuple(runs),
+        **{**defaults, **settings},
+    )
+
+
 def _by_name(settings: Any) -> dict[str, Any]:
-    with suppress(ValueError):
+    with suppress(ValueError, RecursionError):
         settings = json.loads(settings) if isinstance(settings, str) else settings
     require(isinstance(settings, Mapping), "overrides", settings, 'write them as {"lr": 0.5}')
     return dict(settings)

@@ -8,7 +8,8 @@
 | a figure's rows and labels    | equal                                                        |
 | a figure's column of numbers  | rms change at most 10 % of its rms or, if that is more, 3    |
 |                               | typical spreads of a column "spread"; equal where not finite |
-| a column "spread"             | not compared: that of three seeds is uncertain by a half     |
+| a column "spread"             | infinite where it was; else not compared: that of three      |
+|                               | seeds is uncertain by a half                                 |
 
 Training is chaotic, so that another processor gives other last bits and then other weights: only
 statistics agree. A notebook that agrees, and reads the same, keeps its committed files.
@@ -17,7 +18,6 @@ statistics agree. A notebook that agrees, and reads the same, keeps its committe
 from __future__ import annotations
 
 import argparse
-import io
 import json
 import sys
 from collections.abc import Sequence
@@ -27,7 +27,8 @@ import numpy as np
 import pandas as pd
 
 from paper_lib.files import replacing
-from scripts import ROOT, git
+from paper_lib.results import claims
+from scripts import ROOT, ResultError, environment, git, read_figure
 
 INJECTED = "injected-parameters"  # the cell that papermill puts in
 SPREADS, MEAN_TOLERANCE, CURVE_TOLERANCE = 3.0, 0.05, 0.10
@@ -48,18 +49,15 @@ def compare_claims(old: pd.DataFrame, new: pd.DataFrame) -> list[str]:
             before, after = getattr(row, what), getattr(row, f"{what}_new")
             if before != after and "undecided" not in (before, after):
                 lines.append(f"{name}: {what} was {before}, is {after}")
+        for what in ("predicted", "spread", "low", "high"):
+            before, after = getattr(row, what), getattr(row, f"{what}_new")
+            if np.isinf(before) != np.isinf(after):
+                lines.append(f"{name}: {what} was {before:.4g}, is {after:.4g}")
         before, after = row.measured, row.measured_new
-        spread = float(np.hypot(row.spread, row.spread_new))
-        allowed = max(
-            SPREADS * spread if np.isfinite(spread) else 0.0, MEAN_TOLERANCE * abs(before)
-        )
-        finite = bool(np.isfinite([before, after]).all())
-        same = (
-            abs(after - before) <= allowed
-            if finite
-            else np.array_equal(before, after, equal_nan=True)
-        )
-        if not same:
+        spread = np.hypot(row.spread, row.spread_new)
+        allowed = max(SPREADS * spread if spread < np.inf else 0.0, MEAN_TOLERANCE * abs(before))
+        within = np.isfinite([before, after]).all() and abs(after - before) <= allowed
+        if not within and not np.array_equal(before, after, equal_nan=True):
             lines.append(f"{name}: measured {before:.4g} -> {after:.4g}, allowed ±{allowed:.2g}")
     return lines
 
@@ -69,26 +67,29 @@ def compare_figure(old: pd.DataFrame, new: pd.DataFrame) -> list[str]:
     if list(old.columns) != list(new.columns) or len(old) != len(new):
         before, after = (f"{len(data)} rows of {list(data.columns)}" for data in (old, new))
         return [f"{before} -> {after}"]
-    typical = np.nan_to_num(old["spread"].median()) if "spread" in old else 0.0
-    lines = []
-    for column in old.columns.drop("spread", errors="ignore"):
+    spread = pd.to_numeric(old.get("spread", pd.Series(dtype=float)), errors="coerce")
+    typical, lines = np.nan_to_num(spread[~np.isinf(spread)].median()), []
+    for column in old.columns:
         if not all(pd.api.types.is_numeric_dtype(data[column]) for data in (old, new)):
             if not old[column].astype(str).equals(new[column].astype(str)):
                 lines.append(f"{column}: labels differ")
             continue
-        before, after = old[column].to_numpy(float), new[column].to_numpy(float)
+        # A square of what float64 holds may be infinite in it, and equal to another.
+        before, after = (data[column].to_numpy(np.longdouble) for data in (old, new))
+        if column == "spread":
+            before, after = (np.where(np.isinf(x), x, 0.0) for x in (before, after))
         finite = np.isfinite(before) & np.isfinite(after)
         if not np.array_equal(before[~finite], after[~finite], equal_nan=True):
             lines.append(f"{column}: other values are infinite or missing")
             continue
         moved, scale = _rms(after[finite] - before[finite]), _rms(before[finite])
-        if moved > max(CURVE_TOLERANCE * scale, SPREADS * typical):
+        if not moved <= max(CURVE_TOLERANCE * scale, SPREADS * typical):
             lines.append(f"{column}: moved by {moved:.3g} (rms), its size is {scale:.3g}")
     return lines
 
 
-def _rms(values: np.ndarray) -> float:
-    return float(np.sqrt(np.mean(values**2))) if values.size else 0.0
+def _rms(values: np.ndarray) -> np.floating | float:
+    return np.sqrt(np.mean(values**2)) if values.size else 0.0
 
 
 class Committed:
@@ -97,8 +98,8 @@ class Committed:
     def __init__(self, preset: str) -> None:
         self.name = f"results/{preset}"
         self.folder = ROOT / self.name
-        listed = git("ls-tree", "-r", "--name-only", "HEAD", f"{self.name}/").decode()
-        self.files = {Path(line).relative_to(self.name) for line in listed.splitlines()}
+        listed = git("ls-tree", "-rz", "--name-only", "HEAD", f"{self.name}/").decode()
+        self.files = {Path(name).relative_to(self.name) for name in listed.split("\0") if name}
 
     def read(self, file: Path) -> bytes:
         """Return the content of a file."""
@@ -117,19 +118,28 @@ def belongs(file: Path, notebook: str) -> bool:
 
 
 def compare_notebook(notebook: str, results: Path, committed: Committed) -> list[str]:
-    """Return a line for each of a notebook's CSV files, or their columns, that differs."""
-    there = {path.relative_to(results) for path in results.glob("*/*.csv")}
+    """Return a line for each file of a notebook that is gone, and each column that differs."""
+    there = {path.relative_to(results) for path in results.glob("*/*") if path.is_file()}
     lines = []
     for file in sorted(file for file in there | committed.files if belongs(file, notebook)):
-        if file.suffix != ".csv":
-            continue
-        if file not in there & committed.files:
-            lines.append(f"{file}: {'not committed' if file in there else 'gone'}")
-            continue
-        old, new = pd.read_csv(io.BytesIO(committed.read(file))), pd.read_csv(results / file)
-        agreement = compare_claims if file.parent.name == "claims" else compare_figure
-        lines += [f"{file}: {line}" for line in agreement(old, new)]
+        if file not in there:
+            lines.append(f"{file}: gone")
+        elif file.suffix == ".csv" and file not in committed.files:
+            lines.append(f"{file}: not committed")
+        elif file.suffix == ".csv":
+            contents = committed.read(file), (results / file).read_bytes()
+            lines += [f"{file}: {line}" for line in compare_file(file, *contents)]
     return lines
+
+
+def compare_file(file: Path, old: bytes, new: bytes) -> list[str]:
+    """Return a line for each claim, or column, that does not agree, or one for a damaged file."""
+    is_claims = file.parent.name == "claims"
+    read, agreement = (claims.read, compare_claims) if is_claims else (read_figure, compare_figure)
+    try:
+        return agreement(read(old, file), read(new, file))
+    except (ResultError, claims.LedgerError) as error:
+        return [str(error)]
 
 
 def keep_committed(agreeing: Sequence[str], committed: Committed) -> None:
@@ -140,7 +150,7 @@ def keep_committed(agreeing: Sequence[str], committed: Committed) -> None:
             temporary.write_bytes(committed.read(file))
     made = committed.folder / "environment.json"
     if kept and Path(made.name) in committed.files:
-        old, new = json.loads(committed.read(Path(made.name))), json.loads(made.read_text())
+        old, new = environment(committed.read(Path(made.name))), environment(committed.folder)
         new["notebooks"] |= {
             name: old["notebooks"][name] for name in set(kept) & set(old["notebooks"])
         }
@@ -154,11 +164,10 @@ def _says_the_same(notebook: str, committed: Committed) -> bool:
     file = Path("notebooks") / f"{notebook}.ipynb"
     if file not in committed.files:
         return False
-    texts = committed.read(file), (committed.folder / file).read_bytes()
-    cells = [
-        [cell for cell in json.loads(text)["cells"] if cell["id"] != INJECTED] for text in texts
-    ]
-    old, new = ([cell["source"] for cell in notebook] for notebook in cells)
+    old, new = (
+        [cell["source"] for cell in json.loads(text)["cells"] if cell["id"] != INJECTED]
+        for text in (committed.read(file), (committed.folder / file).read_bytes())
+    )
     return old == new
 
 

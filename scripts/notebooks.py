@@ -14,8 +14,9 @@ import platform
 import re
 import shutil
 import sys
+import tempfile
 import time
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from importlib import metadata
 from pathlib import Path
 from typing import Any
@@ -25,14 +26,15 @@ import papermill
 from nbformat import NotebookNode
 from papermill import PapermillExecutionError
 
-from paper_lib.errors import ConfigError, require
-from paper_lib.files import folder, lock, replacing
+from paper_lib.errors import ConfigError, check_names, require
+from paper_lib.files import cpus, folder, lock, remove, replacing
 from paper_lib.presets import study
 from paper_lib.results.palette import shrink
-from scripts import ROOT, git
+from scripts import ROOT, ResultError, dependencies, end_with_make, environment, git, stamps
 
 SOURCES, BUILD = ROOT / "notebooks", ROOT / ".build"
 CHECKED = "NBVAL_CHECK_OUTPUT"  # the comment that makes nbval compare an output with the stored one
+LIMITS, MORE_RUNS = "limits", "more-runs"  # tags of cells without which a notebook runs, too
 KERNEL = {"display_name": "Python 3", "language": "python", "name": "python3"}
 METADATA = {"kernelspec": KERNEL, "language_info": {"name": "python"}}
 
@@ -43,7 +45,7 @@ class NotebookError(ValueError):
 
 def sources() -> list[Path]:
     """Return the notebooks in reading order."""
-    return sorted(SOURCES.glob("[0-9][0-9]_*.ipynb"))
+    return dependencies.sources(SOURCES)
 
 
 class Progress:
@@ -66,16 +68,43 @@ class Progress:
         sys.stderr.flush()
 
 
-def execute(source: Path, output: Path, parameters: dict[str, Any], **options: Any) -> NotebookNode:
-    """Run a notebook in its own folder; what ran is left in `output`.
+def without(notebook: NotebookNode, tags: Collection[str]) -> NotebookNode:
+    """Leave out the cells that have one of `tags`: LIMITS, or MORE_RUNS too, where it stands.
+
+    A notebook runs to its end without its limits and checks, and 01 to 04 also without cells that
+    train runs beside the study's own: warm-up, stationary window and decay.
+    """
+    notebook.cells = [c for c in notebook.cells if not {*tags} & {*c.metadata.get("tags", [])}]
+    return notebook
+
+
+def not_run(
+    preset: str, seeds: Sequence[int] = (), overrides: dict[str, Any] | str = "{}"
+) -> tuple[str, ...]:
+    """Tags of the cells that a study does not run; ConfigError for settings that cannot work."""
+    chosen = study(preset, overrides, seeds=list(seeds))
+    if chosen.finished:
+        return LIMITS, MORE_RUNS
+    return () if chosen.limits else (LIMITS,)
+
+
+def execute(
+    source: Path,
+    output: Path,
+    parameters: dict[str, Any],
+    left_out: Collection[str] = (),
+    **options: Any,
+) -> NotebookNode:
+    """Run a notebook in its own folder, without cells tagged `left_out`; what ran is in `output`.
 
     Raises NotebookError with the failing cell and its traceback.
     """
     output.parent.mkdir(parents=True, exist_ok=True)
+    nbformat.write(without(nbformat.read(source, as_version=4), left_out), output)
     options |= {"progress_bar": False, "kernel_name": "python3", "cwd": source.parent}
     options |= {"extra_arguments": ["--log-level=ERROR"], "stderr_file": Progress(source.stem)}
     try:
-        return papermill.execute_notebook(source, output, parameters, **options)
+        return papermill.execute_notebook(output, output, parameters, **options)
     except PapermillExecutionError as error:
         raise NotebookError(f"{source.stem} failed, see {output}\n{error}") from error
 
@@ -84,30 +113,28 @@ def run(name: str, preset: str, seeds: Sequence[int], stamp: Path, after: Sequen
     """Execute a notebook and publish all it made; False if another process just did, after `after`.
 
     Nothing is taken for finished before it is: the notebook writes into a folder of its own, whose
-    files then replace the published ones, and last of all comes the stamp, which lists them. It is
-    dated when the run began, since what changed meanwhile it may not have seen.
+    files then replace the published ones, and last of all comes the stamp, which says what they
+    are. It is dated when the run began, since what changed meanwhile it may not have seen.
     """
     given = {"preset": preset, **({"seeds": list(seeds)} if seeds else {})}
-    study(**given)  # raises ConfigError for what cannot work
-    draft, results = BUILD / "drafts" / preset / name, folder("results").resolve()
+    left_out, place = not_run(**given), study(**given).preset
+    draft, results = BUILD / "drafts" / place / name, folder("results").resolve()
     with lock(draft):
         newest = max(path.stat().st_mtime_ns for path in after)
-        if stamp.exists() and stamp.stat().st_mtime_ns >= newest:
+        if stamps.holds(stamp) and stamp.stat().st_mtime_ns >= newest:
             return False
         shutil.rmtree(draft, ignore_errors=True)
         began = time.time_ns()
         print(f"{name}: running on {preset}", flush=True)
         os.environ["PAPER_RESULTS"] = str(draft / "results")
-        executed = execute(SOURCES / f"{name}.ipynb", draft / f"{name}.ipynb", given)
-        published = draft / "results" / preset / "notebooks" / f"{name}.ipynb"
+        executed = execute(SOURCES / f"{name}.ipynb", draft / f"{name}.ipynb", given, left_out)
+        published = draft / "results" / place / "notebooks" / f"{name}.ipynb"
         publish(executed, published, {str(draft / "results"): "results"})
         files = move(draft / "results", results)
-        for old in set((results / preset / "figures").glob(f"{name[:2]}_*")) - set(files):
+        for old in set((results / place / "figures").glob(f"{name[:2]}_*")) - set(files):
             old.unlink()
-        record(results / preset, name, (time.time_ns() - began) / 1e9)
-        with replacing(stamp) as temporary:
-            temporary.write_text("".join(f"{file}\n" for file in files))
-            os.utime(temporary, ns=(began, began))
+        record(results / place, name, (time.time_ns() - began) / 1e9)
+        stamps.write(stamp, files, began)
         shutil.rmtree(draft)
     return True
 
@@ -129,6 +156,7 @@ def publish(executed: NotebookNode, target: Path, places: dict[str, str]) -> Non
         nbformat.write(publishable(executed, {**places, str(ROOT): "."}), temporary)
 
 
+ENCODED = r"data:[^,\s]*;base64,[\w+/=\s]*"  # a picture within HTML or Markdown
 KEPT = ("tags", "jupyter")  # of a cell's metadata; "jupyter" says that its source is folded
 
 
@@ -136,9 +164,9 @@ def publishable(notebook: NotebookNode, places: dict[str, str]) -> NotebookNode:
     """Return a notebook without what changes from run to run or from machine to machine.
 
     Removed: times, progress (stderr and widgets), papermill's paths and random cell id; what is
-    folded stays so. In texts the paths of `places` become its names. Pictures get a palette, a
-    third of the bytes; they stay inside, since GitHub and nbviewer show no output that links to a
-    file.
+    folded stays so. In texts the paths of `places` become its names, but for those inside other
+    paths, addresses or encoded data. Pictures get a palette, a third of the bytes; they stay
+    inside, since GitHub and nbviewer show no output that links to a file.
     """
     notebook = nbformat.from_dict({**notebook, "metadata": METADATA})
     for cell in notebook.cells:
@@ -161,9 +189,11 @@ def _published(value: Any, key: str, places: dict[str, str]) -> Any:
         return [_published(part, key, places) for part in value]
     if key == "image/png":
         return base64.b64encode(shrink(base64.b64decode(value))).decode()
-    if isinstance(value, str) and not key.startswith("image/"):
+    if isinstance(value, str) and ("/" not in key or key.startswith("text/")):
         for path, name in places.items():
-            value = value.replace(path, name)
+            whole = rf"(?<![\w.~+/=%-]){re.escape(path)}(?![\w+=%-]|\.\w)"
+            found = re.compile(rf"({ENCODED})|{whole}")
+            value = found.sub(lambda part, name=name: part[1] or name, value)
     return value
 
 
@@ -176,7 +206,7 @@ def record(results: Path, name: str, seconds: float) -> None:
     """Write environment.json: what the latest run was made with, each notebook's time."""
     path = results / "environment.json"
     with lock(path):
-        notebooks = json.loads(path.read_text())["notebooks"] if path.exists() else {}
+        notebooks = environment(results)["notebooks"]
         described = describe()
         notebooks[name] = {"seconds": round(seconds), "commit": described["commit"]}
         there = {source.stem for source in sources()} | {name}
@@ -212,31 +242,46 @@ def commit() -> str:
     return head + "+" * bool(changed) if head else "unknown"
 
 
-def begin(preset: str, seeds: Sequence[int], todo: Sequence[str], stamps: Path, jobs: int) -> None:
-    """Check settings and data before anything runs, forget old stamps, say how long it will take.
+def begin(preset: str, seeds: Sequence[int], todo: Sequence[str], stamped: Path, jobs: int) -> None:
+    """Check settings, folders, data before anything runs, forget old stamps, say how long it takes.
 
-    Raises ConfigError for settings that cannot work and NotebookError for data that are missing.
+    Raises ConfigError for settings that cannot work, ResultError for folders that nobody can write
+    into and NotebookError for data that are missing.
     """
-    config = study(preset, seeds=list(seeds)).run
+    chosen = study(preset, seeds=list(seeds))
+    config, results = chosen.run, folder("results") / chosen.preset
+    for kind, place in (("RESULTS", results), ("RUNS", folder("runs"))):
+        require_writable(place, kind)
     from paper_lib.data import load
 
     options = {"held_out": config.held_out, "image_size": config.image_size or None}
     try:
-        load(config.data, folder("data"), **options)
+        if chosen.dataset is None:
+            load(config.data, folder("data"), **options)
     except (ValueError, OSError) as error:
         raise NotebookError(f"no notebook can run on {preset}: {error}") from error
     for name in todo:
-        (stamps / name).unlink(missing_ok=True)
-    left = remaining(preset, todo, stamps, jobs)
-    print(f"{len(todo)} notebooks to run, into {folder('results') / preset}{left}", flush=True)
+        remove(stamped / name)
+    left = remaining(preset, todo, stamped, jobs)
+    print(f"{len(todo)} notebooks to run, into {results}{left}", flush=True)
 
 
-def remaining(preset: str, todo: Sequence[str], stamps: Path, jobs: int) -> str:
+def require_writable(place: Path, setting: str) -> None:
+    """Raise ResultError unless files can be written into a folder, which is made if need be."""
+    try:
+        place.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryFile(dir=place):
+            pass
+    except OSError as error:
+        remedy = f"name another folder with {setting}=..."
+        raise ResultError(f"{place} cannot be written ({error.strerror}): {remedy}") from error
+
+
+def remaining(preset: str, todo: Sequence[str], stamped: Path, jobs: int) -> str:
     """How many are done, and the minutes that others take by the times of the committed results."""
-    left = [name for name in todo if not (stamps / name).exists()]
+    left = [name for name in todo if not (stamped / name).exists()]
     done = f", {len(todo) - len(left)} of {len(todo)}" if len(left) < len(todo) else ""
-    path = ROOT / "results" / preset / "environment.json"
-    times = json.loads(path.read_text())["notebooks"] if path.exists() else {}
+    times = environment(ROOT / "results" / Path(preset).stem)["notebooks"]
     if not left or not set(left) <= set(times):
         return done
     minutes = sum(times[name]["seconds"] for name in left) / min(jobs, len(left)) / 60
@@ -277,9 +322,10 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--stamps", type=Path)
     parser.add_argument("--after", type=Path, nargs="*")
     args = parser.parse_args(argv)
+    end_with_make()
     try:
         carry_out(args)
-    except (ConfigError, NotebookError) as error:
+    except (ConfigError, NotebookError, ResultError, OSError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
     except KeyboardInterrupt:
@@ -290,9 +336,14 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 def carry_out(args: argparse.Namespace) -> None:
     """Run one command."""
-    words, jobs = args.seeds.replace(",", " ").split(), int(args.jobs or 1)
-    require(all(map(str.isdigit, words)), "SEEDS", args.seeds, 'write numbers, as in SEEDS="0 1 2"')
+    words, jobs = args.seeds.replace(",", " ").split(), int(args.jobs or cpus())
+    numbers = all(re.fullmatch("[0-9]{1,19}", word) for word in words)
+    require(numbers, "SEEDS", args.seeds, 'write numbers, as in SEEDS="0 1 2"')
     seeds = [int(word) for word in words]
+    # Notebooks side by side share the cores; a small network cannot use two threads anyway.
+    os.environ.setdefault("OMP_NUM_THREADS", str(max(1, cpus() // jobs)))
+    if args.command != "smoke":
+        check_names(args.names, [source.stem for source in sources()], "notebook")
     if args.command == "begin":
         begin(args.preset, seeds, args.names, args.stamps, jobs)
     for name in args.names if args.command == "run" else []:

@@ -13,8 +13,13 @@ from matplotlib.axes import Axes
 from matplotlib.ticker import MaxNLocator
 
 from paper_lib.results import figures
+from scripts import damaged, read_figure
 
-SOURCES = ("03_one_step", "06_equivalent_schedules", "08_two_points")
+SOURCES = {  # and the columns that are drawn: numbers, words
+    "03_one_step": ("probe own held trained", "panel"),
+    "06_equivalent_schedules": ("average_train_loss schedule_train_loss", "panel family"),
+    "08_two_points": ("test_accuracy", "panel method"),
+}
 FONT_SCALE = 1.7  # of figures.style: the three panels are shown at half their width
 METHODS = {  # of the scoreboard, by how they begin: what the picture calls the best of them
     "last iterate": "last iterate",
@@ -73,15 +78,23 @@ def averaging(ax: Axes, table: pd.DataFrame) -> None:
 
 
 def draw(results: Path) -> None:
-    """Write the picture of a preset, unless one of the three figures is not there."""
+    """Write the picture of a preset, unless one of the three figures is not there.
+
+    Raises ResultError where one is damaged.
+    """
     paths = [results / "figures" / f"{name}.csv" for name in SOURCES]
     if not all(path.exists() for path in paths):
         return
-    tables = [pd.read_csv(path) for path in paths]
+    columns = SOURCES.values()
+    tables = [read_figure(p.read_bytes(), p, *c) for p, c in zip(paths, columns, strict=True)]
     with plt.rc_context():
         figures.style(FONT_SCALE)
         fig, axes = plt.subplots(1, 3, figsize=(16, 5.2))
-        for ax, panel, table in zip(axes, (one_step, schedules, averaging), tables, strict=True):
-            panel(ax, table)
+        panels = (one_step, schedules, averaging)
+        for ax, panel, table, path in zip(axes, panels, tables, paths, strict=True):
+            try:
+                panel(ax, table)
+            except IndexError as error:
+                raise damaged(path, "it lacks rows") from error
         figures.save(fig, results, "picture", pd.concat(tables, keys=SOURCES, names=["figure"]))
     plt.close(fig)

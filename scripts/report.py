@@ -8,22 +8,27 @@ The README's own table of claims is that of the digits.
 
 from __future__ import annotations
 
-import json
+import argparse
 import re
 import sys
 from collections import defaultdict
+from collections.abc import Sequence
 from pathlib import Path
+from urllib.parse import quote
 
 import jinja2
+import nbformat
 import pandas as pd
+from jinja2.sandbox import SandboxedEnvironment
 
-from paper_lib.errors import check_names
+from paper_lib.errors import ConfigError, check_names
 from paper_lib.files import replacing
 from paper_lib.presets import PRESETS
 from paper_lib.results import claims
-from scripts import ROOT, picture
+from scripts import ROOT, ResultError, damaged, environment, picture
 
 MARKS = "<!-- claims: written by make readme -->\n", "<!-- end of claims -->"
+TEMPLATES = SandboxedEnvironment(undefined=jinja2.StrictUndefined)
 Said = dict[str, tuple[str, str]]  # by claim: a sentence, and a paragraph
 NOTHING = ("", "")  # where nobody has written of a claim yet
 PLURALS = {  # of a claim's verdict
@@ -42,10 +47,13 @@ HOW = (
 
 
 def page(results: Path) -> str:
-    """Return a preset's page in Markdown; FileNotFoundError if there are no results."""
+    """Return a preset's page in Markdown.
+
+    FileNotFoundError if there are no results; ResultError or LedgerError for a damaged one.
+    """
     rows = claims.table(results)
     said = found(results, rows)
-    label = PRESETS[results.name].label if results.name in PRESETS else results.name
+    label = PRESETS[results.name].label if results.name in PRESETS else claims.plain(results.name)
     parts = [f"# What was found: {label}", counted(rows) + HOW]
     parts += [claims_table(rows, said, "figures", "notebooks")]
     for verdict in claims.by_claim(rows):
@@ -72,7 +80,7 @@ def section(
 def found(results: Path, rows: pd.DataFrame) -> Said:
     """By claim, the sentence and the paragraph of found.md, with the measured numbers filled in.
 
-    Raises ConfigError for a quantity that no ledger has.
+    Raises ConfigError for a quantity that no ledger has, ResultError for what is no template.
     """
     path = results / "found.md"
     path = path if path.exists() else ROOT / "results" / results.name / "found.md"
@@ -90,7 +98,11 @@ def found(results: Path, rows: pd.DataFrame) -> Said:
     def predicted(quantity: str) -> str:
         return f"{row(quantity).predicted:.3g}"
 
-    text = jinja2.Template(path.read_text()).render(measured=measured, predicted=predicted)
+    try:
+        template = TEMPLATES.from_string(path.read_text())
+        text = template.render(measured=measured, predicted=predicted)
+    except (jinja2.TemplateError, UnicodeDecodeError) as error:
+        raise ResultError(f"{path} cannot be read: {error}") from error
     sections = re.findall(r"^## (C\d+)\n+(.+?)\n\n(.*?)\s*(?=^## |\Z)", text, re.M | re.S)
     return {claim: (sentence, rest) for claim, sentence, rest in sections}
 
@@ -122,7 +134,8 @@ def other_figures(results: Path, rows: pd.DataFrame) -> str:
     lines = []
     for name in sorted(rows.notebook.unique()):
         pictures = sorted((results / "figures").glob(f"{name[:2]}_*.png"))
-        links = [f"[{p.stem[3:]}](figures/{p.name})" for p in pictures if p.stem != name]
+        others = [p for p in pictures if p.stem != name]
+        links = [f"[{claims.plain(p.stem[3:])}](figures/{quote(p.name)})" for p in others]
         if links:
             title = f"[{name}](notebooks/{name}.ipynb), {notebook_title(name)}"
             lines.append(f"- {title}: {', '.join(links)}")
@@ -131,20 +144,27 @@ def other_figures(results: Path, rows: pd.DataFrame) -> str:
 
 def notebook_title(name: str) -> str:
     """The first heading of a notebook, without its number."""
-    cells = json.loads((ROOT / "notebooks" / f"{name}.ipynb").read_text())["cells"]
-    heading = "".join(cells[0]["source"]).splitlines()[0]
+    path = ROOT / "notebooks" / f"{name}.ipynb"
+    try:
+        heading = nbformat.read(path, as_version=4).cells[0].source.splitlines()[0]
+    except (OSError, ValueError, AttributeError, IndexError) as error:
+        raise ResultError(f"{path} has no title to read: git checkout restores it") from error
     return re.sub(r"^#+ *\d+ *· *", "", heading)
 
 
 def made_with(results: Path) -> str:
     """The environment of the latest run, and the commits that made the notebooks, in Markdown."""
-    made, commits = json.loads((results / "environment.json").read_text()), defaultdict(list)
+    made, commits = environment(results), defaultdict(list)
     for name, entry in made["notebooks"].items():
         commits[entry["commit"]].append(f"{name[:2]} ({entry['seconds']} s)")
-    packages = ", ".join(f"{name} {version}" for name, version in made["packages"].items())
-    machine = ", ".join(made[key] for key in ("platform", "processor", "device"))
-    lines = [f"Python {made['python']} on {machine}, {made['cores']} cores; {packages}.", ""]
-    return "\n".join(lines + [f"- commit {c}: {', '.join(commits[c])}" for c in commits])
+    try:
+        packages = ", ".join(f"{name} {version}" for name, version in made["packages"].items())
+        machine = ", ".join(made[key] for key in ("platform", "processor", "device"))
+        lines = [f"Python {made['python']} on {machine}, {made['cores']} cores; {packages}.", ""]
+    except (KeyError, TypeError, AttributeError) as error:
+        raise damaged(results / "environment.json", "or missing") from error
+    lines += [f"- commit {c}: {', '.join(commits[c])}" for c in commits]
+    return "\n".join(map(claims.plain, lines))
 
 
 def readme_table(results: Path) -> str:
@@ -158,28 +178,33 @@ def update_readme(results: Path) -> None:
     """Replace the README's table of claims, if it has one, by that of these results."""
     path = ROOT / "README.md"
     text = path.read_text() if path.exists() else ""
-    if MARKS[0] in text:
-        before, rest = text.split(MARKS[0])
-        after = rest.split(MARKS[1])[1]
+    parts = re.split("|".join(MARKS), text)
+    if len(parts) == 3:
         with replacing(path) as temporary:
-            temporary.write_text(before + readme_table(results).join(MARKS) + after)
+            temporary.write_text(readme_table(results).join(MARKS).join(parts[::2]))
 
 
-def main(folders: list[str]) -> int:
-    """Write the page of each folder of results; return the exit code."""
-    for results in map(Path, folders):
-        try:
-            picture.draw(results)
-            text = page(results)
-        except FileNotFoundError as error:
-            print(f"error: {error}", file=sys.stderr)
-            return 2
-        with replacing(results / "README.md") as temporary:
-            temporary.write_text(text)
-        if results.resolve() == ROOT / "results" / "digits":
-            update_readme(results)
+def main(argv: Sequence[str] | None = None) -> int:
+    """Write the page of a folder of results; return the exit code."""
+    parser = argparse.ArgumentParser(prog="make readme", description=__doc__)
+    parser.add_argument("results", type=Path)
+    try:
+        write(parser.parse_args(argv).results.resolve())
+    except (ConfigError, claims.LedgerError, ResultError, OSError) as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
     return 0
 
 
+def write(results: Path) -> None:
+    """Write the page and the picture of a folder of results; the README's table if it is its."""
+    picture.draw(results)
+    text = page(results)
+    with replacing(results / "README.md") as temporary:
+        temporary.write_text(text)
+    if results == ROOT / "results" / "digits":
+        update_readme(results)
+
+
 if __name__ == "__main__":
-    sys.exit(main(sys.argv[1:]))
+    sys.exit(main())

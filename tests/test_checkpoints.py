@@ -1,5 +1,7 @@
 """Averages of checkpoint files: weights, types, streaming, and refusals that name the file."""
 
+import os
+import pickle
 import weakref
 from collections import OrderedDict
 from pathlib import Path
@@ -8,6 +10,8 @@ import numpy as np
 import pytest
 import safetensors.torch
 import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
 from torch import nn
 
 from paper_lib.averaging import cooldown, schedules, vectors
@@ -129,7 +133,7 @@ def test_what_torch_itself_puts_into_state_dicts(tmp_path):
     assert nets[0]["scaled"].amax == float(nets[2]["scaled"].weight.detach().amax())
     cooldown.save(mean, tmp_path / "whole.pt")
     assert cooldown.load(tmp_path / "whole.pt")[0].keys() == mean.keys()
-    with pytest.raises(ConfigError, match="scaled._extra_state.*fit into .pt and .pth only"):
+    with pytest.raises(ConfigError, match="scaled._extra_state.*does not fit .* fits into .pt"):
         cooldown.save(mean, tmp_path / "whole.safetensors")
     assert not (tmp_path / "whole.safetensors").exists()
 
@@ -164,6 +168,12 @@ STEP_OF = {
     "epoch3_iter20.pt": 20,
     "pkg5_best.pt": 5,
     "1200steps.pt": 1200,
+    "step5e3.pt": 5000,
+    "step-1E+04.pt": 10000,
+    "2e4.pt": 20000,
+    "ckpt_10k.pt": 10000,
+    "model.step.1200.pt": 1200,
+    f"step{10**40 + 1}.pt": 10**40 + 1,
 }
 
 
@@ -204,8 +214,17 @@ FLOAT8 = torch.float8_e4m3fn
     [
         ("half", None, "step300.pt lacks 'half', which .*step100.pt has"),
         ("more", torch.ones(1), "step100.pt lacks 'more', which .*step300.pt has"),
-        ("single", torch.ones(2, 3), r"step300.pt: 'single' has shape \(2, 3\), but \(3, 2\) in"),
-        ("single", torch.ones(3, 2, dtype=int), "step300.pt: 'single' is torch.int64"),
+        (
+            "single",
+            torch.ones(2, 3),
+            r"step300.pt: 'single' is real of shape \(2, 3\), but real of",
+        ),
+        (
+            "single",
+            torch.ones(3, 2, dtype=int),
+            r"step300.pt: 'single' is integer of shape \(3, 2\)",
+        ),
+        ("single", torch.ones(3, 2, dtype=torch.complex64), "step300.pt: 'single' is complex of"),
         ("double", torch.full((3, 2), float("inf")), "step300.pt: 'double' holds NaN or infinity"),
         ("half", torch.full((3, 2), float("nan")), "step300.pt: 'half' holds NaN or infinity"),
         ("q", torch.ones(4).to(FLOAT8), "step300.pt: 'q' is torch.float8_e4m3fn, too narrow"),
@@ -221,7 +240,7 @@ def test_a_checkpoint_that_does_not_fit_is_refused_by_name(tmp_path, name, value
 
 @pytest.mark.parametrize(
     ("value", "message"),
-    [("nan", "step100.pt: 'w' holds NaN"), ("inf", "step250.pt: 'w' is finite, but not in")],
+    [("nan", "step100.pt: 'w' holds NaN"), ("inf", "step250.pt: 'w' is finite, but not its mean")],
 )
 def test_a_first_checkpoint_without_numbers_is_refused(tmp_path, value, message):
     paths = write(tmp_path, [{"w": torch.full((2,), float(v))} for v in (value, 1, 1, 1)])
@@ -229,29 +248,198 @@ def test_a_first_checkpoint_without_numbers_is_refused(tmp_path, value, message)
         cooldown.emulate(paths)
 
 
-def test_files_that_cannot_be_read_are_refused_by_name(tmp_path):
-    torch.save(nn.Linear(2, 2), tmp_path / "module.pt")
-    torch.save({"epoch": 3, "net": {}}, tmp_path / "other.pt")
-    torch.save([1, 2], tmp_path / "list.pt")
-    for name in ("cut.safetensors", "cut.pt", "notes.txt"):
-        (tmp_path / name).write_bytes(b"not a checkpoint")
-    half = tmp_path / "half.pt"
-    torch.save(states(1)[0], half)
-    half.write_bytes(half.read_bytes()[:-100])
-    expected = {
-        "module.pt": "other objects than tensors",
-        "other.pt": r"holds \['epoch', 'net'\]: expected a state dict",
-        "list.pt": "holds 'list': expected",
-        "cut.safetensors": "cannot be read",
-        "cut.pt": "cannot be read|other objects",
-        "half.pt": "cannot be read|other objects",
-        "notes.txt": "its name must end in",
-    }
-    for name, message in expected.items():
-        with pytest.raises(ConfigError, match=f"{name}.*({message})"):
-            cooldown.load(tmp_path / name)
-    with pytest.raises(FileNotFoundError):
-        cooldown.load(tmp_path / "absent.pt")
+class Command:
+    """A pickle of a command, as an attacker would send it."""
+
+    def __reduce__(self):
+        return os.mkdir, ("executed",)
+
+
+def raw(content):
+    return lambda path: path.write_bytes(content)
+
+
+def saved(content, **settings):
+    return lambda path: torch.save(content, path, **settings)
+
+
+def cut(path, kept=-100):
+    torch.save(states(1)[0], path)
+    path.write_bytes(path.read_bytes()[:kept])
+
+
+def flipped(path):
+    """One bit of one weight: the file has the same length, and another number."""
+    torch.save({"w": torch.zeros(1000)}, path)
+    content = bytearray(path.read_bytes())
+    content[len(content) // 2] ^= 1
+    path.write_bytes(content)
+
+
+def link(target):
+    return lambda path: path.symlink_to(target)
+
+
+BROKEN = {
+    "a module": ("step1.pt", saved(nn.Linear(2, 2)), "other objects than tensors"),
+    "a command": ("step1.pt", saved({"w": torch.ones(2), "x": Command()}), "other objects than"),
+    "a plain pickle": ("step1.pt", raw(pickle.dumps(Command())), "other objects than tensors"),
+    "an old pickle": ("step1.pt", saved(Command(), _use_new_zipfile_serialization=False), "other"),
+    "a list": ("step1.pt", saved([1, 2]), "holds 'list': expected a state dict"),
+    "a tensor": ("step1.pt", saved(torch.ones(2)), "holds 'Tensor': expected"),
+    "other keys": (
+        "step1.pt",
+        saved({"epoch": 3, "net": {}}),
+        r"holds \['epoch', 'net'\]: expected",
+    ),
+    "two states": ("step1.pt", saved({k: states(1)[0] for k in ("model", "module")}), "holds"),
+    "numbers as names": ("step1.pt", saved({3: torch.ones(2)}), r"holds \[3\]: expected"),
+    "a number": ("step1.pt", saved({"w": torch.ones(2), "lr": 0.1}), "expected a state dict"),
+    "empty": ("step1.pt", raw(b""), "cannot be read"),
+    "text": ("step1.pt", raw(b"hello"), "cannot be read"),
+    "a dot": ("step1.pt", raw(b"."), "cannot be read"),
+    "zeros": ("step1.pt", raw(b"\0" * 999), "cannot be read"),
+    "an empty zip": ("step1.pt", raw(b"PK\5\6" + b"\0" * 18), "cannot be read"),
+    "cut": ("step1.pt", cut, "cannot be read"),
+    "cut early": ("step1.pt", lambda path: cut(path, 300), "cannot be read|or is damaged"),
+    "a flipped bit": ("step1.pt", flipped, "cannot be read: .*does not match its checksum"),
+    "text as safetensors": ("step1.safetensors", raw(b"not a checkpoint"), "cannot be read"),
+    "empty safetensors": ("step1.safetensors", raw(b""), "cannot be read"),
+    "torch's format": ("step1.safetensors", cut, "cannot be read"),
+    "a folder": ("step1.pt", Path.mkdir, "it is no plain file"),
+    "a pipe": ("step1.pt", os.mkfifo, "it is no plain file"),
+    "a device": ("step1.pt", link("/dev/zero"), "it is no plain file"),
+    "a broken link": ("step1.pt", link("absent"), "there is no such file"),
+    "a link to itself": ("step1.pt", link("step1.pt"), "there is no such file"),
+    "another suffix": ("step1.txt", raw(b"x"), "its name must end in"),
+}
+
+
+@pytest.mark.parametrize("case", BROKEN)
+def test_a_file_that_cannot_be_read_is_refused_by_name_and_never_executed(
+    case, tmp_path, monkeypatch
+):
+    monkeypatch.chdir(tmp_path)
+    name, make, message = BROKEN[case]
+    make(tmp_path / name)
+    torch.save({"w": torch.ones(2)}, tmp_path / "step9.pt")
+    with pytest.raises(ConfigError, match=f"{name}.*({message})") as caught:
+        cooldown.load(tmp_path / name)
+    assert "\n" not in str(caught.value) and len(str(caught.value)) < 500
+    with pytest.raises(ConfigError, match=f"{name}.*({message})"):
+        cooldown.emulate([tmp_path / name, tmp_path / "step9.pt"], steps=[1, 9])
+    assert not Path("executed").exists()
+
+
+ODD = {
+    "sparse": lambda: torch.eye(2).to_sparse(),
+    "compressed": lambda: torch.eye(2).to_sparse_csr(),
+    "quantized": lambda: torch.quantize_per_tensor(torch.ones(2), 0.1, 0, torch.quint8),
+    "meta": lambda: torch.empty(2, device="meta"),
+    "packed": lambda: torch.ones(2, dtype=torch.uint8).view(torch.float4_e2m1fn_x2),
+}
+
+
+@pytest.mark.filterwarnings("ignore")  # torch's own, of such tensors
+@pytest.mark.parametrize("kind", ODD)
+def test_tensors_that_hold_no_plain_numbers_are_refused(kind, tmp_path):
+    paths = write(tmp_path, [{"w": torch.ones(2), "odd": ODD[kind]()}] * 2, [1, 2])
+    with pytest.raises(ConfigError, match=r"step1.pt holds \['w', 'odd'\]: expected .* of dense"):
+        cooldown.emulate(paths)
+
+
+@pytest.mark.parametrize(
+    "value",
+    [torch.tensor(2.0), torch.ones(0, 3), torch.ones(1).expand(3, 4), torch.ones(2).cfloat()],
+)
+def test_tensors_of_any_shape_and_stride_are_averaged(value, tmp_path):
+    mean = cooldown.emulate(write(tmp_path, [{"w": i * value} for i in range(4)]))
+    weights = cooldown.step_weights(STEPS, "linear")
+    torch.testing.assert_close(mean["w"], value * sum(i * w for i, w in enumerate(weights)))
+
+
+def test_numbers_too_large_to_be_averaged_are_refused_even_at_the_end(tmp_path):
+    paths = write(tmp_path, [{"w": torch.tensor([3e38 * (-1) ** i])} for i in range(2)], [1, 2])
+    with pytest.raises(ConfigError, match="step2.pt: 'w' is finite, but not its mean"):
+        cooldown.emulate(paths)
+
+
+def test_a_folder_among_checkpoints_is_refused_where_it_would_have_no_weight(tmp_path):
+    write(tmp_path, states())
+    (tmp_path / "net-step9.pt").mkdir()
+    with pytest.raises(ConfigError, match="net-step9.pt' is not allowed: .* no plain file"):
+        cooldown.emulate([tmp_path], "constant")
+
+
+@pytest.mark.parametrize(
+    ("state", "suffix"),
+    [
+        ({"w": torch.ones(2, dtype=torch.complex128)}, ".safetensors"),
+        ({"w\ud800": torch.ones(2)}, ".safetensors"),
+        ({"w": lambda: None}, ".pt"),
+    ],
+)
+def test_what_cannot_be_written_leaves_no_file(state, suffix, tmp_path):
+    with pytest.raises(ConfigError, match=f"averaged{suffix} cannot be written: .* disk full"):
+        cooldown.save(state, tmp_path / f"averaged{suffix}")
+    assert not list(tmp_path.iterdir())
+
+
+damage = st.lists(st.tuples(st.integers(0, 10**6), st.integers(0, 255)), max_size=4)
+
+
+@settings(max_examples=60)
+@given(st.sampled_from([*cooldown.SUFFIXES, ".old.pt"]), damage, st.integers(0, 3000) | st.none())
+def test_whatever_happens_to_a_file_it_is_read_or_refused(tmp_path_factory, suffix, bytes_, length):
+    path = tmp_path_factory.mktemp("damage") / f"step1{suffix}"
+    state = {"w": torch.zeros(20), "n": torch.tensor(1)}
+    new = suffix != ".old.pt"
+    cooldown.save(state, path) if new else saved(state, _use_new_zipfile_serialization=False)(path)
+    content = bytearray(path.read_bytes())
+    for at, value in bytes_:
+        content[at % len(content)] = value
+    path.write_bytes(content[:length])
+    try:
+        found = cooldown.load(path)[0]
+    except ConfigError as error:
+        assert len(str(error).splitlines()) == 1
+    else:
+        assert suffix not in (".pt", ".pth") or torch.equal(found["w"], state["w"])
+
+
+shapes = st.lists(st.integers(0, 3), max_size=2)
+types = st.sampled_from(
+    [torch.float32, torch.bfloat16, torch.float64, torch.int64, torch.bool, FLOAT8]
+)
+tensors = st.builds(
+    lambda shape, value, dtype: torch.full(shape, value).to(dtype),
+    shapes,
+    st.floats(width=32),
+    types | st.just(torch.complex64),
+)
+plain = st.none() | st.integers() | st.text(max_size=2) | st.lists(st.integers(), max_size=2)
+names = st.sampled_from(["w", "b", "x._extra_state"]) | st.text(max_size=2) | st.integers(0, 2)
+dicts = st.dictionaries(names, tensors, max_size=2) | st.dictionaries(
+    names, tensors | plain, max_size=2
+)
+
+
+@settings(max_examples=60)
+@given(st.lists(dicts | st.dictionaries(st.sampled_from(cooldown.CONTAINERS), dicts), max_size=3))
+def test_any_states_make_an_average_or_an_error_of_one_line(tmp_path_factory, found):
+    folder = tmp_path_factory.mktemp("states")
+    for step, state in enumerate(found):
+        torch.save(state, folder / f"step{step}.pt")
+    try:
+        mean = cooldown.emulate([folder])
+        cooldown.save(mean, folder / "mean.safetensors")
+    except ConfigError as error:
+        assert len(str(error).splitlines()) == 1
+    else:
+        averaged = [
+            v for v in mean.values() if isinstance(v, torch.Tensor) and v.is_floating_point()
+        ]
+        assert not any(value.float().isnan().any() for value in averaged)
 
 
 @pytest.mark.parametrize(
@@ -260,6 +448,11 @@ def test_files_that_cannot_be_read_are_refused_by_name(tmp_path):
         ([], "linear", "= 0 is not allowed"),
         ([5], "linear", "= 1 is not allowed"),
         ([1, 2, 2], "linear", "step 2 comes after step 2"),
+        ([3, 2, 5], "linear", "step 2 comes after step 3"),
+        ([1, float("nan"), 3], "linear", "step nan comes after step 1"),
+        ([float("nan"), 1], "linear", "step 1 comes after step nan"),
+        ([1, 2, float("inf")], "linear", "step inf comes after step 2"),
+        ([2**60, 2**60 + 1], "linear", "each must be later"),
         ([1, 2], "cosin", "did you mean 'cosine'"),
     ],
 )
@@ -268,7 +461,8 @@ def test_what_makes_no_cooldown_is_refused(steps, schedule, message):
         cooldown.step_weights(steps, schedule)
 
 
-NO_STEP = "best.pt resnet18_00120.pt acc0.95.pt lr1e-3_v2.pt time5_7.pt run2-v1/best.pt"
+NO_STEP = """best.pt resnet18_00120.pt acc0.95.pt lr1e-3_v2.pt time5_7.pt run2-v1/best.pt step1.5.pt
+epoch2,5.pt step1,000.pt ckpt_4e3a.pt"""
 
 
 @pytest.mark.parametrize("name", NO_STEP.split())

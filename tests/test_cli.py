@@ -1,10 +1,15 @@
 """The command line: exit codes, one-line errors, help and version."""
 
+import contextlib
+import io
+import os
 import subprocess
 import sys
 
 import pytest
 import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
 import paper_lib
 from paper_lib import runs
@@ -19,7 +24,7 @@ from paper_lib.runs import parallel
     [
         (["--preset", "digts"], "unknown preset 'digts'; did you mean 'digits'?"),
         (["--lrr", "1"], "unknown setting 'lrr'; did you mean 'lr'?"),
-        (["--lr", "-1"], "lr = -1.0 is not allowed: the learning rate must be > 0"),
+        (["--lr", "-1"], "lr = '-1' is not allowed: it must be greater than 0"),
         (["--lr", "much"], "lr = 'much' is not allowed: it must be a valid number"),
         (["--steps", "1.5"], "steps = '1.5' is not allowed: it must be a valid integer"),
         (["--seeds", "0 0"], "seeds = '0 0' is not allowed"),
@@ -29,6 +34,17 @@ from paper_lib.runs import parallel
         (["lr", "1"], "unexpected words lr 1"),
         (["--parent", "x"], "unknown setting 'parent'"),
         (["--batch-sice", "1"], "did you mean 'batch_size'?"),
+        (["--seeds", str(2**64)], "seeds.0 = '18446744073709551616' is not allowed"),
+        (["--seeds", "0;1"], "seeds.0 = '0;1' is not allowed: it must be a valid integer"),
+        (["--width", str(10**30)], "width = '1000000000000000000000000000000' is not allowed"),
+        (["--lr", "1e400"], "lr = '1e400' is not allowed: it must be a finite number"),
+        (["--model", "../x"], "model = '../x' is not allowed"),
+        (["--record", "0-9999999999"], "record = '0-9999999999' is not allowed: write windows"),
+        (["--record", "0-999999999"], "is empty, or goes beyond step 10000000"),
+        (["--window", "999999999"], "window = '999999999' is not allowed"),
+        (["--preset", "a\nb"], r"unknown preset 'a\nb'"),
+        (["a\nb"], "unexpected words a b"),
+        (["--images-per-second", "1"], "unknown setting 'images_per_second'"),
     ],
 )
 def test_settings_that_cannot_work_end_with_code_2_and_one_line(words, message, capsys):
@@ -37,7 +53,12 @@ def test_settings_that_cannot_work_end_with_code_2_and_one_line(words, message, 
     assert message in printed.err and printed.err.count("\n") == 1 and not printed.out
 
 
-@pytest.mark.parametrize("words", ["", "trian", "cooldown a --steps 3", "jpegs x"])
+LINES = ["", "trian", "cooldown a --steps 3", "jpegs x", "cooldown / --output a.pt"]
+LINES += [f"plan --images-per-second {rate}" for rate in ("0", "-1", "nan", "many")]
+LINES += [f"plan --model {name}" for name in ("resnet9", "resnet80000000", "resnet" + "9" * 5000)]
+
+
+@pytest.mark.parametrize("words", LINES)
 def test_commands_that_cannot_work_end_with_code_2_and_one_line(words, capsys):
     assert main(words.split()) == 2
     assert capsys.readouterr().err.count("\n") == 1
@@ -72,11 +93,11 @@ main(["--version"])
 
 
 def tree(root, image):
-    """A tree of one class whose two files hold `image`, or no files."""
-    for split in ("train", "val"):
-        (root / split / "class").mkdir(parents=True)
+    """A tree of two classes whose files hold `image`, or without files."""
+    for folder in ("train/cat", "train/dog", "val/cat", "val/dog"):
+        (root / folder).mkdir(parents=True)
         if image is not None:
-            (root / split / "class" / "1.png").write_bytes(image)
+            (root / folder / "1.png").write_bytes(image)
 
 
 @pytest.mark.parametrize(
@@ -118,6 +139,59 @@ def test_runs_that_fail_end_with_code_2_and_one_line(error, monkeypatch, capsys)
     monkeypatch.setattr(runs, "train", fail)
     assert main(["train", "--preset", "smoke"]) == 2
     assert capsys.readouterr().err == f"error: {error}\n"
+
+
+@pytest.mark.parametrize("kind", ["RUNS", "DATA"])
+def test_a_variable_that_names_a_file_ends_with_code_2_and_one_line(kind, monkeypatch, capsys):
+    runs.load_dataset(study("smoke").run)  # its progress is printed before
+    capsys.readouterr()
+    monkeypatch.setenv(f"PAPER_{kind}", "/dev/null")
+    assert main(["train", "--preset", "smoke"]) == 2
+    error = f"error: PAPER_{kind} = '/dev/null' is not allowed: it must name a folder\n"
+    assert capsys.readouterr().err == error
+
+
+def test_training_what_no_memory_holds_is_refused_before_it_is_built(tmp_path, monkeypatch, capsys):
+    monkeypatch.setenv("PAPER_RUNS", str(tmp_path))
+    runs.load_dataset(study("smoke").run)  # its progress is printed before
+    capsys.readouterr()
+    assert main(["train", "--preset", "smoke", "--seeds", "0", "--width", "65536"]) == 2
+    message = capsys.readouterr().err.splitlines()[-1]
+    assert message.startswith("error: weights, gradient, momentum, ") and "(`width`)" in message
+
+
+def test_a_name_that_the_terminal_cannot_show_is_escaped(saved, monkeypatch):
+    for step in (0, 10):
+        (saved / f"step{step}.pt").rename(saved / f"\u00fc-{step}.pt")
+    shown = io.BytesIO()
+    monkeypatch.setattr(sys, "stdout", io.TextIOWrapper(shown, "ascii"))
+    assert main(["cooldown", str(saved), "--output", str(saved / "averaged.pt")]) == 0
+    assert rb"\xfc-10.pt" in shown.getvalue()
+
+
+def test_a_name_that_is_not_unicode_ends_with_code_2_and_one_line(saved, monkeypatch):
+    (saved / "step10.pt").rename(os.fsdecode(os.fsencode(saved) + b"/\xff-10.pt"))
+    shown = io.BytesIO()
+    stderr = io.TextIOWrapper(shown, errors="backslashreplace")  # as Python makes it
+    monkeypatch.setattr(sys, "stderr", stderr)
+    assert main(["cooldown", str(saved), "--output", str(saved / "averaged.pt")]) == 2
+    stderr.flush()
+    assert rb"\udcff-10.pt cannot be read: UnicodeEncodeError" in shown.getvalue()
+    assert shown.getvalue().count(b"\n") == 1
+
+
+def test_a_reader_that_has_had_enough_is_no_error(monkeypatch, capsys):
+    reader, writer = os.pipe()
+    os.close(reader)
+    monkeypatch.setattr(sys, "stdout", open(writer, "w"))
+    assert main(["plan", "--preset", "smoke"]) == 1
+    sys.stdout.close()  # as at exit, when the rest is written
+    assert capsys.readouterr().err == ""
+
+
+def test_stdout_may_be_closed(monkeypatch):
+    monkeypatch.setattr(sys, "stdout", None)
+    assert main(["plan", "--preset", "smoke"]) == 0
 
 
 def test_training_from_the_command_line(tmp_path, monkeypatch, capsys):
@@ -182,3 +256,43 @@ def test_the_command_says_that_statistics_must_be_recomputed(tmp_path, capsys):
         torch.save(torch.nn.BatchNorm1d(2).state_dict(), tmp_path / f"step{step}.pt")
     assert main(["cooldown", str(tmp_path), "--output", str(tmp_path / "averaged.pt")]) == 0
     assert "batchnorm.recompute_statistics" in capsys.readouterr().out
+
+
+# --- anything ------------------------------------------------------------------------------------
+
+
+NUMBERS = ["0", "-1", "1", "3", "1e3", "1e400", "nan", "-inf", str(2**63), str(2**64), str(10**30)]
+WORDS = [
+    "",
+    " ",
+    "true",
+    "None",
+    "[1, 2]",
+    "{}",
+    "0-9999999999",
+    "a\nb",
+    "\u0661",
+    "\udcff",
+    "../x",
+]
+values = st.sampled_from([*NUMBERS, *WORDS]) | st.text(max_size=4)
+flags = st.sampled_from([*RUN_SETTINGS, *STUDY_SETTINGS, "preset", "images-per-second", "x", ""])
+options = st.builds(lambda flag, value: f"--{flag.replace('_', '-')}={value}", flags, values)
+planned = st.lists(options | values, max_size=3).map(
+    lambda words: ["plan", "--preset=smoke", *words]
+)
+cooled = st.lists(values | st.just("/dev/zero"), max_size=3).map(lambda words: ["cooldown", *words])
+cooled |= st.builds(lambda words, out: [*words, f"--output={out}"], cooled, values)
+others = st.lists(values | st.sampled_from(["jpegs", "plan", "--version"]), max_size=3)
+
+
+@settings(max_examples=50)
+@given(planned | cooled | others)
+def test_any_words_end_with_an_exit_code_and_at_most_one_line_on_stderr(words):
+    out, err = io.StringIO(), io.StringIO()
+    with contextlib.redirect_stdout(out), contextlib.redirect_stderr(err):
+        try:
+            code = main(words)
+        except SystemExit as end:  # --help and --version
+            code = end.code
+    assert code in (0, 2) and err.getvalue().count("\n") == (code == 2), err.getvalue()

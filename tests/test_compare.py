@@ -1,6 +1,7 @@
 """Comparing with the committed results: each tolerance from both sides, and what is kept."""
 
 import json
+import shutil
 import subprocess
 
 import nbformat
@@ -11,12 +12,14 @@ from nbformat.v4 import new_code_cell, new_notebook, new_output
 
 import scripts as package
 from paper_lib.results import claims
-from scripts import compare, report
+from scripts import compare, picture, report
 
 
-def claim(measured, spread=0.0, verdict="holds", criterion="mean < 1", quantity="q"):
+def claim(
+    measured, spread=0.0, verdict="holds", criterion="mean < 1", quantity="q", notebook="01_one"
+):
     numbers = [np.nan, measured, spread, 3, measured, measured]
-    row = ["C1", "claim", quantity, *numbers, criterion, verdict, "01_one", True, ""]
+    row = ["C1", "claim", quantity, *numbers, criterion, verdict, notebook, True, ""]
     return pd.DataFrame([row], columns=claims.COLUMNS)
 
 
@@ -37,6 +40,9 @@ def claim(measured, spread=0.0, verdict="holds", criterion="mean < 1", quantity=
         (claim(np.inf), claim(-np.inf), False),
         (claim(1.0, np.nan), claim(1.01, np.nan), True),  # a single seed has no spread
         (claim(1.0), claim(1.0, quantity="another"), False),
+        (claim(1.0), claim(1.0, np.inf), False),
+        (claim(1.0), claim(1.0).assign(predicted=np.inf), False),
+        (claim(1.0), claim(1.0).assign(low=-np.inf), False),
     ],
 )
 def test_claims(old, new, agrees):
@@ -63,6 +69,12 @@ def curve(scale=1.0, label="a", **columns):
         (curve(), curve(np.inf), False),
         (curve(np.inf), curve(np.inf), True),
         (curve(np.inf), curve(-np.inf), False),
+        (curve(spread=0.1), curve(spread=np.inf), False),
+        (curve(spread=np.inf), curve(9.0, spread=np.inf), False),  # allows not everything
+        (curve(spread=np.nan), curve(spread=0.1), True),
+        (curve(1e200), curve(1.09e200), True),  # whose square is infinite
+        (curve(1e200), curve(5e200), False),
+        (curve(8e307), curve(-8e307), False),
     ],
 )
 def test_figures(old, new, agrees):
@@ -78,7 +90,7 @@ def write(results, name, number, source="work()"):
     """The results of one notebook, all of whose numbers are proportional to `number`."""
     for folder in ("claims", "figures", "notebooks"):
         (results / folder).mkdir(parents=True, exist_ok=True)
-    claim(number).to_csv(results / "claims" / f"{name}.csv", index=False)
+    claim(number, notebook=name).to_csv(results / "claims" / f"{name}.csv", index=False)
     curve(number).to_csv(results / "figures" / f"{name[:2]}_curve.csv", index=False)
     (results / "figures" / f"{name[:2]}_curve.png").write_text(f"picture of {number}")
     nbformat.write(executed(number, source), results / "notebooks" / f"{name}.ipynb")
@@ -101,7 +113,7 @@ def checkout(tmp_path, monkeypatch):
             command, cwd=tmp_path, check=True, capture_output=True, text=True
         ).stdout
 
-    for module in (package, compare):
+    for module in (package, compare, report):
         monkeypatch.setattr(module, "ROOT", tmp_path)
     results = tmp_path / "results" / "digits"
     write(results, "01_one", 1.0)
@@ -158,12 +170,93 @@ def test_without_keep_nothing_changes(checkout):
     assert git("status", "--porcelain") == before
 
 
-@pytest.mark.parametrize("name", ["figures/01_curve.csv", "claims/01_one.csv"])
+FILES = [
+    "figures/01_curve.csv",
+    "figures/01_curve.png",
+    "claims/01_one.csv",
+    "notebooks/01_one.ipynb",
+]
+
+
+@pytest.mark.parametrize("name", FILES)
 def test_a_deleted_file_is_noticed(checkout, capsys, name):
     results, _ = checkout
     (results / name).unlink()
     assert compare.main([str(results)]) == 1
     assert f"{name}: gone" in capsys.readouterr().out
+
+
+DAMAGES = [
+    b"",
+    b"\0" * 50,
+    b"hello",
+    b"\xff\xfe",
+    b"[1, 2]",
+    b'{"notebooks": 3}',
+    b'a,"b\n',
+    b"a,b\n1,2,3\n",
+]
+
+
+@pytest.mark.parametrize("content", DAMAGES)
+@pytest.mark.parametrize("name", ["claims/01_one.csv", "figures/01_curve.csv", "environment.json"])
+def test_damaged_files_are_named(checkout, capsys, monkeypatch, name, content):
+    monkeypatch.setattr(report, "notebook_title", lambda name: "One step")
+    results, _ = checkout
+    (results / name).write_bytes(content)
+    is_table = name.endswith(".csv")
+    assert compare.main([str(results)]) == is_table
+    assert (f"{name}: " in capsys.readouterr().out) is is_table
+    if not name.startswith("figures"):
+        assert report.main([str(results)]) == 2
+        error = capsys.readouterr().err
+        assert name in error and "make figures" in error and error.count("\n") == 1
+
+
+@pytest.mark.parametrize("column", ["claim", "role", "measured", "seeds", "verdict", "notebook"])
+def test_a_damaged_claim_is_named(tmp_path, capsys, column):
+    write(tmp_path / "digits", "01_one", 1.0)
+    path = tmp_path / "digits" / "claims" / "01_one.csv"
+    pd.read_csv(path, dtype=str).assign(**{column: "../x"}).to_csv(path, index=False)
+    assert report.main([str(tmp_path / "digits")]) == 2
+    assert f"{path} is damaged" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("name", picture.SOURCES)
+@pytest.mark.parametrize("content", [*DAMAGES, None])
+def test_a_damaged_figure_makes_no_picture(tmp_path, name, content):
+    figures = tmp_path / "digits" / "figures"
+    shutil.copytree(package.ROOT / "results" / "digits" / "figures", figures)
+    path = figures / f"{name}.csv"
+    path.write_bytes(path.read_bytes().split(b"\n")[0] if content is None else content)
+    with pytest.raises(package.ResultError, match="make figures makes it again"):
+        picture.draw(tmp_path / "digits")
+
+
+@pytest.mark.parametrize(
+    "text", ["{{ measured('q' }}", "{{ nothing }}", "{% for %}", "{{ ''.__class__.mro() }}"]
+)
+def test_what_is_no_template_is_named(tmp_path, text):
+    write(tmp_path / "digits", "01_one", 1.0)
+    (tmp_path / "digits" / "found.md").write_text(f"## C1\n\n{text}\n\nMore.\n")
+    with pytest.raises(package.ResultError, match="found.md cannot be read"):
+        report.found(tmp_path / "digits", claims.table(tmp_path / "digits"))
+
+
+def test_nothing_on_a_page_is_html(tmp_path, monkeypatch):
+    monkeypatch.setattr(report, "notebook_title", lambda name: "One step")
+    results = tmp_path / "digits"
+    write(results, "01_one", 1.0)
+    quantity = "<b>|q|</b>\n0 < a &lt;"
+    claim(1.0, quantity=quantity).to_csv(results / "claims/01_one.csv", index=False)
+    (results / "figures" / "01_<i>.png").touch()
+    (results / "found.md").touch()
+    made = json.loads((results / "environment.json").read_text())
+    (results / "environment.json").write_text(json.dumps({**made, "processor": "<script>"}))
+    page = report.page(results)
+    assert "| &lt;b>\\|q\\|&lt;/b> 0 < a &amp;lt; |" in page
+    assert "[&lt;i>](figures/01_%3Ci%3E.png)" in page and "&lt;script>" in page
+    assert "<" not in page.replace("0 < a", "").replace("mean < 1", "")
 
 
 def test_results_elsewhere_are_compared_with_the_committed_ones(checkout, tmp_path, capsys):

@@ -2,9 +2,11 @@
 
 import json
 import types
+from decimal import Decimal
 from pathlib import Path
 
 import numpy as np
+import pandas as pd
 import pytest
 from helpers import SmallNet, small_data
 from hypothesis import given
@@ -21,8 +23,8 @@ INTEGER = "it must be a valid integer"
 @pytest.mark.parametrize(
     ("settings", "message"),
     [
-        ({"lr": 0.0}, r"lr = 0.0 is not allowed: the learning rate must be > 0"),
-        ({"lr": "-1"}, r"lr = -1.0 is not allowed: the learning rate must be > 0"),
+        ({"lr": 0.0}, r"lr = 0.0 is not allowed: it must be greater than 0"),
+        ({"lr": "-1"}, r"lr = '-1' is not allowed: it must be greater than 0"),
         ({"lr": float("nan")}, r"lr = nan .* finite"),
         ({"lr": np.inf}, r"lr = inf .* finite"),
         ({"lr": "fast"}, r"lr = 'fast' is not allowed: it must be a valid number"),
@@ -51,6 +53,18 @@ INTEGER = "it must be a valid integer"
         ({"data": "imagefolder"}, r"image_size = 0 .* size to load at"),
         ({"momentun": 0.9}, r"unknown setting 'momentun'; did you mean 'momentum'"),
         ({"parent": {"width": 0}, "start": 1}, r"parent.width = 0 .* equal to 1"),
+        ({"steps": 2, "schedule": (1, float("nan"))}, r"schedule.1 = nan .* finite"),
+        ({"steps": 2, "schedule": (-0.5, 1)}, r"schedule.0 = -0.5 .* equal to 0"),
+        ({"steps": 2**63}, r"steps = 9223372036854775808 .* equal to 10"),
+        ({"steps": 10**5000}, r"steps = <int too long to show> is not allowed"),
+        ({"width": 10**6}, r"width = 1000000 .* equal to 65536"),
+        ({"seed": 2**64}, r"seed = 18446744073709551616 .* equal to 1000000000000000000"),
+        ({"model": "../x"}, r"model = '../x' is not allowed"),
+        ({"record": "0-9999999999"}, r"record = '0-9999999999' .* up to step 10000000"),
+        ({"record": "0-999999999"}, r"the window '0-999999999' is empty, or goes beyond step"),
+        ({"record": "9" * 5000}, r"record = '9{196}\.\.\. is not allowed: write windows"),
+        ({"schedule": "x" * 5000}, r"unknown schedule 'x{196}\.\.\. \(allowed"),
+        ({"averages": "x" * 5000}, r"unknown average 'x{196}\.\.\.: write EMA"),
     ],
 )
 def test_a_run_that_cannot_work_is_refused_by_name_and_value(settings, message):
@@ -70,6 +84,12 @@ def test_a_run_that_cannot_work_is_refused_by_name_and_value(settings, message):
         (lambda: study("digits", seeds="one"), r"seeds.0 = 'one'"),
         (lambda: study("digits", seeds=-1), r"seeds.0 = -1"),
         (lambda: study("digits", window=0), r"window = 0"),
+        (lambda: study("digits", window=10**9), r"window = 1000000000 .* equal to 10000000"),
+        (lambda: study("digits", seeds=2**63), r"seeds.0 = 9223372036854775808"),
+        (lambda: study(np.array(["digits", "smoke"])), r"unknown preset array"),
+        (lambda: study(["digits"]), r"unknown preset \['digits'\]"),
+        (lambda: study("digits", {1: 2}), r"unknown setting 1"),
+        (lambda: study("digits", "[" * 10**5), r"overrides = '\[{196}\.\.\. is not allowed"),
         (lambda: study("digits", steps="1500.5"), r"steps = '1500.5'"),
         (lambda: study("digits", "{lr: 0.5}"), r"overrides = '{lr: 0.5}' .* write them as"),
         (lambda: study("digits", "[1]"), r"overrides"),
@@ -98,7 +118,9 @@ def test_no_seeds_are_the_presets_own(seeds):
     assert study("smoke", seeds=seeds).seeds == PRESETS["smoke"].seeds
 
 
-@pytest.mark.parametrize("seeds", [0, "0", [0], np.int64(0), np.array(0), np.array([0]), range(1)])
+@pytest.mark.parametrize(
+    "seeds", [0, "0", [0], np.int64(0), np.array(0), np.array([0]), range(1), pd.Series([0])]
+)
 def test_zero_is_a_seed(seeds):
     """As `papermill -p seeds 0` passes it, or an array: not the preset's own."""
     assert study("smoke", seeds=seeds).seeds == check_seeds(seeds) == (0,)
@@ -164,11 +186,11 @@ runs = st.builds(
     lr=st.floats(1e-6, 1e6),
     momentum=st.floats(0, 0.99),
     steps=st.just(3),
-    schedule=st.sampled_from(["constant", "1-sqrt"]) | st.tuples(*[st.floats(-9, 9)] * 3),
+    schedule=st.sampled_from(["constant", "1-sqrt"]) | st.tuples(*[st.floats(0, 9)] * 3),
     record=st.sampled_from(["", "0-3", "0-2/2"]),
     checkpoints=st.lists(st.integers(0, 3), max_size=3),
     averages=st.sampled_from([(), ("EMA 0.9",), ("uniform 2", "two points 1")]),
-    seed=st.integers(0, 2**63 - 1),
+    seed=st.integers(0, 10**18),
     batch_seed=st.none() | st.integers(0, 9),
     norm=st.sampled_from(["batch", "group", "none"]),
 )
@@ -184,6 +206,8 @@ def test_json_keeps_everything(run):
 
 
 values = [np.float32(2), np.int8(-1), np.zeros(2), np.array("x"), "0-3", "EMA 2", 1j, {}, int]
+values += [10**5000, 2**63, 2**64, -0.0, pd.Series([0]), range(3), b"1", "\ud800", "0-99999999"]
+values += [{1, 2}, np.array([[1]]), np.array(False), Decimal("1e400"), (i for i in "1"), "uniform"]
 anything = st.none() | st.booleans() | st.integers() | st.floats() | st.text(max_size=5)
 anything |= st.binary(max_size=2) | st.sampled_from(values)
 fields = st.sampled_from([*RunConfig(steps=5).to_dict(), *STUDY_SETTINGS, "lrr"])
@@ -209,6 +233,10 @@ def test_describe_writes_windows_as_people_do(record):
     assert describe(parse_record(record)) == record
 
 
+def test_windows_may_overlap():
+    assert parse_record("5-9,0-20/10,7").tolist() == [0, 5, 6, 7, 8, 9, 10, 20]
+
+
 CHECKOUT = Path(__file__).resolve().parents[1]
 
 
@@ -226,6 +254,9 @@ def test_things_are_kept_in_the_working_directory_or_its_checkout(tmp_path, monk
         assert files.folder("runs") == top / "runs"
     monkeypatch.setenv("PAPER_RUNS", "/elsewhere")
     assert files.folder("runs") == Path("/elsewhere")
+    monkeypatch.setenv("PAPER_RUNS", "/dev/null")
+    with pytest.raises(ConfigError, match="PAPER_RUNS = '/dev/null' .* must name a folder"):
+        files.folder("runs")
 
 
 def test_a_study_needs_no_torch_and_takes_any_function_as_a_network():

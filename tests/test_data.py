@@ -1,4 +1,5 @@
 import itertools
+import os
 import random
 
 import numpy as np
@@ -10,6 +11,7 @@ from hypothesis import strategies as st
 from paper_lib import data
 from paper_lib.data import TensorDataset
 from paper_lib.data.augment import FlipCrop
+from paper_lib.errors import ConfigError
 
 
 def numbered(n=103, n_test=17, **kwargs):
@@ -134,7 +136,7 @@ def test_evaluation_with_a_limit_is_a_fair_sample():
 
 def test_uint8_tensors_are_normalized_by_the_training_images():
     x = torch.from_numpy(np.random.default_rng(0).integers(0, 200, (500, 2, 4, 4), dtype=np.uint8))
-    y = torch.zeros(500, dtype=torch.int32)
+    y = torch.arange(500, dtype=torch.int32) % 2
     dataset = data.from_tensors(x, y, x[:10] // 2, y[:10], device="cpu")
     (shown, _), *_ = dataset.evaluation("train", size=500)
     assert shown.dtype == torch.float32
@@ -173,6 +175,16 @@ def test_the_fingerprint_is_that_of_the_content():
     assert first not in prints and len(set(prints)) == len(prints)
 
 
+@pytest.mark.parametrize("kind", [torch.float32, torch.float64, torch.uint8])
+@pytest.mark.parametrize("give", [lambda tensor: tensor, lambda tensor: tensor.numpy()])
+def test_what_is_written_into_own_tensors_later_changes_no_dataset(kind, give):
+    x, y = torch.arange(96).reshape(6, 1, 4, 4).to(kind), torch.arange(6) % 2
+    dataset = data.from_tensors(*map(give, (x, y, x, y)), device="cpu")
+    before = dataset.batch(0, 6, 0)
+    x.zero_(), y.zero_()
+    assert all(map(torch.equal, dataset.batch(0, 6, 0), before))
+
+
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
@@ -203,6 +215,9 @@ def test_impossible_held_out_is_refused(held_out):
 
 
 X, Y = torch.zeros(4, 1, 2, 2), torch.arange(4)
+RAGGED, WORDS = [[1.0], [1.0, 2.0], [], [3.0]], np.array(["a", "b", "c", "d"])
+NAN, HUGE = X.clone(), X.double()
+NAN[2, 0, 1, 1], HUGE[3] = torch.nan, 1e300
 
 
 @pytest.mark.parametrize(
@@ -210,24 +225,95 @@ X, Y = torch.zeros(4, 1, 2, 2), torch.arange(4)
     [
         (
             (X, Y[:3], X, Y),
-            r"labels = 'train' .* its 4 images needs one, .* shape is \(3,\)",
+            r"targets = 'train' .* its 4 inputs needs one, .* shape is \(3,\)",
         ),
-        ((X, Y, X[:0], Y[:0]), "labels = 'test' .* each of its 0 images"),
-        ((X, Y.float(), X, Y), "must be integers .*, not torch.float32 from 0.0"),
-        ((X, Y - 1, X, Y), "must be integers from 0 up, not torch.int64 from -1"),
-        ((X.int(), Y, X, Y), "floating-point or uint8, not torch.int32"),
+        ((X, torch.tensor(1), X, Y), r"each of its 4 inputs needs one, .* shape is \(\)"),
+        ((X, Y, X[:0], Y[:0]), r"inputs = 'test' .*\(N, ...\), .* not \(0, 1, 2, 2\)"),
+        ((X[..., :0], Y, X, Y), r"without a 0, not \(4, 1, 2, 0\)"),
+        ((X[:, 0, 0, 0], Y, X, Y), r"must be \(N, ...\).* not \(4,\)"),
+        ((torch.tensor(1.0), Y, X, Y), r"must be \(N, ...\).* not \(\)"),
+        ((X, Y.float(), X, Y), "must be integers .*, not torch.float32 from 0"),
+        ((X, Y > 1, X, Y), "must be integers .*, not torch.bool"),
+        ((X, Y - 1, X, Y), "must be integers 0, 1, .* not torch.int64 from -1 to 2"),
+        ((X, Y * 10**6, X, Y), "below a million, not torch.int64 from 0 to 3000000"),
+        ((X, np.array([1, 2**64 - 1, 0, 0], np.uint64), X, Y), "not torch.uint64 from -1"),
+        ((X, torch.zeros_like(Y), X, Y), r"labels = \[0\] .* two classes or more"),
+        ((X, Y + Y[3] - Y, X, Y), r"labels = \[3\] .* two classes or more"),
+        ((X > 0, Y, X > 0, Y), "dense and real, not torch.strided of torch.bool"),
+        ((X + 1j, Y, X, Y), "dense and real, not torch.strided of torch.complex64"),
+        ((X.to_sparse(), Y, X, Y), "dense and .*, not torch.sparse_coo of torch.float32"),
         ((X, Y, X[:, :, :1], Y), "must have one shape"),
         ((X.byte(), Y, X, Y), "both be uint8 or floating-point"),
-        ((X.byte()[:, 0], Y, X, Y), r"must be \(N, C, H, W\)"),
+        ((X.byte()[:, 0], Y, X, Y), r"uint8 images \(N, C, H, W\), .* not \(4, 2, 2\)"),
+        ((NAN, Y, X, Y), r"'train' .* NaN or infinity in 1 of them, .* number \[2\]"),
+        ((X, Y, 1 / X, Y), r"'test' .* NaN or infinity in 4 of them, .* number \[0\]"),
+        ((HUGE, Y, X, Y), r"NaN or infinity in 1 of them, .* number \[3\]"),
+        ((None, Y, X, Y), "must be tensors or arrays: .*NoneType"),
+        ((RAGGED, Y, X, Y), "must be tensors or arrays: "),
+        ((X, WORDS, X, Y), "must be tensors or arrays: .*numpy.str_"),
+        ((X, {"a": 1}, X, Y), "must be tensors or arrays: .*dict"),
+        ((X.numpy()[:, :, ::-1], Y, X, Y), "must be tensors or arrays: .*stride"),
     ],
 )
 def test_tensors_that_do_not_fit_are_refused(arguments, message):
-    with pytest.raises(ValueError, match=message):
+    with pytest.raises(ConfigError, match=message) as caught:
         data.from_tensors(*arguments)
+    assert len(str(caught.value)) < 400 and "\n" not in str(caught.value)
+
+
+LONG = "x" * 51
+UNSAFE = ["", ".", "..", "../../x", "/abs", "a/b", "a\\b", "a\nb", "a\n", "a\0b", " a", "~", LONG]
+UNSAFE += ["$HOME", "a;b", "a'b", 'a"b', "<b>", "a|b", "-a", "\udcff", "*", "{x}", "a`b`"]
+
+
+@pytest.mark.parametrize("name", UNSAFE)
+def test_a_name_that_cannot_begin_that_of_a_folder_is_refused(name):
+    with pytest.raises(ConfigError, match="name of a dataset = .* at most 50 letters"):
+        numbered(name=name)
+
+
+@given(st.text(max_size=60))
+def test_a_name_is_refused_or_names_a_file_in_its_folder(name):
+    try:
+        name = numbered(name=name).name
+    except ConfigError:
+        return
+    assert os.path.basename(os.path.normpath(f"/runs/{name}")) == name
+    assert name.isprintable() and len(os.fsencode(name)) <= 200
+
+
+@pytest.mark.parametrize("name", ["mine", "My data", "été_2", "a.b-c+d", "x" * 50, "7"])
+def test_usual_names_are_as_given(name):
+    assert numbered(name=name).name == name
+
+
+def test_a_history_of_gradients_stays_behind():
+    x = X.clone().requires_grad_()
+    assert not data.from_tensors(2 * x, Y, X, Y, device="cpu").batch(0, 2, 0)[0].requires_grad
+
+
+@pytest.mark.parametrize("held_out", ["3", None, 2.5, -1, 4, 10**9])
+def test_held_out_is_a_number_of_images(held_out):
+    with pytest.raises(ConfigError, match="held_out = .* at least 0 and less than the 4"):
+        data.from_tensors(X, Y, X, Y, held_out=held_out)
+    assert data.from_tensors(X, Y, X, Y, held_out=np.int64(1)).sizes["held"] == 1
+
+
+@pytest.mark.parametrize("seed", [-1, 0.5, "0", None])
+def test_a_seed_is_a_whole_number(seed):
+    with pytest.raises(ConfigError, match="seed = .* an integer >= 0"):
+        data.from_tensors(X, Y, X, Y, seed=seed)
 
 
 def test_unknown_names_and_options_are_refused(tmp_path):
     with pytest.raises(ValueError, match="unknown dataset 'mnist' .*digits, cifar10"):
         data.load("mnist", tmp_path)
-    with pytest.raises(ValueError, match="'image_size': 32.* digits takes none"):
+    with pytest.raises(ConfigError, match="'image_size': 32.* digits takes none"):
         data.load("digits", tmp_path, image_size=32)
+
+
+@pytest.mark.parametrize("name", ["digits", "cifar10", "imagefolder"])
+def test_a_root_that_cannot_be_used_is_named(tmp_path, name):
+    (root := tmp_path / "file").write_text("")
+    with pytest.raises(data.DataError, match=f"{root}"):
+        data.load(name, root, image_size=8 if name == "imagefolder" else None)

@@ -1,6 +1,8 @@
 """Several processes under torchrun: the trajectory of one process, also after a kill."""
 
+import socket
 import textwrap
+from datetime import timedelta
 
 import numpy as np
 import pytest
@@ -9,12 +11,22 @@ from helpers import SMALL, SmallNet, small_data, torchrun
 
 from paper_lib import runs
 from paper_lib.__main__ import main
+from paper_lib.errors import ConfigError
 from paper_lib.runs import Run
 from paper_lib.training import distributed
 
 CONFIG = SMALL.replace(
     lr=0.05, momentum=0.5, averages=("EMA 0.9", "uniform 10"), steps=30, record="0-30"
 )
+
+
+class Unused(SmallNet):
+    """With parameters that no loss depends on."""
+
+    def __init__(self):
+        super().__init__()
+        self.unused = torch.nn.Linear(2, 2)
+
 
 # A parent, its branch, and one run in which the second process dies at step 15 when it is told to.
 JOB = textwrap.dedent(
@@ -23,7 +35,7 @@ JOB = textwrap.dedent(
     from helpers import SmallNet, small_data
     from paper_lib import files, runs
     from paper_lib.training import distributed, loop
-    from test_distributed import CONFIG
+    from test_distributed import CONFIG, Unused
     loop.CHUNK, loop.RESUME_EVERY_S, loop.RESUME_SHARE = 5, 0.0, float("inf")
     def report(steps, loss, lr, seen=[0]):
         seen[0] += steps
@@ -42,6 +54,7 @@ JOB = textwrap.dedent(
             runs.obtain(CONFIG.branch(5, record="35"), small_data(), SmallNet)
             bad = CONFIG.replace(lr=1e30, weight_decay=0.1)
             assert runs.obtain(bad, small_data(), SmallNet).diverged
+            runs.obtain(CONFIG, small_data(), Unused)
         assert run.status["processes"] == 2  # it is there for every process
     # A thread of gloo that outlives its group can end the process by SIGABRT.
     tasks = pathlib.Path("/proc/self/task").glob("*/comm")
@@ -170,3 +183,49 @@ def test_synchronized_statistics_are_torchs_in_one_process(tmp_path):
                 torch.testing.assert_close(ours.running_mean, theirs.running_mean)
     finally:
         torch.distributed.destroy_process_group()
+
+
+TORCHRUN = {
+    "LOCAL_RANK": "0",
+    "RANK": "0",
+    "WORLD_SIZE": "2",
+    "MASTER_ADDR": "127.0.0.1",
+    "MASTER_PORT": "1",
+}
+
+
+@pytest.mark.parametrize(
+    ("name", "text", "message"),
+    [
+        *[(name, None, "= None .* by torchrun") for name in TORCHRUN if name != "LOCAL_RANK"],
+        *[(name, "x", "= 'x' .* unset LOCAL_RANK") for name in TORCHRUN if name != "MASTER_ADDR"],
+        ("LOCAL_RANK", "", "= '' .* by torchrun"),
+        ("LOCAL_RANK", "-1", "= '-1' .* by torchrun"),
+        ("LOCAL_RANK", "2", "= 2 .* has 2 GPUs: start at most as many"),
+        ("RANK", "2", "= 2 .* less than WORLD_SIZE = 2"),
+        ("WORLD_SIZE", "0", "less than WORLD_SIZE = 0"),
+        ("WORLD_SIZE", "1.5", "= '1.5' .* by torchrun"),
+        ("MASTER_PORT", "0", "= 0 .* from 1 to 65535"),
+        ("MASTER_PORT", "99999", "= 99999 .* from 1 to 65535"),
+        ("RANK", "1", "= 127.0.0.1, .* failed: not all processes came"),  # where no one listens
+    ],
+)
+def test_variables_that_torchrun_would_not_set_are_refused(name, text, message, monkeypatch):
+    for variable, value in (TORCHRUN | {name: text}).items():
+        if value is not None:
+            monkeypatch.setenv(variable, value)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
+    monkeypatch.setattr(torch.cuda, "set_device", lambda device: None)
+    monkeypatch.setattr(distributed, "MEETING", timedelta(seconds=1))
+    with pytest.raises(ConfigError, match=message), distributed.processes():
+        pass
+
+
+def test_a_process_that_no_other_joins_does_not_wait_for_ever(monkeypatch):
+    with socket.create_server(("127.0.0.1", 0)) as free:
+        port = str(free.getsockname()[1])
+    for variable, value in (TORCHRUN | {"MASTER_PORT": port}).items():
+        monkeypatch.setenv(variable, value)
+    monkeypatch.setattr(distributed, "MEETING", timedelta(seconds=1))
+    with pytest.raises(ConfigError, match="not all processes came"), distributed.processes():
+        pass

@@ -33,14 +33,11 @@ def test_displacement_of_the_model(stationary):
 def test_geometry_of_the_model_and_of_a_line(stationary):
     found = ellipsoid.geometry(vectors.gram(stationary))
     assert abs(found["exponent"]) < 0.02
-    assert found["radius_spread"] < 0.1
     assert abs(found["far_cosine"]) < 0.02
-    assert found["pair_ratio"] == pytest.approx(0.5, abs=0.02)
     # drift: the ends lie opposite each other
     line = ellipsoid.geometry(vectors.gram(np.arange(101.0)[:, None]))
     assert line["exponent"] == pytest.approx(2)
     assert line["far_cosine"] < -0.9
-    assert line["pair_ratio"] < 0.2
 
 
 def test_an_iterate_exactly_at_the_average_has_no_direction():

@@ -64,16 +64,6 @@ def test_a_band_for_a_logarithmic_axis_never_reaches_zero(ax):
     assert summary.n.tolist() == [3]
 
 
-def test_equality_has_a_dot_a_row_and_a_line_through_all_of_them(ax, data):
-    table = pd.DataFrame({"a": [1.0, 2.0, 3.0], "b": [1.5, 2.5, 0.5], "kind": list("xyx")})
-    figures.equality(ax, table, "a", "b", hue="kind")
-    assert [len(dots.get_offsets()) for dots in ax.collections] == [2, 1]
-    assert [dots.get_label() for dots in ax.collections] == ["x", "y"]
-    (line,) = ax.lines
-    np.testing.assert_allclose(line.get_xydata(), [[0.5, 0.5], [3, 3]])
-    assert line.get_linestyle() == "--"
-
-
 def test_dots_has_a_dot_a_seed_and_the_mean_of_each_row(ax):
     table = pd.DataFrame({"y": [1.0, 3.0, 4.0], "name": ["EMA", "EMA", "last"]})
     figures.dots(ax, table, "y", "name")
@@ -92,10 +82,10 @@ def test_dots_of_several_hues_in_one_row_stand_apart(ax, names, heights):
 
 def test_annotate_n(ax):
     figures.annotate_n(ax, 3)
-    figures.annotate_n(ax, 40, "repetitions", log=True)
+    figures.annotate_n(ax, 40, log=True)
     assert [text.get_text() for text in ax.texts] == [
         "mean ± s.d., n = 3 seeds",
-        "mean ± s.d. of the logarithm, n = 40 repetitions",
+        "mean ± s.d. of the logarithm, n = 40 seeds",
     ]
 
 

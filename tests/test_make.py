@@ -5,10 +5,12 @@ import re
 import shutil
 import subprocess
 import sys
+import time
 import tomllib
 from pathlib import Path
 
 import nbformat
+import psutil
 import pytest
 import yaml
 from nbformat.v4 import new_code_cell, new_markdown_cell, new_notebook
@@ -26,7 +28,7 @@ echo "$PAPER_DATA $PAPER_RESULTS $PAPER_RUNS"
 
 def run_make(folder, *words, **variables):
     """Run make with what it would have in a fresh shell."""
-    ours = ("MAKE", "MFLAGS", "PAPER", "CONFIG", "SEEDS")
+    ours = ("MAKE", "MFLAGS", "PAPER", "CONFIG", "SEEDS", "PYTHONUNBUFFERED")
     inherited = {key: value for key, value in os.environ.items() if not key.startswith(ours)}
     inherited["REAL_PYTHON"] = sys.executable
     command = ["make", *words, *(f"{key}={value}" for key, value in variables.items())]
@@ -64,6 +66,55 @@ def test_settings_and_absolute_folders_reach_python_as_they_are(make, tmp_path):
     assert not there.exists()
 
 
+ODD = {
+    **{
+        value: None
+        for value in ("x y", "a'b", 'a"b', "#", "%", "ünï 日本", "-x", "--eval=x", "a=b", "*")
+    },
+    **{value: None for value in ("a,b", "a)b", "x /y", "&", "$x", "\\", "$(error bad)")},
+    **{
+        value: "touch"
+        for value in ("$({})", "`{}`", "$(shell {})", "; {};", "'; {}; '", '"; {}; "')
+    },
+}
+
+
+@pytest.mark.parametrize("value", ODD)
+def test_settings_are_text_to_make_and_the_shell(make, tmp_path, value):
+    value = value.format(f"touch {tmp_path / 'touched'}") if ODD[value] else value
+    odd = tmp_path / value.replace("/", "_")
+    shutil.copy(tmp_path / "python", odd)
+    done = make("train", SEEDS=value, DATA=value, RUNS=value, FRESH=value, PYTHON=value, PY=odd)
+    assert done.returncode == 0 and not (tmp_path / "touched").exists()
+    asked, folders = done.stdout.splitlines()[-2:]
+    assert asked == f"-m paper_lib train --preset digits --seeds {value}"
+    assert folders.startswith(f"{ROOT}/{value} ") and folders.endswith(f" {ROOT}/{value}")
+
+
+@pytest.mark.parametrize(
+    ("name", "values", "said"),
+    [
+        (
+            "CONFIG",
+            ["../x", "..", "/x", "", "-x", "x y", "$(touch {})", "`touch {}`"],
+            "name of a preset",
+        ),
+        (
+            "JOBS",
+            ["0", "a", "-1", "1 2", "²", "1)); touch {}; ((1", "$(touch {})"],
+            "a number from 1",
+        ),
+        ("SEEDS", ["1\ntouch {}", "1'\ntouch {} #"], "have one line each"),
+    ],
+)
+def test_settings_that_cannot_work_are_one_line(make, tmp_path, name, values, said):
+    for value in values:
+        done = make("train", **{name: value.format(tmp_path / "touched")})
+        assert done.returncode == 2 and not done.stdout
+        (line,) = done.stderr.splitlines()
+        assert said in line and not (tmp_path / "touched").exists()
+
+
 def test_notebooks_opened_by_hand_write_into_a_scratch_folder(make):
     _, asked, folders = make("lab").stdout.splitlines()
     assert asked == "-m jupyterlab notebooks"
@@ -78,7 +129,7 @@ def test_unknown_preset_is_one_line_that_names_them(make, target):
     assert "did you mean 'digits'? (allowed: digits, smoke, cifar10_small," in line
 
 
-@pytest.mark.parametrize("task", ["01_one_steps", "tests"])
+@pytest.mark.parametrize("task", ["01_one_steps", "99_nothing", "tests", "$(exit 3)'`exit 4`"])
 def test_an_unknown_task_is_one_line(make, task):
     done = make(task)
     assert done.returncode == 2 and not done.stdout
@@ -90,6 +141,12 @@ def test_continuous_integration_runs_make_test():
     assert (ROOT / ".ci" / "run").read_text().splitlines()[-1] == "make test"
     workflow = (ROOT / ".github" / "workflows" / "test.yml").read_text()
     assert all(f"make {part}" in workflow for part in ("lint", "unit", "nbval"))
+
+
+def test_actions_are_pinned_by_hash():
+    workflow = (ROOT / ".github" / "workflows" / "test.yml").read_text()
+    used = re.findall(r"uses: (.*)", workflow)
+    assert used and all(re.fullmatch(r"[\w/-]+@[0-9a-f]{40} # v[\d.]+", use) for use in used)
 
 
 # --- the environment ----------------------------------------------------------------------------
@@ -209,6 +266,24 @@ def test_prerequisites_follow_imports_and_names_of_datasets(monkeypatch):
     assert not {"paper_lib/__main__.py", "paper_lib/results/notebooks.py"} & names
 
 
+@pytest.mark.parametrize(
+    "content",
+    ["", "[]", "hello", '{"cells": 3}', '{"cells": [{"cell_type": "code", "source": "x ="}]}'],
+)
+def test_a_damaged_notebook_is_named(tmp_path, monkeypatch, content):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "notebooks").mkdir()
+    (tmp_path / "notebooks" / "01_one.ipynb").write_text(content)
+    with pytest.raises(SystemExit, match=r"error: notebooks/01_one.ipynb, .*, cannot be read: .*"):
+        dependencies.main()
+
+
+def test_copies_under_odd_names_are_no_notebooks(tmp_path):
+    for name in ("02_two", "01_one", "01_one (copy)", "03_$x", "notes"):
+        (tmp_path / f"{name}.ipynb").touch()
+    assert [path.stem for path in dependencies.sources(tmp_path)] == ["01_one", "02_two"]
+
+
 def test_magics_are_not_python():
     cell = {"cell_type": "code", "source": ["%matplotlib inline\n", "x = 1\n", "!ls"]}
     assert dependencies.code(cell) == "x = 1"
@@ -217,6 +292,9 @@ def test_magics_are_not_python():
 NOTEBOOK = """from paper_lib.presets import study
 from paper_lib.results import claims
 from pathlib import Path
+if Path("../runs/wait").exists():
+    Path("../runs/waits").touch()
+    __import__("time").sleep(600)
 ledger = claims.Ledger(study(preset, seeds=seeds or (0, 1)).results, "{name}")
 ledger.expect("C1", "q", below=2).measure([float(Path("../runs/number").read_text())] * 2)
 ledger.verdict()"""
@@ -282,16 +360,42 @@ def test_a_clone_in_which_everything_agrees_stays_clean(clone):
 
     claims = clone / "results" / "digits" / "claims" / "01_one.csv"
     (clone / "runs" / "number").write_text("1.01")
-    claims.unlink()  # a result that was deleted is made again, alone
+    claims.write_text("")  # a result that was overwritten is made again, alone
     ran, out = figures(clone)
     assert ran == ["01_one"] and "2 of 2 notebooks agree" in out
     assert git(clone, "status", "--porcelain") == "" and ",1," in claims.read_text()
+
+    (clone / "results" / "digits" / "README.md").unlink()
+    assert figures(clone)[0] == [] and git(clone, "status", "--porcelain") == ""
 
     (clone / "paper_lib" / "presets.py").touch()
     two = [in_background(clone, "01_one") for _ in range(2)]
     outs = [process.communicate(timeout=300)[0] for process in two]
     assert sum("01_one: running" in out for out in outs) == 1
     git(clone, "checkout", ".")
+
+
+def test_what_make_began_ends_with_it(clone):
+    (clone / "runs" / "wait").touch()
+    (clone / "paper_lib" / "presets.py").touch()
+    process = in_background(clone, "figures")
+    try:
+        until(lambda: (clone / "runs" / "waits").exists() or process.poll() is not None)
+        began = psutil.Process(process.pid).children(recursive=True)
+        kernels = [one for one in began if "ipykernel_launcher" in one.cmdline()]
+        process.terminate()
+        process.wait(timeout=60)
+        _, left = psutil.wait_procs(began, timeout=60)
+    finally:
+        (clone / "runs" / "wait").unlink()
+    assert kernels and left == []
+
+
+def until(happens, seconds=120.0):
+    """Wait until something happens, a tenth of a second at a time."""
+    end = time.monotonic() + seconds
+    while not happens() and time.monotonic() < end:
+        time.sleep(0.1)
 
 
 def test_uncommitted_changes_write_elsewhere_and_a_copy_without_git_works(clone):

@@ -158,7 +158,7 @@ def test_hessian_product_of_a_quadratic_is_exact():
 
     net = FlatModel(Quadratic())
     v = torch.tensor([1.0, -2.0])
-    torch.testing.assert_close(net.hessian_product(net.forward(torch.zeros(1)), v), hessian @ v)
+    torch.testing.assert_close(net.hessian_product(net.module(torch.zeros(1)), v), hessian @ v)
 
 
 def test_a_module_without_parameters_is_refused():

@@ -113,6 +113,11 @@ def test_hours_follow_the_rate_and_disk_the_snapshots():
     assert main(["plan", "--images-per-second", "-1"]) == 2
 
 
+def test_the_widest_network_is_counted_without_being_built(capsys):
+    assert main(["plan", "--preset", "smoke", "--width", "65536"]) == 0
+    assert "1,279,906,217,994 weights" in capsys.readouterr().out
+
+
 def test_a_network_of_your_own_is_counted():
     chosen = presets.own(small_data(), SmallNet, lr=0.1, steps=100)
     built = FlatModel(SmallNet())

@@ -12,7 +12,7 @@ import textwrap
 import numpy as np
 import pytest
 import torch
-from helpers import SMALL, SmallNet, interrupt, small_data
+from helpers import SMALL, SmallNet, small_data
 
 from paper_lib import data, files, runs
 from paper_lib.config import RunConfig
@@ -143,25 +143,6 @@ def test_a_disk_that_fills_up_leaves_nothing_that_looks_finished(monkeypatch):
     folder = runs.run_folder(SMALL, small_data(), SmallNet)
     assert not folder.exists()
     assert runs.obtain(SMALL, small_data(), SmallNet).at(40).size  # with room again, it is trained
-
-
-@pytest.mark.parametrize(
-    "name", ["resume.npz", "weights.npy", "buffers.npy", "averages.npy", "log.npy"]
-)
-@pytest.mark.parametrize("kept", [3, -4])  # bytes: the first three, or all but the last four
-def test_an_interrupted_run_whose_files_are_cut_short_starts_again(monkeypatch, name, kept):
-    config, done = SMALL.replace(averages=("EMA 0.5",)), []
-    folder = runs.run_folder(config, small_data(), SmallNet)
-    interrupt(
-        lambda report: runs.obtain(config, small_data(), SmallNet, report),
-        monkeypatch,
-        at=20,
-        chunk=5,
-    )
-    damaged = folder.with_name(folder.name + ".part") / name
-    damaged.write_bytes(damaged.read_bytes()[:kept])
-    runs.obtain(config, small_data(), SmallNet, lambda steps, loss, lr: done.append(steps))
-    assert done == [5] * 8  # and not 15 at once, as when it goes on
 
 
 def test_a_run_killed_while_it_was_being_finished_is_finished(monkeypatch):

@@ -62,6 +62,10 @@ def test_a_last_batch_of_one_value_is_not_counted_where_it_has_no_variance():
         ([torch.ones(1, 2), torch.ones(4, 2)], r"batch 1 of shape \(1, 2\): .*no variance"),
         ([torch.ones(4, 2), torch.ones(1, 2)], r"batch 2 of shape \(1, 2\): Expected more"),
         ([torch.ones(4, 2), torch.ones(4, 3)], None),
+        ([torch.ones(4, 2), torch.full((4, 2), float("nan"))], "leave out what is not finite"),
+        ([3e38 * torch.ones(4, 2)], "leave out what is not finite, or too large"),
+        ([torch.ones(2)], r"batch 1 of shape \(2,\)"),
+        (torch.ones(4, 2), r"batch 1 of shape \(2,\)"),
     ],
 )
 def test_after_an_error_everything_is_as_before(batches, message):
@@ -76,5 +80,27 @@ def test_after_an_error_everything_is_as_before(batches, message):
     assert not any(m._forward_pre_hooks for m in net.modules())
 
 
-def test_a_network_without_batchnorm_needs_no_batches():
-    recompute_statistics(nn.Linear(2, 2), [])
+def test_a_network_without_statistics_needs_no_batches():
+    for net in (nn.Linear(2, 2), nn.BatchNorm1d(2, track_running_stats=False)):
+        recompute_statistics(net, [])
+
+
+def test_a_layer_that_no_batch_reaches_keeps_its_statistics():
+    used, idle = nn.BatchNorm1d(2), nn.BatchNorm1d(2)
+    idle(1 + torch.randn(8, 2, generator=torch.Generator().manual_seed(3)))
+    before = {name: value.clone() for name, value in idle.state_dict().items()}
+    recompute_statistics(nn.ModuleList([used, idle]), [torch.ones(4, 2)], used)
+    assert all(torch.equal(value, before[name]) for name, value in idle.state_dict().items())
+    assert used.running_mean.tolist() == [1, 1]
+
+
+def test_a_layer_may_be_called_by_keyword():
+    layer = nn.BatchNorm1d(2)
+    recompute_statistics(layer, [torch.ones(4, 2)], lambda x: layer(input=x))
+    assert layer.running_mean.tolist() == [1, 1]
+
+
+def test_a_lazy_network_is_refused_with_what_to_do():
+    net = nn.Sequential(nn.Linear(2, 2), nn.LazyBatchNorm1d())
+    with pytest.raises(ConfigError, match="'Sequential' .* lazy: run a batch through it first"):
+        recompute_statistics(net, [torch.ones(4, 2)])

@@ -117,15 +117,15 @@ def model():
     X = np.pad(simulated(eta, 20_000, s2), ((0, 0), (0, 1)))
     h = np.append(eta, -0.1) / lr
     noise = h**2 * s2
-    return timescales.Modes(Run(X, lr), 0, X.mean(0), np.eye(4), h, noise, noise, X - X.mean(0))
+    return timescales.Modes(Run(X, lr), 0, np.eye(4), h, noise, X - X.mean(0))
 
 
 def test_predictions_hold_for_the_model(model):
     table = timescales.measure([model], [model.h])
     assert table.direction.tolist() == [0, 1, 2]
     np.testing.assert_allclose(table.rho, table.rho_model, atol=0.03)
-    np.testing.assert_allclose(table.v, table.v_model, rtol=0.05)
-    np.testing.assert_allclose(table.v_model, stationary_variance([1.2, 0.6, 0.25], 2.0))
+    np.testing.assert_allclose(table.v, table.v_met, rtol=0.05)
+    np.testing.assert_allclose(table.v_met, stationary_variance([1.2, 0.6, 0.25], 2.0))
     np.testing.assert_allclose(table.rho_met, table.rho_model)
     found = timescales.agreement(table).loc[0]
     assert found.rms == found.rms_met < 0.03
@@ -141,12 +141,11 @@ def test_predictions_hold_for_the_model(model):
 
 
 def test_modes_measure_curvature_and_noise_where_they_say():
-    images, labels = bowl_images(4096), torch.zeros(4096, dtype=torch.int64)
+    images, labels = bowl_images(4096), torch.arange(4096) // 4095  # one of 1, the rest of 0
     dataset = data.from_tensors(images, labels, images[:1], labels[:1])
     away = np.random.default_rng(2).standard_normal(10).astype(np.float32)
     X = np.stack([away, -away] * 40)  # their average is zero
     found = timescales.modes(Run(X, lr=0.1, dataset=dataset), 3, n_batches=80)
-    np.testing.assert_allclose(found.center, 0, atol=1e-6)
     np.testing.assert_allclose(found.projected, X @ found.directions.T, atol=1e-5)
     x = images.double().numpy()
     logits = x @ np.stack([0 * away, away, -away]).T
@@ -155,8 +154,7 @@ def test_modes_measure_curvature_and_noise_where_they_say():
     H = x.T @ x / len(x) / 4
     curvatures = np.diag(found.directions @ H @ found.directions.T)
     np.testing.assert_allclose(found.h, curvatures + 0.01, rtol=0.15)
-    np.testing.assert_allclose(found.noise, noise[0], rtol=0.4)
-    np.testing.assert_allclose(found.noise_met, (noise[1] + noise[2]) / 2, rtol=0.3)
+    np.testing.assert_allclose(found.noise, (noise[1] + noise[2]) / 2, rtol=0.3)
     assert np.all(noise[1] + noise[2] > 3 * noise[0])  # the two noises are far from each other
     met = timescales.curvatures_met(found, n_iterates=2)
     weight = np.mean(slope[:, 1:] * (1 - slope[:, 1:]), axis=1)
@@ -180,7 +178,7 @@ def test_two_point_fall_is_that_of_the_model(momentum):
     s2 = 0.004 / h / stationary_variance(lr * h, 1.0, momentum)  # a loss of 0.002 in each
     z = simulated(lr * h, 20_000, s2, momentum)
     run, noise = Run(z @ V, lr, momentum, 128, dataset), (h**2 * s2)[:2]
-    m = timescales.Modes(run, 0, 0 * V[0], V[:2], h[:2], noise, noise, z[:, :2])
+    m = timescales.Modes(run, 0, V[:2], h[:2], noise, z[:, :2])
     found = timescales.two_point_fall(m, [1, 3, 40], n_batches=1, n_pairs=30)
 
     def falls(ends, directions):

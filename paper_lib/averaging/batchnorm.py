@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
@@ -23,13 +24,16 @@ def recompute_statistics(
     inputs if they do not go through the module as they are. Means and variances of batches are
     averaged with the number of values in each as weight, so a ragged last batch counts for what it
     is. One value per channel has no variance: a layer that is given no more does not count it and
-    normalizes it by the statistics so far. Modes and momenta come back. ConfigError if there is no
-    batch, one holds anything else, or the first has a single value per channel; whatever the error,
+    normalizes it by the statistics so far. A layer that no batch reaches keeps its statistics.
+    Modes and momenta come back. ConfigError if there is no batch, one holds anything else, NaN or
+    infinity, the first has a single value per channel, or the module is lazy; whatever the error,
     the previous statistics come back too.
     """
-    tracked = [layer for layer in layers(module) if layer.track_running_stats]
+    tracked = [m for m in layers(module) if m.track_running_stats and m.running_mean is not None]
     if not tracked:
         return
+    lazy = any(map(nn.parameter.is_lazy, module.buffers()))
+    require(not lazy, "module", type(module).__name__, "it is lazy: run a batch through it first")
     n, device = 0, tracked[0].get_buffer("running_mean").device
     with _running_means(module, tracked), torch.no_grad():
         for n, batch in enumerate(batches, start=1):
@@ -53,11 +57,12 @@ def _running_means(module: nn.Module, tracked: Sequence[BatchNorm]) -> Iterator[
     """Let running statistics be plain means over all values that pass in the block."""
     modes = {m: m.training for m in module.modules()}
     rates = {layer: layer.momentum for layer in tracked}
-    saved = [(b, b.clone()) for layer in tracked for b in layer.buffers(recurse=False)]
-    seen = dict.fromkeys(tracked, 0)
+    saved = {layer: [(b, b.clone()) for b in layer.buffers(recurse=False)] for layer in tracked}
+    seen, restored = dict.fromkeys(tracked, 0), tracked
 
-    def weigh(layer: BatchNorm, inputs: tuple[Tensor, ...]) -> None:
-        values = inputs[0].numel() // inputs[0].shape[1]
+    def weigh(layer: BatchNorm, inputs: tuple, named: dict[str, Tensor]) -> None:
+        x = [*inputs, *named.values()][0]
+        values = x.numel() // layer.num_features
         layer.training = values > 1
         if not layer.training:
             advice = "has no variance: begin with a larger batch"
@@ -66,7 +71,7 @@ def _running_means(module: nn.Module, tracked: Sequence[BatchNorm]) -> Iterator[
         seen[layer] += values
         layer.momentum = values / seen[layer]
 
-    hooks = [layer.register_forward_pre_hook(weigh) for layer in tracked]
+    hooks = [layer.register_forward_pre_hook(weigh, with_kwargs=True) for layer in tracked]
     module.eval()
     for layer in tracked:
         layer.get_buffer("running_mean").zero_()
@@ -75,11 +80,12 @@ def _running_means(module: nn.Module, tracked: Sequence[BatchNorm]) -> Iterator[
             layer.num_batches_tracked.zero_()
     try:
         yield
-    except BaseException:
-        for buffer, before in saved:
-            buffer.copy_(before)
-        raise
+        finite = all(bool(m.get_buffer("running_var").isfinite().all()) for m in tracked)
+        require(finite, "batches", "NaN or infinity", "leave out what is not finite, or too large")
+        restored = [layer for layer in tracked if not seen[layer]]
     finally:
+        for buffer, before in itertools.chain(*map(saved.get, restored)):
+            buffer.copy_(before)
         for hook in hooks:
             hook.remove()
         for layer, rate in rates.items():

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import copy
+import os
 import pickle
 import re
 import warnings
 import zipfile
 from collections.abc import Sequence
+from decimal import Decimal
 from pathlib import Path
 from typing import Any
 
@@ -25,41 +27,42 @@ from paper_lib.files import replacing
 SUFFIXES = (".pt", ".pth", ".safetensors")
 CONTAINERS = ("state_dict", "model", "model_state_dict", "module")  # keys that hold the weights
 STEP_NAMES = ("step", "iter(?:ation)?", "epoch", "(?<![a-z0-9])ep?")  # the first that has a number
+# A whole number, such as 1200, 5e3 or 10k; no part of 0.95.
+NUMBER = r"(?<!\d[.,])(?<!\d)\d+(?:e\+?0?\d(?![a-z\d])|k(?![a-z]))?(?![.,]?\d|e[+-]?\d)"
 State = dict[str, Any]  # tensors, but for torch's own "..._extra_state"
 
 
 def find(paths: Sequence[Path | str]) -> list[Path]:
     """Checkpoints by step: the files named, and of a folder those that have a number in their name.
 
-    ConfigError for a path that does not exist, or where there is no such file.
+    ConfigError for a path that is no such file, or a folder without any, or with one that is none.
     """
     found = []
     for path in map(Path, paths):
-        require(path.exists(), "checkpoint", str(path), "there is no such file or folder")
-        if path.is_dir():
+        if os.path.isdir(path):
             inside = (p for p in path.iterdir() if p.suffix in SUFFIXES and p.name[0] != ".")
             found += [p for p in inside if re.search(r"\d", p.stem)]
         else:
             found.append(path)
     allowed = f"no {', '.join(SUFFIXES)} there is named by step"
     require(bool(found), "checkpoints", " ".join(map(str, paths)), allowed)
+    for path in found:
+        _check_path(path)
     return sorted(found, key=step_of)
 
 
 def step_of(path: Path) -> int:
     """The number in a file's name after one of STEP_NAMES, or the only one; else in its folder's.
 
-    ConfigError if neither has a number, or several of which none is named.
+    ConfigError if neither has a whole number, or several of which none is named.
     """
     name = path.stem if re.search(r"\d", path.stem) else path.parent.name
-    for word in STEP_NAMES:
-        if named := re.findall(rf"{word}[^\da-z]*(\d+)", name, re.I):
-            return int(named[-1])
-    numbers = re.findall(r"\d+", name)
-    if len(numbers) != 1:
-        has = "several numbers, none after step, iter or epoch" if numbers else "no step number"
+    named = (re.findall(rf"{word}[^\da-z]*({NUMBER})", name, re.I)[-1:] for word in STEP_NAMES)
+    found = next(filter(None, named), re.findall(rf"^\D*({NUMBER})\D*$", name, re.I))
+    if not found:
+        has = "no whole number, or several, none after step, iter or epoch"
         raise ConfigError(f"{path} has {has}: name it like step-1200.pt, or give steps=")
-    return int(numbers[0])
+    return int(Decimal(found[0].lower().replace("k", "e3")))
 
 
 def step_weights(steps: Sequence[int], schedule: str) -> np.ndarray:
@@ -74,10 +77,10 @@ def step_weights(steps: Sequence[int], schedule: str) -> np.ndarray:
     if schedule == "step":
         warnings.warn("averages do not emulate step decays well: see notebook 11", stacklevel=3)
     require(len(steps) > 1, "number of checkpoints", len(steps), "an average needs at least two")
-    for before, after in zip(steps, steps[1:], strict=False):
-        if after <= before:
-            raise ConfigError(f"step {after} comes after step {before}: each must be later")
     at = np.asarray(steps, dtype=np.float64)
+    rise = np.diff(at)
+    for i in np.flatnonzero(~((rise > 0) & (rise < np.inf))).tolist():  # NaN too
+        raise ConfigError(f"step {steps[i + 1]} comes after step {steps[i]}: each must be later")
     between = ((at[1:] + at[:-1]) / 2 - at[0]) / (at[-1] - at[0])
     # A step decay just halfway between two checkpoints goes to the later one.
     factors = COOLDOWNS[schedule](np.nextafter(between, 0))
@@ -115,7 +118,7 @@ def average(files: Sequence[Path], weights: np.ndarray) -> State:
         if mean:
             _require_same(files[i], state, files[used[0]], mean)
         for name, value in state.items():
-            where = f"{files[i]}: {name!r}"
+            where = f"{files[i]}: {brief(name)}"
             if not _is_averaged(value):
                 mean[name] = copy.deepcopy(value)  # it may be mapped from the file
             elif name not in mean:
@@ -148,25 +151,29 @@ def _move(mean: Tensor, tensor: Tensor, share: float, where: str) -> None:
         raise ConfigError(f"{where} is {tensor.dtype}, too narrow to be averaged: convert it first")
     if not wide.isfinite().all():
         raise ConfigError(f"{where} holds NaN or infinity: leave this checkpoint out")
-    if not mean.isfinite().all():
-        raise ConfigError(f"{where} is finite, but not in checkpoints before it: leave those out")
     mean.lerp_(wide, share)
+    if not mean.isfinite().all():
+        raise ConfigError(f"{where} is finite, but not its mean with those before: leave them out")
 
 
 def _require_same(path: Path, state: State, first: Path, mean: State) -> None:
-    """ConfigError unless `state` has the names, shapes and kinds of numbers of the first file."""
+    """ConfigError unless `state` has the names, shapes and kinds of values of the first file."""
     for name in sorted(mean.keys() ^ state.keys()):
         has, lacks = (first, path) if name in mean else (path, first)
-        raise ConfigError(f"{lacks} lacks {name!r}, which {has} has: not the same network")
+        raise ConfigError(f"{lacks} lacks {brief(name)}, which {has} has: not the same network")
     for name, value in state.items():
-        shape, expected = (tuple(getattr(v, "shape", ())) for v in (value, mean[name]))
-        if shape != expected:
-            what = f"has shape {shape}, but {expected} in {first}"
-        elif _is_averaged(value) != _is_averaged(mean[name]):
-            what = f"is {getattr(value, 'dtype', type(value).__name__)}, unlike in {first}"
-        else:
-            continue
-        raise ConfigError(f"{path}: {name!r} {what}: not the same network")
+        found, expected = _kind(value), _kind(mean[name])
+        if found != expected:
+            what = f"{brief(name)} is {found}, but {expected} in {first}"
+            raise ConfigError(f"{path}: {what}: not the same network")
+
+
+def _kind(value: Any) -> str:
+    """What the values of a name must have in common in all checkpoints."""
+    if not isinstance(value, Tensor):
+        return "no tensor"
+    kind = "complex" if value.is_complex() else "real" if _is_averaged(value) else "integer"
+    return f"{kind} of shape {tuple(value.shape)}"
 
 
 def load(path: Path) -> tuple[State, str | None]:
@@ -175,38 +182,49 @@ def load(path: Path) -> tuple[State, str | None]:
     ConfigError for other files, and for pickles of anything but tensors and plain values: these are
     not executed.
     """
-    _require_suffix(path)
+    _check_path(path)
     found: Any
     try:
         if path.suffix == ".safetensors":
             found = safetensors.torch.load_file(path)
         else:
-            mapped = zipfile.is_zipfile(path)
-            found = torch.load(path, map_location="cpu", weights_only=True, mmap=mapped)
+            zipped = zipfile.is_zipfile(path)
+            if damaged := zipped and zipfile.ZipFile(path).testzip():
+                raise zipfile.BadZipFile(f"{damaged} does not match its checksum")
+            found = torch.load(path, map_location="cpu", weights_only=True, mmap=zipped)
     except pickle.UnpicklingError as error:
-        advice = "save model.state_dict() instead"
-        raise ConfigError(f"{path} holds other objects than tensors: {advice}") from error
-    except (RuntimeError, EOFError, safetensors.SafetensorError) as error:
-        raise ConfigError(f"{path} cannot be read: {str(error).splitlines()[0]}") from error
+        advice = "or is damaged: save model.state_dict() instead"
+        raise ConfigError(f"{path} holds other objects than tensors, {advice}") from error
+    except Exception as error:  # damaged bytes make these libraries raise anything
+        raise ConfigError(f"{path} cannot be read: {brief(error)}") from error
     if _is_state(found):
         return found, None
     inner = [k for k in CONTAINERS if isinstance(found, dict) and _is_state(found.get(k))]
     if len(inner) != 1:
         holds = list(found) if isinstance(found, dict) else type(found).__name__
-        allowed = f"a state dict, or one under {' or '.join(CONTAINERS)}"
+        allowed = f"a state dict of dense tensors, or one under {' or '.join(CONTAINERS)}"
         raise ConfigError(f"{path} holds {brief(holds)}: expected {allowed}")
     return found[inner[0]], inner[0]
 
 
 def _is_state(found: Any) -> bool:
     """Whether these are tensors by name, and nothing else but what modules add as extra state."""
-    if not isinstance(found, dict):
+    if not isinstance(found, dict) or not all(isinstance(name, str) for name in found):
         return False
-    values = [value for name, value in found.items() if not str(name).endswith("_extra_state")]
-    return bool(values) and all(isinstance(value, Tensor) for value in values)
+    values = [value for name, value in found.items() if not name.endswith("_extra_state")]
+    return bool(values) and all(map(_is_dense, values))
 
 
-def _require_suffix(path: Path) -> None:
+def _is_dense(value: Any) -> bool:
+    """Whether this is a tensor with a number for each element, as averages need."""
+    if not isinstance(value, Tensor) or value.dtype == torch.float4_e2m1fn_x2:
+        return False
+    return value.layout == torch.strided and not (value.is_quantized or value.is_meta)
+
+
+def _check_path(path: Path, to_read: bool = True) -> None:
+    allowed = "there is no such file or folder, or it is no plain file"  # a pipe would never end
+    require(not to_read or os.path.isfile(path), "checkpoint", str(path), allowed)
     allowed = f"its name must end in {', '.join(SUFFIXES)}"
     require(path.suffix in SUFFIXES, "checkpoint", str(path), allowed)
 
@@ -214,24 +232,26 @@ def _require_suffix(path: Path) -> None:
 def save(state: State, path: Path | str, key: str | None = None) -> None:
     """Write a state dict, under `key` if given, in the format of the suffix; whole or not at all.
 
-    ConfigError for another suffix, and for extra state, which only torch's own formats hold.
+    ConfigError for another suffix, a full disk, and what only torch's own formats hold.
     """
     path = Path(path)
-    _require_suffix(path)
+    _check_path(path, to_read=False)
     with replacing(path) as temporary:
-        if path.suffix == ".safetensors":
-            extra = [name for name, value in state.items() if not isinstance(value, Tensor)]
-            require(not extra, "output", str(path), f"{extra} fit into .pt and .pth only")
-            safetensors.torch.save_file(state, temporary, metadata={"format": "pt"})
-        else:
-            torch.save(state if key is None else {key: state}, temporary)
+        try:
+            if path.suffix == ".safetensors":
+                safetensors.torch.save_file(state, temporary, metadata={"format": "pt"})
+            else:
+                torch.save(state if key is None else {key: state}, temporary)
+        except Exception as error:  # of the two libraries
+            advice = "is the disk full? what does not fit into .safetensors fits into .pt"
+            raise ConfigError(f"{path} cannot be written: {brief(error)}; {advice}") from error
 
 
 def emulate_files(paths: Sequence[str], schedule: str, output: str) -> None:
     """The command: print what each file counts, average them, and write `output`, none of them."""
-    _require_suffix(Path(output))
+    _check_path(Path(output), to_read=False)
     files = find(paths)
-    is_new = Path(output).resolve() not in [path.resolve() for path in files]
+    is_new = os.path.realpath(output) not in map(os.path.realpath, files)
     require(is_new, "output", output, "it is one of the checkpoints")
     steps = [step_of(path) for path in files]
     weights = step_weights(steps, schedule)

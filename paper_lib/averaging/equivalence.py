@@ -75,14 +75,12 @@ def _per_step(eta: Values, steps: int, momentum: float) -> np.ndarray:
     return np.broadcast_to(eta, (*eta.shape[:-1], steps))
 
 
-def to_average(
-    schedule: np.ndarray, eta: Values = 0.0, momentum: float = 0.0, signed: bool = False
-) -> np.ndarray:
+def to_average(schedule: np.ndarray, eta: Values = 0.0, momentum: float = 0.0) -> np.ndarray:
     """Weights (..., T+1) over a run at eta whose average ends where SGD under `schedule` does.
 
     The inverse of to_schedule: a_t = W (f_t - f_(t+1)) + w_(t+1) (1 - f_t) with f_0 = 1, where w
     are the scheduled run's batch weights and W their sum up to t+1; at eta = 0, f_t - f_(t+1).
-    ConfigError where a weight would be negative (the schedule rises), unless `signed`.
+    ConfigError where a weight would be negative: the schedule rises.
     """
     f = np.asarray(schedule, dtype=np.float64)
     finite = f.ndim > 0 and bool(np.isfinite(f).all())
@@ -98,9 +96,9 @@ def to_average(
         weight = eta[..., i] * factor * total + momentum * weight
         a[..., i] = total * (before - factor) + weight * (1 - before)
         total = total - weight
-    if not signed and a.min() < -1e-12:
+    if a.min() < -1e-12:
         step = int(np.unravel_index(a.argmin(), a.shape)[-1])
-        advice = "averages emulate schedules that do not rise, or take signed=True"
+        advice = "averages emulate schedules that do not rise"
         raise ConfigError(f"the weight of x_{step} would be {a.min():g}: {advice}")
     return a
 

@@ -51,14 +51,9 @@ class Window:
 
     end: int
     steps: int
-    mean: float  # of the values
+    mean: float  # of the values: not negative where the run descends
     t: float  # mean over its standard error, with BLOCKS - 1 degrees of freedom
     stationary: bool  # whether the mean is significantly negative
-
-    @property
-    def descending(self) -> bool:
-        """Whether the gradients agreed on the whole."""
-        return self.mean >= 0
 
 
 class StationarityTest:
@@ -102,7 +97,7 @@ class StationarityTest:
         t = float(mean / error) if error > 0 else 0.0
         self._end += self.window
         decision = Window(self._end, self.window, float(mean), t, t < self.threshold)
-        undecided = not (decision.stationary or decision.descending)
+        undecided = not (decision.stationary or decision.mean >= 0)  # or it is NaN
         self._block = 2 * self._block if undecided else self._first
         self._count, self._sums = 0, [0.0] * BLOCKS
         return decision

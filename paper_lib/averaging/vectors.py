@@ -13,7 +13,7 @@ from collections.abc import Callable, Iterator, Sequence
 import numpy as np
 from numpy.typing import ArrayLike
 
-from paper_lib.errors import ConfigError, require
+from paper_lib.errors import ConfigError, brief, require
 from paper_lib.theory.quadratic import check_decay
 
 BLOCK_ROWS = 64  # summed in the precision of the trajectory; float64 beyond
@@ -81,7 +81,7 @@ def named(name: str, n: int) -> np.ndarray:
         build, value = FAMILIES[family], float(setting) if family == "EMA" else int(setting)
     except (KeyError, ValueError):
         allowed = "write EMA and a decay, or uniform or two points and a whole number of steps"
-        raise ConfigError(f"unknown average {name!r}: {allowed}") from None
+        raise ConfigError(f"unknown average {brief(name)}: {allowed}") from None
     return build(n, value)
 
 
@@ -133,12 +133,12 @@ def gram(X: np.ndarray) -> np.ndarray:
     Centring precedes the products: differences of raw float32 products would lose distances that
     are small beside the norm of the weights.
     """
-    center = average(uniform(len(X), len(X)), X)
+    middle = center(X)
     G = np.zeros((len(X), len(X)))
     width = max(1, BLOCK_BYTES // (len(X) * X.itemsize))
     for first in range(0, X.shape[1], width):
         columns = slice(first, first + width)
-        Z = X[:, columns] - center[columns]
+        Z = X[:, columns] - middle[columns]
         G += Z @ Z.T
     return G
 

@@ -1,4 +1,4 @@
-"""Load datasets: by name with `load`, or from tensors of your own with `from_tensors`."""
+"""Load datasets: by name with `load`, or of your own with `from_tensors` and `from_loaders`."""
 
 from __future__ import annotations
 
@@ -9,9 +9,21 @@ from typing import Any
 import torch
 
 from paper_lib.data.dataset import DataError, Dataset, TensorDataset, default_device, from_tensors
+from paper_lib.data.loader import LoadedDataset, from_loaders
+from paper_lib.data.loss import Loss
 from paper_lib.errors import check_names, require
 
-__all__ = ["DataError", "Dataset", "TensorDataset", "default_device", "from_tensors", "load"]
+__all__ = [
+    "DataError",
+    "Dataset",
+    "LoadedDataset",
+    "Loss",
+    "TensorDataset",
+    "default_device",
+    "from_loaders",
+    "from_tensors",
+    "load",
+]
 
 MODULES = {"digits": "digits", "cifar10": "cifar", "cifar100": "cifar", "imagefolder": "images"}
 
@@ -38,5 +50,9 @@ def load(
     require(name == "imagefolder" or not options, "options", options, f"{name} takes none")
     # Imported only when it is asked for, because torchvision takes seconds.
     module = import_module(f"paper_lib.data.{MODULES[name]}")
-    dataset = module.load(name, Path(root), seed=seed, progress=progress, **options)
+    try:
+        dataset = module.load(name, Path(root), seed=seed, progress=progress, **options)
+    except OSError as error:
+        remedy = "repair or remove it; in place of a full or read-only folder, name one of links"
+        raise DataError(f"cannot read or keep {name} in {root} ({error}): {remedy}") from error
     return dataset.hold_out(held_out, seed).to(device)

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import copy
+import dataclasses
 import hashlib
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence, Sized
 from functools import lru_cache
 from typing import Any, Self
 
@@ -13,7 +14,8 @@ import torch
 from torch import Tensor
 
 from paper_lib.data.augment import FlipCrop
-from paper_lib.errors import check_names, require
+from paper_lib.data.loss import CROSS_ENTROPY, IGNORED, Function, Loss, as_loss
+from paper_lib.errors import ConfigError, brief, check_names, require, require_folder_name
 
 SPLITS = ("train", "held", "test")
 
@@ -26,8 +28,12 @@ Batch = tuple[Tensor, Tensor]  # images (N, C, H, W) and labels (N,)
 Wanted = tuple[str, np.ndarray, np.ndarray | None]  # source, rows, augmentation numbers if any
 
 
-class DataError(ValueError):
+class DataError(ConfigError):
     """Data that is missing, unreadable or inconsistent; the message says what to do."""
+
+    def __init__(self, message: str):
+        # Names of files may hold line breaks, and bytes that cannot be printed.
+        super().__init__("".join(c if c.isprintable() else repr(c)[1:-1] for c in message))
 
 
 @lru_cache(maxsize=8)
@@ -44,16 +50,24 @@ class Dataset:
     Subclasses turn numbers of rows and of augmentations into tensors (`_fetch`), and say what
     stands for all images and labels in the fingerprint (`_content`). All random numbers are drawn
     here, by augment.draw(generator, size) too, on the CPU, from generators of their own: the
-    global ones are never touched.
+    global ones are never touched. Raises ConfigError for an unsafe name, or a single class.
     """
 
     def __init__(
-        self, name: str, n_classes: int, shape: Sequence[int], labels: Tensors, augment: Any
+        self,
+        name: str,
+        n_classes: int,
+        shape: Sequence[int],
+        targets: Mapping[str, Sized],
+        augment: Any,
+        loss: Loss = CROSS_ENTROPY,
     ):
+        require_folder_name("name of a dataset", name)
         self.name, self.n_classes, self.shape = name, n_classes, tuple(shape)
+        self.loss = dataclasses.replace(loss, n_classes=max(1, n_classes))
         self.device = torch.device("cpu")
-        self._rows = {split: np.arange(len(labels.get(split, ()))) for split in SPLITS}
-        self._labels, self._augment = labels, augment
+        self._rows = {split: np.arange(len(targets.get(split, ()))) for split in SPLITS}
+        self._augment = augment
         self._part = (0, 1)  # the first row of each whole batch that is handed out, and the stride
 
     @property
@@ -78,7 +92,8 @@ class Dataset:
         """The same dataset whose split "held" is n of all training images, chosen by `seed`."""
         rows = np.sort(np.concatenate([self._rows["train"], self._rows["held"]]))
         allowed = f"it must be at least 0 and less than the {len(rows)} training images"
-        require(0 <= n < len(rows), "held_out", n, allowed)
+        require(isinstance(n, int | np.integer) and 0 <= n < len(rows), "held_out", n, allowed)
+        require(isinstance(seed, int | np.integer) and seed >= 0, "seed", seed, "an integer >= 0")
         order = _permutation(_HELD, seed, len(rows))
         chosen = {"train": rows[np.sort(order[n:])], "held": rows[np.sort(order[:n])]}
         return self._with(_rows=self._rows | chosen)
@@ -174,7 +189,8 @@ class Dataset:
 class TensorDataset(Dataset):
     """A dataset held whole on its device, as float32 images (used as they are) or uint8 ones.
 
-    `images` and `labels` map "train" and "test" to tensors (N, ...) and (N,). uint8 images are
+    `images` and `labels` map "train" and "test" to tensors (N, ...) and (N,), which are kept as
+    they are and must not change. uint8 images are
     normalized per channel by `mean` and `std` (in units of 0..1) when a batch is made, after
     augmentation. `content` stands for the tensors in the fingerprint; without it they are hashed,
     at about 1 GB/s.
@@ -191,8 +207,10 @@ class TensorDataset(Dataset):
         std: Channels = (1.0,),
         augment: FlipCrop | None = None,
         content: str | None = None,
+        loss: Loss = CROSS_ENTROPY,
     ):
-        super().__init__(name, n_classes, images["train"].shape[1:], labels, augment)
+        super().__init__(name, n_classes, images["train"].shape[1:], labels, augment, loss)
+        self._labels = labels
         self._images, self._mean, self._std, self._hash = images, mean, std, content
 
     def to(self, device: str | torch.device) -> Self:
@@ -248,45 +266,71 @@ def from_tensors(
     held_out: int = 0,
     seed: int = 0,
     name: str = "tensors",
+    loss: str | Loss | Function = "cross_entropy",
     device: str | torch.device | None = None,
 ) -> TensorDataset:
-    """Your own data: images x (N, ...), integer labels y (N,) in 0, 1, ...; tensors or arrays.
+    """Your own data: inputs x (N, ...) and targets y (N, ...); tensors or arrays.
 
-    They go to `device`, by default the GPU if there is one; runs train where their data is.
-    Floating-point images are used as they are; uint8 ones (N, C, H, W) are normalized by the
-    training images' mean and standard deviation per channel. No augmentation.
+    `loss` is "cross_entropy", for labels 0, 1, ... (-100: this position counts for nothing), "mse",
+    or a function of a network's output and the targets, the mean over a batch; see `Loss`. Inputs
+    are used as they are, but for uint8 images (N, C, H, W): these are normalized by the training
+    images' mean and standard deviation per channel. No augmentation. All are copied to `device`, by
+    default the GPU if there is one; runs train where their data is.
 
-    Raises ConfigError for shapes, types or labels that do not fit together.
+    Raises ConfigError for shapes, types or labels that do not fit together, NaN or infinity.
     """
-    images = {"train": torch.as_tensor(x), "test": torch.as_tensor(x_test)}
-    labels = {"train": torch.as_tensor(y), "test": torch.as_tensor(y_test)}
+    judged = as_loss(loss)
+    try:
+        images = {"train": torch.as_tensor(x).detach(), "test": torch.as_tensor(x_test).detach()}
+        targets = {"train": torch.as_tensor(y), "test": torch.as_tensor(y_test)}
+    except (TypeError, ValueError, RuntimeError) as error:
+        raise ConfigError(
+            f"inputs and targets must be tensors or arrays: {brief(error)}"
+        ) from error
     for split in images:
-        _check(split, images[split], labels[split])
+        _check(split, images[split], targets[split], judged)
     kinds = [(tuple(x.shape[1:]), x.dtype == torch.uint8) for x in images.values()]
     allowed = "training and test images must have one shape, and both be uint8 or floating-point"
     require(kinds[0] == kinds[1], "(shape, whether uint8)", kinds, allowed)
     scale: tuple[Channels, Channels] = (0.0,), (1.0,)
     if images["train"].dtype == torch.uint8:
         scale = _moments(images["train"])
-    else:
-        images = {split: x.float() for split, x in images.items()}
-    labels = {split: y.long() for split, y in labels.items()}
-    n_classes = int(max(y.max() for y in labels.values())) + 1
-    dataset = TensorDataset(name, images, labels, n_classes, mean=scale[0], std=scale[1])
+    kind = torch.float32 if images["train"].is_floating_point() else images["train"].dtype
+    images = {split: x.to(kind, copy=True) for split, x in images.items()}
+    kind = torch.int64 if judged.counts else targets["train"].dtype
+    targets = {split: y.to(kind, copy=True) for split, y in targets.items()}
+    n_classes = int(max(y.max() for y in targets.values())) + 1 if judged.counts else 0
+    options = {"mean": scale[0], "std": scale[1], "loss": judged}
+    dataset = TensorDataset(name, images, targets, n_classes, **options)
     return dataset.hold_out(held_out, seed).to(device or default_device())
 
 
-def _check(split: str, x: Tensor, y: Tensor) -> None:
-    """Raise ConfigError for images or labels of a split that cannot be used."""
-    raw, integer = x.dtype == torch.uint8, not (y.is_floating_point() or y.dtype == torch.bool)
-    kind = f"floating-point or uint8, not {x.dtype}"
-    require(raw or x.is_floating_point(), "images", split, f"they must be {kind}")
-    form = f"uint8 images must be (N, C, H, W), not {tuple(x.shape)}"
-    require(not raw or x.dim() == 4, "images", split, form)
-    need = f"each of its {len(x)} images needs one, but their shape is {tuple(y.shape)}"
-    require(0 < len(x) and y.shape == (len(x),), "labels", split, need)
-    found = f"they must be integers from 0 up, not {y.dtype} from {y.min().item()}"
-    require(integer and y.min().item() >= 0, "labels", split, found)
+def _check(split: str, x: Tensor, y: Tensor, loss: Loss) -> None:
+    """Raise ConfigError for inputs or targets of a split that cannot be used."""
+    raw, dense = x.dtype == torch.uint8, x.layout == torch.strided and not x.is_complex()
+    kind = f"dense and real, not {x.layout} of {x.dtype}"
+    require(dense and x.dtype != torch.bool, "inputs", split, f"they must be {kind}")
+    form = f"they must be (N, ...), uint8 images (N, C, H, W), without a 0, not {tuple(x.shape)}"
+    whole = x.dim() == 4 if raw else x.dim() > 1
+    require(whole and x.numel() > 0, "inputs", split, form)
+    need = f"each of its {len(x)} inputs needs one, but their shape is {tuple(y.shape)}"
+    require(y.dim() > 0 and len(y) == len(x), "targets", split, need)
+    if loss.counts:
+        _check_labels(split, y)
+    bad = x.float().isfinite().logical_not().flatten(1).any(1).nonzero().flatten().tolist()
+    finite = f"NaN or infinity in {len(bad)} of them, the first of these: number {bad[:1]}"
+    require(not bad, "inputs", split, f"{finite}; repair them or leave them out")
+
+
+def _check_labels(split: str, y: Tensor) -> None:
+    """Raise ConfigError for targets that are no labels, or all the same."""
+    integer = not (y.is_floating_point() or y.is_complex() or y.dtype == torch.bool)
+    labels = y[y != IGNORED].long()
+    low, high = (int(labels.min()), int(labels.max())) if labels.numel() else (-1, -1)
+    found = f"labels must be integers 0, 1, ... below a million, not {y.dtype} from {low} to {high}"
+    require(integer and 0 <= low and high < 10**6, "targets", split, found)
+    several = split == "test" or low < high
+    require(several, "labels", labels[:1].tolist(), "train on two classes or more")
 
 
 def _moments(x: Tensor) -> tuple[Channels, Channels]:

@@ -14,11 +14,11 @@ from dataclasses import dataclass
 from functools import partial
 from itertools import chain, repeat
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import Any
 
 import numpy as np
 import torch
-from PIL import Image
+from PIL import ExifTags, Image, ImageOps
 from torch import Tensor
 from torch.utils.data import DataLoader, get_worker_info
 from tqdm import tqdm
@@ -44,7 +44,7 @@ def load(
     root: Path,
     seed: int,
     progress: bool,
-    image_size: int,
+    image_size: int = 0,
     streaming: bool | None = None,
 ) -> Dataset:
     """A tree of images as (3, image_size, image_size); `seed` is not used.
@@ -52,18 +52,15 @@ def load(
     A tree that takes at most IN_MEMORY_LIMIT as uint8 is decoded once (shorter side resized to
     image_size, central square kept), cached in root/.decoded and held on the device, with flips
     and crops padded by an eighth of the side. A larger one is streamed: see StreamedImages.
-    `streaming` overrides the choice.
+    `streaming` overrides the choice. `decode` says what becomes of 16 bits, transparency, frames.
 
-    Raises DataError naming the file, class or folder for an image that is unreadable or not 8-bit
-    (when it is read), an empty class, classes that differ between splits, a missing split, or a
-    root/.decoded that cannot be written (a root with links to another tree's folders will do).
+    Raises ConfigError for a bad image_size; DataError naming the file, class or folder for an
+    image that is unreadable, or of 32 bits (when it is read), what is no regular file, fewer than
+    two classes, an empty one, classes that differ between splits, or a missing split.
     """
-    require(image_size >= 8, "image_size", image_size, "at least 8 pixels, such as 32, 64, 224")
-    try:
-        tree = scan(root)
-    except OSError as error:
-        message = f"cannot list {error.filename} ({error.strerror}): repair or remove it"
-        raise DataError(message) from error
+    usable = isinstance(image_size, int) and 8 <= image_size <= 4096
+    require(usable, "image_size", image_size, "from 8 to 4096 pixels, such as 32, 64, 224")
+    tree = scan(root, progress)
     cut, rest = (len(files) for files in tree.files.values())
     large = (cut + rest) * 3 * image_size**2 > IN_MEMORY_LIMIT
     if large if streaming is None else streaming:
@@ -111,7 +108,7 @@ class StreamedImages(Dataset):
         if draws is not None:
             flipped = torch.from_numpy(self._augment.flips(draws))
             images[flipped] = images[flipped].flip(-1)
-        return images, self._labels[source][torch.from_numpy(rows)]
+        return images, self._tree.labels[source][torch.from_numpy(rows)]
 
     def _ready(self, x: Tensor, y: Tensor) -> Batch:
         x, y = x.to(self.device, non_blocking=True), y.to(self.device, non_blocking=True)
@@ -123,7 +120,7 @@ class StreamedImages(Dataset):
 
 def _decoded(root: Path, tree: Tree, size: int, progress: bool) -> Tensor:
     """All images, train then test, (N, 3, size, size) uint8, from the cache or decoded into it."""
-    folder, key = root / ".decoded", f"{size}px-{tree.state}"
+    folder, key = root / ".decoded", f"{size}px-{tree.content}"
     files = np.concatenate([tree.files["train"], tree.files["test"]])
 
     def fill(out: np.ndarray) -> None:
@@ -134,14 +131,7 @@ def _decoded(root: Path, tree: Tree, size: int, progress: bool) -> Tensor:
         for i, images in zip(starts, tqdm(chunks, total=len(starts), **bar), strict=True):
             out[i : i + CHUNK] = images
 
-    try:
-        images = cached_array(folder, key, (len(files), 3, size, size), "uint8", fill)
-    except OSError as error:
-        raise DataError(
-            f"cannot keep decoded images in {folder} ({error}): make room there, or if it is "
-            "read-only, make a folder with links to the tree's train and val (or test) folders "
-            "and name that instead"
-        ) from error
+    images = cached_array(folder, key, (len(files), 3, size, size), "uint8", fill)
     for stale in set(folder.glob(f"{size}px-*.npy")) - set(folder.glob(f"{key}-*.npy")):
         stale.unlink(missing_ok=True)
     return torch.from_numpy(images)
@@ -158,11 +148,10 @@ class Tree:
     classes: list[str]
     files: dict[str, np.ndarray]
     labels: dict[str, Tensor]
-    content: str  # hash of the files' relative paths and sizes: the same for a copy of the tree
-    state: str  # hash of modification times also: a change invalidates what was decoded
+    content: str  # hash of the files' relative paths and bytes: the same for a copy of the tree
 
 
-def scan(root: Path) -> Tree:
+def scan(root: Path, progress: bool = False) -> Tree:
     """List a tree. Hidden files and files that are not images by their name are left out."""
     folders = {"train": root / "train", "test": root / "val"}
     if not folders["test"].is_dir():
@@ -173,18 +162,34 @@ def scan(root: Path) -> Tree:
             raise DataError(f"{root} must hold {layout}: {folder} is missing")
     classes = _classes(folders["train"], folders["test"])
     files, labels = {}, {}
-    content, state = hashlib.blake2b(digest_size=8), hashlib.blake2b(digest_size=8)
     for split, folder in folders.items():
         of_class = [_images(folder / name) for name in classes]
         counts = torch.tensor([len(paths) for paths in of_class])
         labels[split] = torch.arange(len(classes)).repeat_interleave(counts)
-        paths = list(chain.from_iterable(of_class))
-        files[split] = np.array([os.fsencode(path) for path in paths])
-        for path in paths:
-            info, relative = os.stat(path), os.path.relpath(path, root)
-            content.update(f"{relative} {info.st_size}\n".encode())
-            state.update(f"{relative} {info.st_size} {info.st_mtime_ns}\n".encode())
-    return Tree(classes, files, labels, content.hexdigest(), state.hexdigest())
+        files[split] = np.array([os.fsencode(path) for path in chain.from_iterable(of_class)])
+    paths = np.concatenate([files["train"], files["test"]])
+    return Tree(classes, files, labels, _content(root, paths, progress))
+
+
+def _content(root: Path, paths: np.ndarray, progress: bool) -> str:
+    """Hash of files' relative paths and bytes.
+
+    They are read once, and again after any change: nobody can set the time of the last one.
+    """
+    content, state = hashlib.blake2b(digest_size=8), hashlib.blake2b(digest_size=8)
+    for path in paths:
+        info = os.stat(path)
+        known = repr((os.path.relpath(path, os.fsencode(root)), info.st_size))
+        content.update(known.encode())
+        state.update(f"{known} {info.st_ino} {info.st_mtime_ns} {info.st_ctime_ns}".encode())
+
+    def fill(out: np.ndarray) -> None:
+        for path in tqdm(paths, desc="reading", unit=" images", disable=not progress):
+            content.update(Path(os.fsdecode(path)).read_bytes())
+        out[:] = bytearray(content.digest())
+
+    found = cached_array(root / ".decoded", f"content-{state.hexdigest()}", (8,), "uint8", fill)
+    return found.tobytes().hex()
 
 
 def _classes(train: Path, test: Path) -> list[str]:
@@ -193,8 +198,8 @@ def _classes(train: Path, test: Path) -> list[str]:
         {path.name for path in split.iterdir() if path.is_dir() and path.name[0] != "."}
         for split in (train, test)
     )
-    if not of_train:
-        raise DataError(f"{train} has no class folders: each class needs one, with its images")
+    if len(of_train) < 2:
+        raise DataError(f"{train} has {len(of_train)} class folders: two or more are needed")
     if odd := sorted(of_train ^ of_test):
         message = f"{odd[:5]} (at most 5 shown): give both the same class folders"
         raise DataError(f"classes differ: only one of {train} and {test} has {message}")
@@ -203,43 +208,62 @@ def _classes(train: Path, test: Path) -> list[str]:
 
 def _images(folder: Path) -> list[str]:
     """Image files in a class folder and the folders in it, in the order of their paths."""
-    found = []
-    for where, folders, names in os.walk(folder, onerror=_raise, followlinks=True):
-        folders[:] = [name for name in folders if name[0] != "."]
-        shown = [name for name in names if name[0] != "." and name.lower().endswith(EXTENSIONS)]
-        found += [os.path.join(where, name) for name in shown]
+    found, seen, left = [], set(), [str(folder)]
+    while left:
+        where = left.pop()
+        if (real := os.path.realpath(where)) in seen:
+            raise DataError(f"{where} is a link to a folder of its own class: remove it")
+        seen.add(real)
+        shown = [entry for entry in os.scandir(where) if entry.name[0] != "."]
+        left += [entry.path for entry in shown if entry.is_dir()]
+        found += [e for e in shown if e.name.lower().endswith(EXTENSIONS) and not e.is_dir()]
+    if odd := [entry.path for entry in found if not entry.is_file()]:  # a pipe would hang
+        raise DataError(f"{odd[0]} is no file, or a link that leads nowhere: remove it")
     if not found:
         raise DataError(f"class folder {folder} has no images ({' '.join(EXTENSIONS)})")
-    return sorted(found)
-
-
-def _raise(error: OSError) -> NoReturn:  # os.walk skips folders that cannot be listed
-    raise error
+    return sorted(entry.path for entry in found)
 
 
 def decode(path: str | bytes, size: int, crop: Crop) -> np.ndarray:
     """The cropped part of an image, resized: (3, size, size) uint8, by RGB.
 
-    Raises DataError naming the file if it is unreadable, or has more than 8 bits a channel: Pillow
-    would clip 16-bit and floating-point values at 255, and which value is white is not in the file.
+    It is turned as its EXIF data say, and put on white where it is transparent; of 16 bits the
+    upper 8 are kept, and of several frames the first. Raises DataError naming the file if it is
+    unreadable, or has 32 bits or floating-point values: which of them is white is not in the file.
     """
     try:
         with Image.open(path) as image:
-            if image.mode.startswith(("I", "F")):
-                raise ValueError(f"mode {image.mode} has more than 8 bits: save it as 0 to 255")
-            width, height = image.size
+            if image.mode in ("I", "F"):
+                raise ValueError(f"mode {image.mode} has 32 bits: save it as 0 to 255")
+            # Pillow itself turns TIFF files.
+            orientation = image.getexif().get(ExifTags.Base.Orientation)
+            turned = orientation in (5, 6, 7, 8) and image.format != "TIFF"
+            width, height = image.size[::-1] if turned else image.size
             left, top, right, bottom = crop(width, height)
             # A JPEG is decoded at 1/2, 1/4 or 1/8 where the crop stays as large as what it
             # becomes: many times faster.
             wanted = width * size / (right - left), height * size / (bottom - top)
-            image.draft(None, (math.ceil(wanted[0]), math.ceil(wanted[1])))
-            x, y = image.width / width, image.height / height
+            w, h = map(math.ceil, wanted[::-1] if turned else wanted)
+            image.draft(None, (w, h))
+            rgb = _rgb(image)
+            x, y = rgb.width / width, rgb.height / height
             box = (left * x, top * y, right * x, bottom * y)
-            rgb = image.convert("RGB").resize((size, size), Image.Resampling.BILINEAR, box=box)
-            return np.asarray(rgb).transpose(2, 0, 1)
+            resized = rgb.resize((size, size), Image.Resampling.BILINEAR, box=box)
+            return np.asarray(resized).transpose(2, 0, 1)
     except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
         message = f"unusable image {os.fsdecode(path)} ({error}): repair or remove it"
         raise DataError(message) from error
+
+
+def _rgb(image: Image.Image) -> Image.Image:
+    """An image upright, opaque and of 8 bits: `convert` alone clips 16 bits and drops alpha."""
+    ImageOps.exif_transpose(image, in_place=True)
+    if image.mode.startswith("I;16"):
+        image = Image.fromarray((np.asarray(image) >> 8).astype(np.uint8))
+    if image.has_transparency_data:
+        white = Image.new("RGBA", image.size, "white")
+        image = Image.alpha_composite(white, image.convert("RGBA"))
+    return image.convert("RGB")
 
 
 def decode_all(paths: Iterable[bytes], size: int, crops: Iterable[Crop]) -> np.ndarray:

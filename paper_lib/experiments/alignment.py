@@ -7,30 +7,29 @@ corrected.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 
 import numpy as np
 import pandas as pd
 
 from paper_lib.errors import require
+from paper_lib.experiments.tables import tabulated
 from paper_lib.probing.derivatives import full_gradients
 from paper_lib.runs import Run
 
 
+@tabulated
 def measure_lags(
     runs: Sequence[Run], first: int, n_lags: int = 21, n_points: int = 100, n_batches: int = 4
-) -> pd.DataFrame:
+) -> Iterator[dict]:
     """Inner products of gradients k = 0..n_lags-1 steps apart, from step `first` to each run's end.
 
     One row per seed and lag: means over n_points steps t, in units of E|g|^2, of `used` =
-    g_t . g_{t+k}, `full` = G_t . g_{t+k}, where G_t is a full gradient estimated from n_batches
-    held-out batches (so that this has the expectation of G_t . G_{t+k}), `predicted`, what the
-    model makes of G_t for `used` (see `model_product`), and two controls: `plain`, the same without
-    momentum, and `unrelated`, g_t . g_{t+k} with the later gradient of the next run.
-    Raises ConfigError where fewer steps than lags follow the first, SnapshotError for steps of
-    which the iterates were not kept.
+    g_t . g_{t+k}, `full` = G_t . g_{t+k} with G_t from n_batches held-out batches, `predicted`,
+    what the model makes of G_t for `used` (see `model_product`), and two controls: `plain`, the
+    same without momentum, and `unrelated`, `used` with the later gradient of the next run.
+    ConfigError where fewer steps than lags follow the first, SnapshotError for iterates not kept.
     """
-    tables = []
     for run, other in zip(runs, [*runs[1:], runs[0]], strict=True):
         c = run.config
         last = c.steps - n_lags
@@ -46,8 +45,7 @@ def measure_lags(
             sums += [g @ g[0], g @ full, predicted, plain, later @ g[0]]
         names = ("used", "full", "predicted", "plain", "unrelated")
         columns = dict(zip(names, sums / sums[0, 0], strict=True))
-        tables.append(pd.DataFrame({"seed": c.seed, "lag": np.arange(n_lags), **columns}))
-    return pd.concat(tables, ignore_index=True)
+        yield {"seed": c.seed, "lag": np.arange(n_lags), **columns}
 
 
 def model_product(full_g: np.ndarray, full_v: np.ndarray, momentum: float = 0.0) -> np.ndarray:
@@ -65,20 +63,15 @@ def model_product(full_g: np.ndarray, full_v: np.ndarray, momentum: float = 0.0)
 
 
 def measure_displacement(
-    runs: Sequence[Run],
-    first: int,
-    windows: Sequence[int],
-    n_points: int = 40,
-    n_batches: int = 4,
+    runs: Sequence[Run], first: int, windows: Sequence[int], n_points: int = 40, n_batches: int = 4
 ) -> pd.DataFrame:
     """Full gradient G_t against the displacement of x_t from the mean of iterates around it.
 
-    The mean is over the iterates within window / 2 steps of t: windows are even, and it has as many
-    before t as after it, window + 1 in all. One row per seed and window, means over n_points steps
-    t: `work` = G_t . (x_t - mean) in units of lr E|g_t|^2 / 2, where the model has it once the mean
-    is the minimum, i.e. the window longer than every timescale; `cosine` of the displacement and
-    the expectation of G_t, whose squared norm is E G_t . g_t.
-    Raises ConfigError for windows longer than the run after the first step.
+    The mean is over the iterates within window / 2 steps of t, for even windows. One row per seed
+    and window, means over n_points steps t: `work` = G_t . (x_t - mean) in units of lr E|g_t|^2 /
+    2, where the model has it once the window is longer than every timescale; `cosine` of the
+    displacement and the expectation of G_t, whose squared norm is E G_t . g_t.
+    ConfigError for windows longer than the run after the first step.
     """
     half, rows = max(windows) // 2, []
     for run in runs:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 
 import numpy as np
 import pandas as pd
@@ -10,6 +10,7 @@ import pandas as pd
 from paper_lib.averaging import vectors
 from paper_lib.config import RunConfig
 from paper_lib.errors import require
+from paper_lib.experiments.tables import tabulated
 from paper_lib.probing import probe
 from paper_lib.probing.derivatives import mean_gradient
 from paper_lib.runs import Run, branch_all
@@ -19,16 +20,8 @@ POSITIONS = np.linspace(0, 1, 11)  # on a segment
 PARTED, SAME, OTHER = "parted", "same batches", "other batches"
 
 
-def other_batches(config: RunConfig) -> RunConfig:
-    """The same run on other batches."""
-    return config.replace(batch_seed=config.stream + OTHER_BATCHES)
-
-
 def other_start(config: RunConfig, seed: int) -> RunConfig:
-    """The same batches from the weights that the parent reaches with another seed and its batches.
-
-    Raises ConfigError for the run's own seed.
-    """
+    """The same batches from where the parent gets with another seed; ConfigError for its own."""
     require(seed != config.seed, "seed", seed, "another start needs another seed")
     return config.replace(seed=seed, batch_seed=config.stream)
 
@@ -50,25 +43,26 @@ def second_starts(config: RunConfig, every: int) -> dict[str, RunConfig]:
     def record(first: int) -> str:
         return f"{first}-{first + n}/{every},{first + n}"
 
-    parted = other_batches(config).replace(record=record(config.start))
+    batches = config.stream + OTHER_BATCHES
+    parted = config.replace(batch_seed=batches, record=record(config.start))
     other = parted.branch(n, record=record(config.steps))
     return {PARTED: parted, SAME: other.replace(batch_seed=config.stream), OTHER: other}
 
 
 def part(runs: Sequence[Run], config: RunConfig, every: int) -> dict[tuple[int, str], Run]:
     """The `second_starts` of `config` with the seed of each run, on its data, by (seed, kind)."""
-    seeds = [run.config.seed for run in runs]
-    kinds = {seed: second_starts(config.replace(seed=seed), every) for seed in seeds}
-    configs = {(seed, kind): c for seed in seeds for kind, c in kinds[seed].items()}
+    configs: dict[tuple[int, str], RunConfig] = {}
+    for seed in (run.config.seed for run in runs):
+        starts = second_starts(config.replace(seed=seed), every)
+        configs |= {(seed, kind): start for kind, start in starts.items()}
     return dict(zip(configs, branch_all(runs, list(configs.values())), strict=True))
 
 
 def distances(run: Run, other: Run, kind: str = "") -> pd.DataFrame:
     """Distance of two runs at the steps that both recorded, a row each, since `other` began.
 
-    Columns seed, kind, step (after that start), distance |x - y| and ratio (to the distance at the
-    start; NaN where that is zero). Raises ConfigError unless both recorded the start and a later
-    step.
+    Columns seed, kind, step (after that start), distance |x - y| and ratio (to that at the start;
+    NaN where it is zero). ConfigError unless both recorded the start and a later step.
     """
     start = other.config.start
     steps = np.intersect1d(run.steps, other.steps)
@@ -89,22 +83,22 @@ def loss_weighted(
 
     Columns seed, kind, step, distance = (x - y).(G(x) - G(y)) in nats and ratio to the first, a row
     for each step in `after` the start of the others. G is the gradient of the mean loss of
-    n_batches training batches (each normalized by its own statistics): unlike |x - y|, this does
-    not count directions that are flat.
+    n_batches training batches: unlike |x - y|, this does not count directions that are flat.
     """
-    c, net, rows = run.config, run.network(), []
+    c, net, start = run.config, run.network(), next(iter(others.values())).config.start
     batches = probe.fixed_batches(run.dataset, n_batches, c.batch_size, c.seed)
+
+    def at(one: Run, step: int) -> tuple[np.ndarray, np.ndarray]:
+        point = np.array(one.at(start + step), np.float64)
+        return point, mean_gradient(net, point, *batches)
+
+    rows = []
     for step in after:
-        found = {}
-        for kind, one in {"": run, **others}.items():
-            start = next(iter(others.values())).config.start
-            x = np.array(one.at(start + step), np.float64)
-            found[kind] = x, mean_gradient(net, x, *batches)
-        x, g = found.pop("")
-        for kind, (y, other) in found.items():
-            row = {"seed": c.seed, "kind": kind, "step": step}
-            rows.append(row | {"distance": float((x - y) @ (g - other))})
-    table = pd.DataFrame(rows)
+        x, g = at(run, step)
+        for kind, one in others.items():
+            y, h = at(one, step)
+            rows.append((c.seed, kind, step, float((x - y) @ (g - h))))
+    table = pd.DataFrame(rows, columns=["seed", "kind", "step", "distance"])
     return table.assign(ratio=table.distance / table.groupby("kind").distance.transform("first"))
 
 
@@ -117,32 +111,30 @@ def parting(reference: np.ndarray, steps: Sequence[int]) -> np.ndarray:
     return vectors.squared_displacement(reference, 2 * np.asarray(steps))
 
 
+@tabulated
 def between(
     run: Run, ends: Mapping[str, tuple[np.ndarray, np.ndarray]], n_batches: int = 8
-) -> pd.DataFrame:
+) -> Iterator[dict]:
     """Training loss in nats on the segment between each pair of weight vectors, by kind.
 
     Columns seed, kind, position, loss. Batches are normalized by their own statistics.
     """
-    c, net, tables = run.config, run.network(), []
+    c, net = run.config, run.network()
     batches = probe.fixed_batches(run.dataset, n_batches, c.batch_size, c.seed)
     for kind, (a, b) in ends.items():
         loss = probe.line(net, a, b - a, POSITIONS, *batches).mean(1)
-        columns = {"seed": c.seed, "kind": kind, "position": POSITIONS, "loss": loss}
-        tables.append(pd.DataFrame(columns))
-    return pd.concat(tables, ignore_index=True)
+        yield {"seed": c.seed, "kind": kind, "position": POSITIONS, "loss": loss}
 
 
-def barriers(table: pd.DataFrame) -> pd.DataFrame:
+@tabulated
+def barriers(table: pd.DataFrame) -> Iterator[dict]:
     """How far the loss (`between`) rises over the line through its values at the ends, in nats.
 
     A row per kind and seed: `barrier`, the greatest rise, at least 0, and `middle`, the loss midway
     minus the mean of the ends, negative where averaging helps.
     """
-    rows = []
     for (kind, seed), segment in table.groupby(["kind", "seed"], sort=False):
         loss, p = segment.loss.to_numpy(), segment.position.to_numpy()
         rise = loss - (loss[0] + p * (loss[-1] - loss[0]))
         middle = rise[len(rise) // 2]
-        rows.append({"kind": kind, "seed": seed, "barrier": rise.max(), "middle": middle})
-    return pd.DataFrame(rows)
+        yield {"kind": kind, "seed": seed, "barrier": rise.max(), "middle": middle}

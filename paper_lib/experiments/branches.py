@@ -5,6 +5,7 @@ Claim C6 goes from averages to schedules, claim C10 from cooldowns to averages t
 
 from __future__ import annotations
 
+import functools
 import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -18,6 +19,7 @@ from paper_lib.averaging import schedules, vectors
 from paper_lib.averaging.equivalence import batch_weights, to_average, to_schedule
 from paper_lib.config import RunConfig, describe
 from paper_lib.errors import check_names, require
+from paper_lib.experiments.tables import tabulated
 from paper_lib.probing.derivatives import hessian_vector_products
 from paper_lib.probing.evaluation import Evaluator
 from paper_lib.runs import Run, branch_all
@@ -25,7 +27,7 @@ from paper_lib.theory.quadratic import stationary_variance
 
 EMA_BEGINS = 0.01  # weight of the iterate with which an EMA begins: it needs no longer branch
 RECORDED = 24  # snapshots of a branch, evenly spaced in the logarithm of the steps since it began
-FIELDS = ("family", "setting", "end", "span", "eta", "stride")  # of an emulation, in a table
+FIELDS = ("family", "setting", "end", "span", "stride")  # of an emulation, in a table
 POINTS = ("average", "schedule", "last")
 
 
@@ -34,17 +36,14 @@ class Emulation:
     """An average that ends at step `end` of a run, and the schedule that should end where it lies.
 
     `family` is that of the average, and `setting` the decay of an "EMA", the window of a "uniform"
-    average or the lag of "two points": then the schedule follows from the average. Or it is the
-    name of a cooldown of schedules.COOLDOWNS, and `setting` its length: then the average follows.
-    `eta` is the lr x curvature for which the two are exact; 0 is the limit of slow directions,
-    where the schedule is the average's tail sums. Only every `stride`-th iterate, counted back from
-    `end`, is averaged. ConfigError for another family.
+    average or the lag of "two points": then the schedule, its tail sums, follows. Or it is the name
+    of a cooldown of schedules.COOLDOWNS, and `setting` its length: then the average follows. Only
+    every `stride`-th iterate, counted back from `end`, is averaged. ConfigError for another family.
     """
 
     family: str
     setting: float
     end: int
-    eta: float = 0.0
     stride: int = 1
 
     def __post_init__(self) -> None:
@@ -73,12 +72,12 @@ class Emulation:
         """Factors (span,) of the learning rate."""
         if self.is_cooldown:
             return schedules.factors(self.family, self.span)
-        return to_schedule(self.weights(), self.eta)
+        return to_schedule(self.weights())
 
     def weights(self, momentum: float = 0.0) -> np.ndarray:
         """The average over x_begin..x_end, (span + 1,), of a run with this momentum."""
         if self.is_cooldown:
-            return to_average(self.schedule, self.eta, momentum)
+            return to_average(self.schedule, momentum=momentum)
         return vectors.FAMILIES[self.family](self.span + 1, self.setting)
 
     def on_snapshots(self, run: Run) -> np.ndarray:
@@ -141,44 +140,36 @@ def train(emulations: Sequence[Emulation], runs: Sequence[Run], **changes: Any) 
     return [branches[i : i + n] for i in range(0, len(branches), n)]
 
 
+@tabulated
 def measure(
     emulations: Sequence[Emulation],
     runs: Sequence[Run],
     branches: Sequence[Sequence[Run]],
     evaluate: Mapping[int, Evaluator],
-    points: Sequence[str] = POINTS,
-) -> pd.DataFrame:
-    """Compare averages of runs with the ends of their branches (see `train`) and other points.
+) -> Iterator[dict]:
+    """Compare averages of runs with the ends of their branches (see `train`), and the runs' own.
 
-    `points` are among average, schedule (the branch's end), last and start (the run itself at
-    `end` and at `begin`).
-
-    Returns one row per run and emulation: family, setting, end, span, eta, stride, seed;
-    <point>_<quantity> for the quantities of `Evaluator`; noise, the sum of the squared weights: the
-    share of the noise that is left of independent iterates; the columns of `geometry`.
+    One row per run and emulation: the fields and `span` of the emulation, seed, <point>_<quantity>
+    for the quantities of `Evaluator` and POINTS (the run itself at `end` is "last"), `noise`, the
+    sum of the squared weights: the share of the noise that is left of independent iterates, and the
+    columns of `geometry`.
     """
-    rows = []
+
+    @functools.cache  # emulations share end points
+    def evaluated(run: Run, step: int) -> dict[str, float]:
+        return evaluate[run.config.seed](run.at(step))
+
     for i, run in enumerate(tqdm(runs, desc="averages and schedules")):
-        seed, known = run.config.seed, {}
+        seed = run.config.seed
         a = np.stack([e.on_snapshots(run) for e in emulations])
         averages = _averages(emulations, a, run)
         for e, weights, average, branch in zip(emulations, a, averages, branches[i], strict=True):
-            end = branch.at(e.end)
             row = {name: getattr(e, name) for name in FIELDS} | {"seed": seed}
-            at = {
-                "average": (weights.tobytes(), average),
-                "schedule": (branch.folder, end),
-                "last": (e.end, run.at(e.end)),
-                "start": (e.begin, run.at(e.begin)),
-            }
-            for point in points:
-                key, where = at[point]
-                if key not in known:  # emulations share end points, and averages where eta differs
-                    known[key] = evaluate[seed](where)
-                row |= {f"{point}_{name}": value for name, value in known[key].items()}
+            found = evaluate[seed](average), evaluated(branch, e.end), evaluated(run, e.end)
+            for point, quantities in zip(POINTS, found, strict=True):
+                row |= {f"{point}_{name}": value for name, value in quantities.items()}
             row["noise"] = weights @ weights
-            rows.append(row | geometry(run.at(e.begin), average, end))
-    return pd.DataFrame(rows)
+            yield row | geometry(run.at(e.begin), average, branch.at(e.end))
 
 
 def _averages(emulations: Sequence[Emulation], a: np.ndarray, run: Run) -> np.ndarray:
@@ -191,8 +182,8 @@ def _averages(emulations: Sequence[Emulation], a: np.ndarray, run: Run) -> np.nd
 def geometry(start: np.ndarray, average: np.ndarray, end: np.ndarray) -> dict[str, float]:
     """How an average and a branch's end lie, seen from where they start, each (P,).
 
-    moved = |average - start|, distance = |end - average|, cosine of the two displacements from
-    `start` (NaN where one did not move).
+    moved = |average - start|, distance = |end - average|, cosine of the displacements from `start`
+    (NaN where one did not move).
     """
     a, b = (np.asarray(point, np.float64) - start for point in (average, end))
     moved, length = np.linalg.norm(a), np.linalg.norm(b)
@@ -200,15 +191,15 @@ def geometry(start: np.ndarray, average: np.ndarray, end: np.ndarray) -> dict[st
     return {"moved": float(moved), "distance": float(np.linalg.norm(b - a)), "cosine": cosine}
 
 
-def follow(runs: Sequence[Run], branches: Sequence[Run], predict: bool = False) -> pd.DataFrame:
+@tabulated
+def follow(runs: Sequence[Run], branches: Sequence[Run], predict: bool = False) -> Iterator[dict]:
     """Where one branch of each run lies, against the average that emulates its schedule so far.
 
-    For a constant schedule that average is the run's own iterate. One row per run and snapshot of
-    its branch: seed, `after` (steps since branching), and the columns of `geometry`. With `predict`
-    also predicted_<column>: the same of where batches with a Hessian of their own take the branch
-    (`emulated`), at the cost of a Hessian product per step. ConfigError for that with momentum.
+    One row per run and snapshot of its branch: seed, `after` (steps since branching), the columns
+    of `geometry`, and with `predict` predicted_<column>: the same of where batches with a Hessian
+    of their own take the branch (`emulated`, a Hessian product per step). ConfigError for that with
+    momentum.
     """
-    rows = []
     for run, branch in zip(runs, branches, strict=True):
         c, first, factors = run.config, branch.config.start, branch.lr / run.config.lr
         require(not (predict and c.momentum), "momentum", c.momentum, "the prediction has none")
@@ -221,8 +212,7 @@ def follow(runs: Sequence[Run], branches: Sequence[Run], predict: bool = False) 
             if predict:
                 model = geometry(x[0], average, average + gap)
                 row |= {f"predicted_{name}": value for name, value in model.items()}
-            rows.append(row)
-    return pd.DataFrame(rows)
+            yield row
 
 
 Product = Callable[[int, np.ndarray], np.ndarray]
@@ -283,7 +273,7 @@ def mismatches(table: pd.DataFrame, away: int = 2) -> pd.DataFrame:
 def variance_gap(e: Emulation, eta: np.ndarray) -> np.ndarray:
     """Variance under e's schedule minus that of its average, over an iterate's, by eta (n,).
 
-    Both of a stationary run of the quadratic model; zero where eta is e.eta.
+    Both of a stationary run of the quadratic model; zero in the limit of eta = 0.
     """
     column, v = np.asarray(eta)[:, None], stationary_variance(eta)
     average = batch_weights(e.weights(), column) ** 2
@@ -292,12 +282,12 @@ def variance_gap(e: Emulation, eta: np.ndarray) -> np.ndarray:
     return more[:, 1:].sum(1) / v + more[:, 0]
 
 
-def missed(table: pd.DataFrame, quantity: str = "train_loss") -> pd.Series:
-    """Share of trained cooldowns' gain over no cooldown that averages miss or overshoot, per seed.
+def missed(table: pd.DataFrame) -> pd.Series:
+    """Share of trained cooldowns' gain in training loss that averages miss or overshoot, per seed.
 
     Sum of |average - schedule| over that of |last - schedule|: 0 for equivalence, 1 if averaging
     did nothing.
     """
-    trained = table[f"schedule_{quantity}"]
-    gap = (table[f"average_{quantity}"] - trained).abs().groupby(table.seed).sum()
-    return gap / (table[f"last_{quantity}"] - trained).abs().groupby(table.seed).sum()
+    points = table[["average_train_loss", "last_train_loss"]]
+    gaps = points.sub(table.schedule_train_loss, axis=0).abs().groupby(table.seed).sum()
+    return gaps.average_train_loss / gaps.last_train_loss

@@ -6,13 +6,14 @@ finite window, and the loss between iterates and around their average.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 
 import numpy as np
 import pandas as pd
 
 from paper_lib.averaging import vectors
 from paper_lib.errors import require
+from paper_lib.experiments.tables import tabulated
 from paper_lib.probing import probe
 from paper_lib.probing.hessian import spectral_measure, split_gradients
 from paper_lib.runs import Run
@@ -24,25 +25,22 @@ OUTWARD = np.append(np.linspace(0, 1, 9), [1.25, 1.5])
 POWERS = np.linspace(0.5, 4, 141)  # tried by `ray_exponents`
 
 
-def levels(reference: Run, changed: Sequence[Run], settle: int) -> pd.DataFrame:
+@tabulated
+def levels(reference: Run, changed: Sequence[Run], settle: int) -> Iterator[dict]:
     """Loss of successive runs beside that of the reference run on the same batches: a row per step.
 
     `changed` follow each other, and begin where the reference begins. Columns seed, step (from
     there), lr, loss, loss_reference (nats), and `settled` (at least `settle` steps after the last
-    change of the learning rate). Raises ConfigError where the reference is the shorter one.
+    change of the learning rate). ConfigError where the reference is the shorter one.
     """
-    start, rows = reference.config.start, []
+    start = reference.config.start
     for run in changed:
         step = np.arange(run.config.start, run.config.start + len(run.loss)) - start
         allowed = "the reference run ends before that step"
         require(step[-1] < len(reference.loss), "changed", int(step[-1]), allowed)
         columns = {"seed": run.config.seed, "step": step, "lr": run.config.lr, "loss": run.loss}
-        columns |= {"loss_reference": reference.loss[step], "settled": step - step[0] >= settle}
-        rows.append(pd.DataFrame(columns))
-    return pd.concat(rows, ignore_index=True)
-
-
-# --- displacement and angles --------------------------------------------------------------------
+        columns |= {"loss_reference": reference.loss[step]}
+        yield columns | {"settled": step - step[0] >= settle}
 
 
 def noise_spectrum(
@@ -51,9 +49,9 @@ def noise_spectrum(
     """Curvatures that the noise of batch gradients sees at x_step, with its variance.
 
     Nothing is fitted: Lanczos quadrature (n_nodes) of the Hessian of n_products batches from half
-    the difference of two mean gradients, each over half of n_gradients other batches. Weight decay
-    is added to curvatures, of which negative ones count as flat. Directions without a stationary
-    state, lr h >= 2 (1 + momentum), are left out. SnapshotError if the run did not keep the step.
+    the difference of two mean gradients, each over half of n_gradients other batches. Negative
+    curvatures count as flat, then weight decay is added. Directions without a stationary state,
+    lr h >= 2 (1 + momentum), are left out. SnapshotError if the run did not keep the step.
     """
     c, half = run.config, max(1, n_gradients // 2)
     product, one, other = split_gradients(run, np.array(run.at(step)), n_products, half)
@@ -88,31 +86,22 @@ def displacements(G: np.ndarray, stride: int = 1) -> pd.DataFrame:
 def geometry(G: np.ndarray) -> dict[str, float]:
     """Displacement and angles around the average, from the Gram matrix (n, n) around it.
 
-    exponent (growth of squared displacement with the lag; 0: stationary, 1: random walk),
+    exponent (growth of squared displacement with the lag; 0: stationary, 1: random walk) and
     far_cosine (mean over pairs of iterates at least half a window apart, without those of which one
-    lies at the average), pair_ratio (squared radius of the average of such a pair over that of one
-    iterate), radius_spread (standard deviation / mean). Raises ConfigError if all are equal.
+    lies at the average). ConfigError if all are equal.
     """
-    n, square = len(G), np.diag(G)
-    radius = np.sqrt(square)
+    radius, far = np.sqrt(np.diag(G)), np.triu_indices(len(G), len(G) // 2)
     allowed = "the iterates are all equal: there is nothing around their average"
     require(radius.any(), "radius", 0.0, allowed)
-    far = np.triu_indices(n, n // 2)
     lengths = np.outer(radius, radius)[far]
-    pairs = (square[far[0]] + square[far[1]] + 2 * G[far]) / 4
     curve = displacements(G)
-    return {
-        "exponent": vectors.exponent(curve.lag.to_numpy(), curve.squared.to_numpy()),
-        "far_cosine": (G[far][lengths > 0] / lengths[lengths > 0]).mean(),
-        "pair_ratio": pairs.mean() / square.mean(),
-        "radius_spread": radius.std() / radius.mean(),
-    }
+    exponent = vectors.exponent(curve.lag.to_numpy(), curve.squared.to_numpy())
+    cosines = G[far][lengths > 0] / lengths[lengths > 0]
+    return {"exponent": exponent, "far_cosine": cosines.mean()}
 
 
-# --- the loss inside ----------------------------------------------------------------------------
-
-
-def inside(runs: Sequence[Run], n_batches: int = 8, n_pairs: int = 6) -> pd.DataFrame:
+@tabulated
+def inside(runs: Sequence[Run], n_batches: int = 8, n_pairs: int = 6) -> Iterator[dict]:
     """Training loss on segments between iterates, and on rays from the average through iterates.
 
     The iterates of each of the n_pairs pairs are half a window apart. One row per seed, `path`,
@@ -121,7 +110,6 @@ def inside(runs: Sequence[Run], n_batches: int = 8, n_pairs: int = 6) -> pd.Data
     iterate and a point as far from it as the average is, in a random direction. Batches are
     normalized by their own statistics. SnapshotError unless each run kept all of its iterates.
     """
-    tables = []
     for run in runs:
         c, net, X = run.config, run.network(), run.window(run.config.start, run.config.steps)
         batches = probe.fixed_batches(run.dataset, n_batches, c.batch_size, c.seed)
@@ -137,23 +125,18 @@ def inside(runs: Sequence[Run], n_batches: int = 8, n_pairs: int = 6) -> pd.Data
                 ("aside", pair, X[i], away, ALONG[[0, -1]]),
             ):
                 loss = probe.line(net, begin, direction, positions, *batches).mean(1)
-                columns = {"seed": c.seed, "path": path, "pair": number, "position": positions}
-                tables.append(pd.DataFrame({**columns, "loss": loss}))
-    return pd.concat(tables, ignore_index=True)
+                key = {"seed": c.seed, "path": path, "pair": number}
+                yield {**key, "position": positions, "loss": loss}
 
 
 def ray_exponents(table: pd.DataFrame) -> pd.Series:
-    """p of the best a + b r^p for the mean ray of `inside`, up to the iterate, by seed.
-
-    2 for a quadratic.
-    """
+    """p of the best a + b r^p for the mean ray of `inside`, up to the iterate, by seed."""
     rays = table[(table.path == "ray") & (table.position <= 1)]
     means = rays.groupby(["seed", "position"]).loss.mean().unstack()
     r = means.columns.to_numpy()
-    best = [np.argmin([_residual(r**p, loss) for p in POWERS]) for loss in means.to_numpy()]
+
+    def residual(loss: np.ndarray, p: float) -> float:
+        return float(np.sum((loss - np.polyval(np.polyfit(r**p, loss, 1), r**p)) ** 2))
+
+    best = [np.argmin([residual(loss, p) for p in POWERS]) for loss in means.to_numpy()]
     return pd.Series(POWERS[best], index=means.index)
-
-
-def _residual(x: np.ndarray, y: np.ndarray) -> float:
-    """Sum of squares left by the best line through (x, y)."""
-    return float(np.sum((y - np.polyval(np.polyfit(x, y, 1), x)) ** 2))

@@ -6,13 +6,14 @@ gradient there. It says how the loss goes on under any schedule.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 
 import numpy as np
 import pandas as pd
 from tqdm import tqdm
 
 from paper_lib.errors import require
+from paper_lib.experiments.tables import tabulated
 from paper_lib.probing import probe
 from paper_lib.probing.hessian import spectral_measure, split_gradients
 from paper_lib.runs import Run
@@ -28,20 +29,17 @@ PREDICTORS = {  # column: what the prediction is made from
 }
 
 
-# --- measured -----------------------------------------------------------------------------------
-
-
+@tabulated
 def responses(
     target: str, constant: Sequence[Run], changed: Sequence[Sequence[Run]]
-) -> pd.DataFrame:
+) -> Iterator[dict]:
     """Loss under changing learning rates minus that of a twin at a constant one, a row per step.
 
     `changed` holds for each of the constant runs those that follow each other from where it begins.
     Both see the same batches, so that what is hard in a batch cancels. Columns target, seed, step
     (from there), lr (with momentum lr / (1 - m), its effect in slow directions) and change (nats).
-    Raises ConfigError where the two do not begin together, or the constant run is the shorter one.
+    ConfigError where the two do not begin together, or the constant run is the shorter one.
     """
-    tables = []
     for twin, parts in zip(constant, changed, strict=True):
         c, first = twin.config, parts[0].config.start
         require(first == c.start, "start", first, f"the constant run begins at step {c.start}")
@@ -49,17 +47,11 @@ def responses(
         allowed = f"the constant run takes only {len(twin.loss)} steps"
         require(len(loss) <= len(twin.loss), "steps", len(loss), allowed)
         columns = {"target": target, "seed": c.seed, "step": np.arange(len(loss))}
-        columns |= {"lr": lrs / (1 - c.momentum), "change": loss - twin.loss[: len(loss)]}
-        tables.append(pd.DataFrame(columns))
-    return pd.concat(tables, ignore_index=True)
+        yield columns | {"lr": lrs / (1 - c.momentum), "change": loss - twin.loss[: len(loss)]}
 
 
 def hessian_states(
-    runs: Sequence[Run],
-    step: int,
-    n_gradients: int = 128,
-    n_products: int = 8,
-    n_nodes: int = 12,
+    runs: Sequence[Run], step: int, n_gradients: int = 128, n_products: int = 8, n_nodes: int = 12
 ) -> dict[int, Directions]:
     """States of runs at a snapshot, by seed, of squared gradient and noise; nothing is fitted.
 
@@ -69,18 +61,15 @@ def hessian_states(
     curvatures count as flat: a quadratic would fall there without end.
     """
     half = max(1, n_gradients // 2)
-    states = {}
-    for run in tqdm(runs, desc=f"Hessian at step {step}"):
-        weights = np.array(run.at(step))
-        states[run.config.seed] = _hessian_state(run, weights, n_products, half, n_nodes)
-    return states
+    return {
+        run.config.seed: _hessian_state(run, step, n_products, half, n_nodes)
+        for run in tqdm(runs, desc=f"Hessian at step {step}")
+    }
 
 
-def _hessian_state(
-    run: Run, weights: np.ndarray, n_products: int, half: int, n_nodes: int
-) -> Directions:
+def _hessian_state(run: Run, step: int, n_products: int, half: int, n_nodes: int) -> Directions:
     """The state of one run; `half` is the number of batches in each of the two mean gradients."""
-    wd = run.config.weight_decay
+    weights, wd = np.array(run.at(step)), run.config.weight_decay
     undecayed, *means = split_gradients(run, weights, n_products, half)
     one, other = (mean + wd * weights for mean in means)
 
@@ -89,9 +78,8 @@ def _hessian_state(
 
     h, both = spectral_measure(product, (one + other) / 2, n_nodes)
     h_noise, noise = spectral_measure(product, (one - other) / 2, n_nodes)
-    variance = np.append(0 * both, 2 * half * noise)
-    squared = np.append(both, -noise)
-    return Directions(np.maximum(np.append(h, h_noise), 0), variance, squared)
+    curvatures, variance = np.append(h, h_noise), np.append(0 * both, 2 * half * noise)
+    return Directions(np.maximum(curvatures, 0), variance, np.append(both, -noise))
 
 
 def onward(run: Run, step: int, state: Directions, n: int) -> pd.DataFrame:
@@ -107,9 +95,6 @@ def onward(run: Run, step: int, state: Directions, n: int) -> pd.DataFrame:
     columns = {"seed": c.seed, "origin": step, "step": step + np.arange(len(lrs)), "lr": c.lr}
     columns |= {"loss": run.loss[log], "model": level + state.losses(lrs)}
     return pd.DataFrame(columns)
-
-
-# --- predicted ----------------------------------------------------------------------------------
 
 
 def response_spectra(source: pd.DataFrame, lr: float) -> dict[int, Directions]:
@@ -144,19 +129,14 @@ def predict(
     states: Mapping[str, Mapping[int, Directions]],
     lr: float,
 ) -> pd.DataFrame:
-    """`responses` with a column for each of `states` (by name, then seed), and `current`.
-
-    `current` is `follow_current`, `lr` the constant learning rate.
+    """`responses` with a column for each of `states` (by name, then seed), and `follow_current`'s
+    as `current`; `lr` is the constant learning rate.
     """
     predicted = table.assign(current=follow_current(table, source))
     for name, by_seed in states.items():
         for (_, seed), curve in table.groupby(["target", "seed"]):
-            response = by_seed[seed].response(curve.lr.to_numpy(), lr)
-            predicted.loc[curve.index, name] = response
+            predicted.loc[curve.index, name] = by_seed[seed].response(curve.lr.to_numpy(), lr)
     return predicted
-
-
-# --- compared -----------------------------------------------------------------------------------
 
 
 def blocks(table: pd.DataFrame, n: int = 20) -> pd.DataFrame:
@@ -166,17 +146,17 @@ def blocks(table: pd.DataFrame, n: int = 20) -> pd.DataFrame:
     return numbered.groupby(["target", "seed", "block"], sort=False).mean().reset_index()
 
 
-def errors(averaged: pd.DataFrame) -> pd.DataFrame:
+@tabulated
+def errors(averaged: pd.DataFrame) -> Iterator[dict]:
     """Errors of every predictor by target and seed, from `blocks`.
 
-    Columns target, seed, predictor, rms (nats), relative (over the range of the measured curve).
+    Columns target, seed, predictor, relative: root mean square over the measured curve's range.
     """
-    rows = []
     for (target, seed), curve in averaged.groupby(["target", "seed"], sort=False):
-        for predictor in PREDICTORS:
+        for predictor in averaged.columns.intersection(list(PREDICTORS), sort=False):
             rms = np.sqrt(np.mean((curve[predictor] - curve.change) ** 2))
-            rows.append((target, seed, predictor, rms, rms / np.ptp(curve.change)))
-    return pd.DataFrame(rows, columns=["target", "seed", "predictor", "rms", "relative"])
+            key = {"target": target, "seed": seed, "predictor": predictor}
+            yield {**key, "relative": rms / np.ptp(curve.change)}
 
 
 def share_predicted(table: pd.DataFrame, tolerance: float = 0.25, n: int = 20) -> float:

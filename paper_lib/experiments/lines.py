@@ -6,7 +6,7 @@ puts another function on the same lines, which must be told from a parabola.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 
 import numpy as np
 import pandas as pd
@@ -15,6 +15,7 @@ from tqdm import tqdm
 
 from paper_lib.errors import require
 from paper_lib.experiments.one_step import minimum
+from paper_lib.experiments.tables import tabulated
 from paper_lib.probing import derivatives, probe
 from paper_lib.runs import Run
 from paper_lib.training.flat import FlatModel
@@ -28,8 +29,6 @@ CHORD = np.linspace(-0.5, 1.5, 33)
 LINE = ["line", "seed", "batch"]  # the columns that name a line
 EXPONENTS = np.linspace(0.25, 8, 32)  # where the search for one begins
 
-# --- recording lines ----------------------------------------------------------------------------
-
 
 def from_points(
     runs: Sequence[Run], at: Sequence[int], line: str, batch_size: int | None = None
@@ -40,7 +39,7 @@ def from_points(
     (nats), with `star` (the position of its minimum) and `slope` and `bend`, what -dl/dposition and
     its second derivative are at the snapshot (nats). Rows with `fit` are the positions STEP, the
     others BEYOND times star. Batches have `batch_size` samples (default: the run's).
-    Raises ConfigError for no snapshots, SnapshotError for one that was not kept.
+    ConfigError for no snapshots, SnapshotError for one that was not kept.
     """
     require(len(at) > 0, "at", list(at), "name at least one snapshot to start from")
 
@@ -53,30 +52,25 @@ def from_points(
         loss = probe.line(net, weights, -lr * gradient, sought, *batch)[:, 0]
         star = minimum(sought, loss)[0]
         position = np.concatenate([STEP, star * BEYOND])
-        start = {"star": star, "slope": lr * squared, "bend": lr**2 * squared * curvature}
-        return pd.DataFrame(
-            {
-                "position": position,
-                "loss": probe.line(net, weights, -lr * gradient, position, *batch)[:, 0],
-                "fit": np.arange(len(position)) < len(STEP),
-                **start,
-            }
-        )
+        loss = probe.line(net, weights, -lr * gradient, position, *batch)[:, 0]
+        fit = np.arange(len(position)) < len(STEP)
+        table = pd.DataFrame({"position": position, "loss": loss, "fit": fit})
+        return table.assign(star=star, slope=lr * squared, bend=lr**2 * squared * curvature)
 
     table = probe.per_run(runs, at, from_point, f"lines, {line}")
     return table.rename(columns={"step": "batch"}).assign(line=line)
 
 
+@tabulated
 def on_chords(
     pairs: Sequence[tuple[Run, Run]], chords: Sequence[tuple[int, int]], line: str
-) -> pd.DataFrame:
+) -> Iterator[pd.DataFrame]:
     """Loss of batch s on the straight lines from x_s to x_t, for every pair (s, t) in `chords`.
 
     `pairs` has two runs per seed, the ones that kept x_s and x_t. Rows as in `from_points`, without
     derivatives: positions CHORD, of which those with `fit` lie between the ends, 0 and 1.
-    Raises ConfigError for s = t.
+    ConfigError for s = t.
     """
-    tables = []
     jobs = [(first, second, int(s), int(t)) for first, second in pairs for s, t in chords]
     nets = {first: first.network() for first, _ in pairs}
     for first, second, s, t in tqdm(jobs, desc=f"chords, {line}"):
@@ -86,8 +80,7 @@ def on_chords(
         loss = probe.line(nets[first], start, away, CHORD, *first.batches([s]))[:, 0]
         found = {"position": CHORD, "loss": loss, "fit": (CHORD >= 0) & (CHORD <= 1)}
         table = pd.DataFrame(found).assign(star=minimum(CHORD, loss)[0])
-        tables.append(table.assign(seed=first.config.seed, batch=s))
-    return pd.concat(tables, ignore_index=True).assign(line=line)
+        yield table.assign(seed=first.config.seed, batch=s, line=line)
 
 
 def synthetic(table: pd.DataFrame, power: float) -> pd.DataFrame:
@@ -97,17 +90,14 @@ def synthetic(table: pd.DataFrame, power: float) -> pd.DataFrame:
     return table.assign(loss=away**power, slope=first, bend=second)
 
 
-# --- how far they are parabolas -----------------------------------------------------------------
-
-
-def shapes(table: pd.DataFrame) -> pd.DataFrame:
+@tabulated
+def shapes(table: pd.DataFrame) -> Iterator[dict]:
     """What functions fit each line where it has `fit`: a row per line.
 
     `exponent` is the p of the best a + b |position - star|^p, 2 for a parabola. `r2` is the share
     of the line's variance that a parabola explains. `cubic` is the third-order over the quadratic
     term of a cubic at an end of the line, both about its middle; NaN for a straight line.
     """
-    rows = []
     for name, line in table[table.fit].groupby(LINE, sort=False):
         at, loss = line.position.to_numpy(), line.loss.to_numpy(np.float64)
         residual = loss - np.polyval(np.polyfit(at, loss, 2), at)
@@ -116,8 +106,7 @@ def shapes(table: pd.DataFrame) -> pd.DataFrame:
         second = second if abs(second) > 1e-9 * np.ptp(loss) else np.nan  # a straight line
         fitted = {"exponent": exponent(at, loss, line.star.iloc[0])}
         fitted |= {"r2": 1 - residual.var() / loss.var(), "cubic": half * third / second}
-        rows.append(dict(zip(LINE, name, strict=True)) | fitted)
-    return pd.DataFrame(rows)
+        yield dict(zip(LINE, name, strict=True)) | fitted
 
 
 def exponent(position: np.ndarray, loss: np.ndarray, star: float) -> float:
@@ -134,15 +123,15 @@ def exponent(position: np.ndarray, loss: np.ndarray, star: float) -> float:
     return float(minimize_scalar(missed, bounds=around, method="bounded").x)
 
 
-def from_one_point(table: pd.DataFrame) -> pd.DataFrame:
+@tabulated
+def from_one_point(table: pd.DataFrame) -> Iterator[dict]:
     """What value, slope and bend at a snapshot say of its gradient line: a row per line.
 
     `decrease` = predicted / actual decrease of the loss at position 1, a step of lr: slope - bend /
     2. `best` = predicted / actual place of the minimum, slope / bend, NaN where the bend is not
-    positive. `later` = the bend about the minimum, a quarter of its distance to either
-    side, over the bend at 0.
+    positive. `later` = the bend about the minimum, a quarter of its distance to either side, over
+    the bend at 0.
     """
-    rows = []
     for name, line in table.groupby(LINE, sort=False):
         at, loss = line.position.to_numpy(), line.loss.to_numpy(np.float64)
         star, slope, bend = line[["star", "slope", "bend"]].iloc[0]
@@ -151,8 +140,7 @@ def from_one_point(table: pd.DataFrame) -> pd.DataFrame:
         end, before, least, after = (loss[np.abs(at - place).argmin()] for place in wanted)
         found = {"decrease": (slope - bend / 2) / (loss[0] - end), "best": slope / bend / star}
         found["later"] = (before - 2 * least + after) / (star / 4) ** 2 / bend
-        rows.append(dict(zip(LINE, name, strict=True)) | found)
-    return pd.DataFrame(rows)
+        yield dict(zip(LINE, name, strict=True)) | found
 
 
 def scaled(table: pd.DataFrame) -> pd.DataFrame:

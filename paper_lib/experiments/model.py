@@ -1,18 +1,18 @@
 """Simulates the quadratic model and holds it against its closed forms and equivalences (claim C5).
 
-Every table of simulations has one row per seed and setting. The learning rate is 1 throughout, so
-that a direction's curvature is its eta, and batch minima have variance 1, unless said otherwise.
-Runs begin in their stationary state unless they have a start.
+The learning rate is 1 throughout, so that a direction's curvature is its eta, and batch minima have
+variance 1, unless said otherwise. Runs begin in their stationary state unless they have a start.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 
 import numpy as np
 import pandas as pd
 
 from paper_lib.averaging import equivalence, schedules, vectors
+from paper_lib.experiments.tables import tabulated
 from paper_lib.theory import quadratic, simulate
 
 ETAS = (0.01, 0.05, 0.2, 1.0)  # directions from slow to one that forgets everything in a step
@@ -42,59 +42,54 @@ def random_average(rng: np.random.Generator, n: int) -> np.ndarray:
     return a / a.sum()
 
 
-# --- schedules and averages in closed form ------------------------------------------------------
-
-
+@tabulated
 def equivalent_schedules(
     etas: Sequence[float], lengths: Mapping[str, float], steps: int
-) -> pd.DataFrame:
+) -> Iterator[dict]:
     """Schedules of `steps` steps that equal averages: rows (average, eta, back, factor).
 
     `lengths` name averages of AVERAGES; `back` counts steps before the end; eta = 0 stands for the
     limit of slow directions, the tail sums.
     """
-    back, tables = np.arange(steps)[::-1], []
+    back = np.arange(steps)[::-1]
     for name, length in lengths.items():
         a = AVERAGES[name][0](steps + 1, length)
         for eta in (0.0, *etas):
-            columns = {"back": back, "factor": equivalence.to_schedule(a, eta)}
-            tables.append(pd.DataFrame({"average": name, "eta": eta, **columns}))
-    return pd.concat(tables, ignore_index=True)
+            factor = equivalence.to_schedule(a, eta)
+            yield {"average": name, "eta": eta, "back": back, "factor": factor}
 
 
+@tabulated
 def cooldown_weights(
     names: Sequence[str], etas: Sequence[float], horizon: int, steps: int
-) -> pd.DataFrame:
+) -> Iterator[dict]:
     """Averages of a constant-lr run that emulate cooldowns over the last `horizon` of its steps.
 
     Rows (schedule, eta, back, weight), with eta and back as in `equivalent_schedules`.
     """
-    back, tables = np.arange(steps + 1)[::-1], []
+    back = np.arange(steps + 1)[::-1]
     for name in names:
         factors = schedules.cooldown(name, steps, horizon)
         for eta in (0.0, *etas):
-            columns = {"back": back, "weight": equivalence.to_average(factors, eta)}
-            tables.append(pd.DataFrame({"schedule": name, "eta": eta, **columns}))
-    return pd.concat(tables, ignore_index=True)
+            weight = equivalence.to_average(factors, eta)
+            yield {"schedule": name, "eta": eta, "back": back, "weight": weight}
 
 
-# --- equivalences, batch by batch ---------------------------------------------------------------
-
-
+@tabulated
 def equivalence_errors(
     seeds: Sequence[int],
     etas: np.ndarray,
     steps: int = 2000,
     momentum: float = 0.0,
     schedule: Callable[..., np.ndarray] = equivalence.to_schedule,
-) -> pd.DataFrame:
+) -> Iterator[dict]:
     """How far SGD under the equivalent schedule ends from the average, on the same batches.
 
     `schedule` maps (average, eta, momentum) to factors. `error` is the distance over the root mean
     square of the averaged run's iterates: rounding, if the map is right. One row per seed, average
-    and eta; both runs have the momentum. ValueError as in equivalence.to_schedule.
+    and eta; both runs have the momentum. ConfigError as in equivalence.to_schedule.
     """
-    tables, column = [], np.asarray(etas)[:, None]
+    column = np.asarray(etas)[:, None]
     for seed in seeds:
         rng = np.random.default_rng(seed)
         c = simulate.sample_minima(rng, np.ones(len(etas)), steps)[0]
@@ -104,23 +99,23 @@ def equivalence_errors(
         for name, a in averages.items():
             factors = schedule(a, column, momentum)
             end = simulate.sgd(c, column * factors, start=FAR, momentum=momentum)[:, -1]
-            columns = {"eta": etas, "error": _relative(x @ a - end, x)}
-            tables.append(pd.DataFrame({"seed": seed, "average": name, **columns}))
-    return pd.concat(tables, ignore_index=True)
+            error = _relative(x @ a - end, x)
+            yield {"seed": seed, "average": name, "eta": etas, "error": error}
 
 
+@tabulated
 def cooldown_errors(
     seeds: Sequence[int],
     etas: np.ndarray,
     steps: int = 2000,
     horizon: int = 500,
     average: Callable[..., np.ndarray] = equivalence.to_average,
-) -> pd.DataFrame:
+) -> Iterator[dict]:
     """As equivalence_errors, of averages of a constant-lr run that stand for named cooldowns.
 
     `average` maps (factors, eta) to weights.
     """
-    tables, column = [], np.asarray(etas)[:, None]
+    column = np.asarray(etas)[:, None]
     for seed in seeds:
         rng = np.random.default_rng(seed)
         c = simulate.sample_minima(rng, np.ones(len(etas)), steps)[0]
@@ -128,10 +123,8 @@ def cooldown_errors(
         for name in schedules.COOLDOWNS:
             factors = schedules.cooldown(name, steps, horizon)
             end = simulate.sgd(c, column * factors, start=FAR)[:, -1]
-            emulated = (x * average(factors, column)).sum(-1)
-            columns = {"eta": etas, "error": _relative(emulated - end, x)}
-            tables.append(pd.DataFrame({"seed": seed, "schedule": name, **columns}))
-    return pd.concat(tables, ignore_index=True)
+            error = _relative((x * average(factors, column)).sum(-1) - end, x)
+            yield {"seed": seed, "schedule": name, "eta": etas, "error": error}
 
 
 def worst_error(table: pd.DataFrame) -> pd.Series:
@@ -154,9 +147,6 @@ def _relative(distance: np.ndarray, x: np.ndarray) -> np.ndarray:
     return np.abs(distance) / np.sqrt((x**2).mean(-1))
 
 
-# --- stationary runs ----------------------------------------------------------------------------
-
-
 def stationary(
     seed: int, etas: Sequence[float], steps: int, chains: int
 ) -> tuple[np.ndarray, np.ndarray]:
@@ -167,14 +157,15 @@ def stationary(
     return simulate.sgd(c, eta[:, None], start=start), c
 
 
+@tabulated
 def variances(
     seeds: Sequence[int], etas: Sequence[float] = ETAS, chains: int = 1000
-) -> pd.DataFrame:
+) -> Iterator[dict]:
     """Variance of averages over that of an iterate: `measured`, its standard `error`, `predicted`.
 
     One row per seed, average, length (lag, horizon or window) and eta.
     """
-    tables, steps = [], 10 * max(LENGTHS)  # an EMA of the largest horizon has forgotten its start
+    steps = 10 * max(LENGTHS)  # an EMA of the largest horizon has forgotten its start
     cases = [(name, length) for name in AVERAGES for length in LENGTHS]
     weights = np.array([AVERAGES[name][0](steps + 1, length) for name, length in cases])
     for seed in seeds:
@@ -183,10 +174,8 @@ def variances(
         squares = averages.reshape(len(cases), chains, -1) ** 2
         for (name, length), square in zip(cases, squares, strict=True):
             key = {"seed": seed, "average": name, "length": length, "eta": etas}
-            columns = _estimates(square / quadratic.stationary_variance(etas))
-            columns["predicted"] = AVERAGES[name][1](np.asarray(etas), length)
-            tables.append(pd.DataFrame({**key, **columns}))
-    return pd.concat(tables, ignore_index=True)
+            found = _estimates(square / quadratic.stationary_variance(etas))
+            yield {**key, **found, "predicted": AVERAGES[name][1](np.asarray(etas), length)}
 
 
 def _estimates(samples: np.ndarray) -> dict[str, np.ndarray]:
@@ -195,16 +184,17 @@ def _estimates(samples: np.ndarray) -> dict[str, np.ndarray]:
     return {"measured": samples.mean(0), "error": error}
 
 
+@tabulated
 def timescales(
     seeds: Sequence[int], etas: Sequence[float], horizons: Sequence[int], chains: int = 500
-) -> pd.DataFrame:
+) -> Iterator[dict]:
     """Variance, over an iterate's, of EMAs and of SGD under their tail-sum schedule.
 
     The schedule is the same in all directions. One row per seed, horizon, eta and `kind` ("EMA",
     "tail-sum schedule"): `measured` with its standard `error`, and `predicted`: the closed form,
     and sum w_i^2 over the scheduled run's own batch weights (equivalence.batch_weights).
     """
-    tables, steps, v = [], 10 * max(horizons), quadratic.stationary_variance(etas)
+    steps, v = 10 * max(horizons), quadratic.stationary_variance(etas)
     runs = {seed: stationary(seed, etas, steps, chains) for seed in seeds}
     column = np.asarray(etas)[:, None]
     for horizon in horizons:
@@ -219,9 +209,7 @@ def timescales(
             scheduled = simulate.sgd(c, column * factors, start=x[..., 0])[..., -1]
             for kind, ends in {"EMA": x @ a, "tail-sum schedule": scheduled}.items():
                 key = {"seed": seed, "horizon": horizon, "kind": kind, "eta": etas}
-                columns = {**_estimates(ends**2 / v), "predicted": predicted[kind]}
-                tables.append(pd.DataFrame({**key, **columns}))
-    return pd.concat(tables, ignore_index=True)
+                yield {**key, **_estimates(ends**2 / v), "predicted": predicted[kind]}
 
 
 def slow_limit_error(
@@ -229,8 +217,7 @@ def slow_limit_error(
 ) -> pd.Series:
     """Distance from an EMA to SGD under its tail-sum schedule, over that to the last iterate.
 
-    Root mean squares over `chains` runs of one direction, per seed. Vanishes with eta times the
-    horizon.
+    Root mean squares over `chains` runs of one direction, per seed.
     """
     steps, errors = 10 * horizon, {}
     a = vectors.ema(steps + 1, decay(horizon))
@@ -242,9 +229,10 @@ def slow_limit_error(
     return pd.Series(errors, name="distance")
 
 
+@tabulated
 def varying_curvature(
     seeds: Sequence[int], etas: Sequence[float], dofs: Sequence[int], chains: int = 1000
-) -> pd.DataFrame:
+) -> Iterator[dict]:
     """What remains when each batch has its own curvature, h times chi^2 of `dof` degrees over dof.
 
     (As Gauss-Newton's.) One row per seed, dof and eta: `variation` sqrt(2 / dof), the curvature's
@@ -253,7 +241,7 @@ def varying_curvature(
     `broken`, the distance from an EMA of horizon 30 to SGD under the schedule that would be
     equivalent, over that from the EMA to the last iterate (root mean squares).
     """
-    steps, tables = 600, []
+    steps = 600
     column, a = np.asarray(etas)[:, None], vectors.ema(steps + 1, decay(30))
     factors, v = equivalence.to_schedule(a, column), quadratic.stationary_variance(etas)
     for seed in seeds:
@@ -267,11 +255,4 @@ def varying_curvature(
             columns = _estimates((x[..., steps // 2 :] ** 2).mean(-1) / v)
             columns["predicted"] = quadratic.varying_curvature_variance(etas, variation) / v
             columns["broken"] = np.sqrt(apart / moved)
-            key = {"seed": seed, "dof": dof, "variation": variation, "eta": etas}
-            tables.append(pd.DataFrame({**key, **columns}))
-    return pd.concat(tables, ignore_index=True)
-
-
-def deviations(table: pd.DataFrame) -> pd.Series:
-    """Per seed, the largest deviation of `measured` from `predicted`, in standard errors."""
-    return ((table.measured - table.predicted).abs() / table.error).groupby(table.seed).max()
+            yield {"seed": seed, "dof": dof, "variation": variation, "eta": etas, **columns}

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+
 import numpy as np
-import pandas as pd
 
 from paper_lib.averaging import vectors
+from paper_lib.experiments.tables import tabulated
 from paper_lib.theory import quadratic, simulate
 
 # Curvatures and variances of the batch minima, in eigendirections that lie at ANGLE to the axes.
@@ -22,20 +24,16 @@ def rotate(z: np.ndarray) -> np.ndarray:
     return z @ np.array([[cos, sin], [-sin, cos]])
 
 
-def points(kind: str, z: np.ndarray) -> pd.DataFrame:
-    """The rows (kind, x, y) of points z (n, 2), given in eigendirections."""
-    x, y = rotate(z).T
-    return pd.DataFrame({"kind": kind, "x": x, "y": y})
-
-
-def cloud(lr: float, decay: float, lag: int, seed: int, chains: int = 300) -> pd.DataFrame:
+@tabulated
+def cloud(lr: float, decay: float, lag: int, seed: int, chains: int = 300) -> Iterator[dict]:
     """Ends of independent stationary runs, and their averages: rows (kind, x, y) by KINDS."""
     n = STEPS + 1
     averages = vectors.last(n), vectors.two_point(n, lag), vectors.ema(n, decay)
     c = simulate.sample_minima(np.random.default_rng(seed), S2, STEPS, chains)
-    x = simulate.sgd(c, lr, H[:, None])
-    tables = [points(kind, x @ a) for kind, a in zip(KINDS, averages, strict=True)]
-    return pd.concat(tables, ignore_index=True)
+    iterates = simulate.sgd(c, lr, H[:, None])
+    for kind, a in zip(KINDS, averages, strict=True):
+        x, y = rotate(iterates @ a).T
+        yield {"kind": kind, "x": x, "y": y}
 
 
 def predicted_variances(lr: float, decay: float, lag: int) -> dict[str, np.ndarray]:

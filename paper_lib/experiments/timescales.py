@@ -5,7 +5,7 @@ The model predicts the rate 1 - lr h and the variance from curvature and noise (
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -14,13 +14,12 @@ from torch import Tensor
 
 from paper_lib.averaging import vectors
 from paper_lib.errors import require
+from paper_lib.experiments.tables import tabulated
 from paper_lib.probing import derivatives, hessian, probe
 from paper_lib.runs import Run
 from paper_lib.theory import quadratic
 from paper_lib.theory.spectrum import Directions
-from paper_lib.training.flat import FlatModel
 
-RATIOS = {"v": "model", "v_met": "met", "v_walk": "walk"}  # column of `measure`, by `agreement`'s
 FRESH = 4  # batches per iterate for the gradient noise there
 
 
@@ -30,11 +29,9 @@ class Modes:
 
     run: Run
     first: int  # step at which the window begins; it ends with the run
-    center: np.ndarray  # average of the window's iterates, (P,)
     directions: np.ndarray  # orthonormal, by curvature, (k, P)
     h: np.ndarray  # curvature on images that did not choose the directions, with weight decay, (k,)
-    noise: np.ndarray  # variance of batch gradients at the average, (k,)
-    noise_met: np.ndarray  # the same at iterates, averaged over them, (k,)
+    noise: np.ndarray  # variance of batch gradients at iterates, averaged over them, (k,)
     projected: np.ndarray  # iterates minus center along the directions, (n, k)
 
     @property
@@ -48,17 +45,17 @@ class Modes:
         eta = self.run.config.lr * self.h
         return (eta > 0) & (eta < 2 * (1 + self.run.config.momentum))
 
-    def spectrum(self, met: bool = True) -> Directions:
-        """The stable directions with the noise at iterates (`met`) or that at the average."""
-        noise = self.noise_met if met else self.noise
-        return Directions(self.h[self.stable], noise[self.stable])
+    @property
+    def spectrum(self) -> Directions:
+        """The stable directions and the noise there."""
+        return Directions(self.h[self.stable], self.noise[self.stable])
 
 
 def modes(run: Run, n_directions: int = 12, n_batches: int = 16, settle: int = 0) -> Modes:
     """Find the steepest directions of a run's window, which begins `settle` steps after its start.
 
-    The run recorded every iterate. Directions come from n_batches batches; curvature and noise
-    along them from as many others. Raises ConfigError where the window would be empty.
+    The run recorded every iterate. Directions come from n_batches batches, curvature along them
+    from as many others. ConfigError where the window would be empty.
     """
     c = run.config
     first, steps = c.start + settle, c.steps - c.start
@@ -67,54 +64,44 @@ def modes(run: Run, n_directions: int = 12, n_batches: int = 16, settle: int = 0
     center = vectors.center(X)
     x, y = probe.fixed_batches(run.dataset, 2 * n_batches, c.batch_size, c.seed)
     _, V = hessian.top_directions(net, center, x[:n_batches], y[:n_batches], n_directions)
-    x, y = x[n_batches:], y[n_batches:]
-    h = hessian.curvatures(net, center, V, x, y) + c.weight_decay
-    noise = _noise(net, center, V, x, y)
+    h = hessian.curvatures(net, center, V, x[n_batches:], y[n_batches:]) + c.weight_decay
     at = np.linspace(0, len(X) - 1, max(2, n_batches)).astype(int)
-    met = [_noise(net, X[i], V, *_fresh_batches(run, j)) for j, i in enumerate(at)]
-    return Modes(run, first, center, V, h, noise, np.mean(met, 0), X @ V.T - center @ V.T)
+    each = [derivatives.each_gradient(net, X[i], *_fresh(run, j)) for j, i in enumerate(at)]
+    noise = [np.var([V @ g for g in gradients], axis=0, ddof=1) for gradients in each]
+    return Modes(run, first, V, h, np.mean(noise, 0), X @ V.T - center @ V.T)
 
 
-def _fresh_batches(run: Run, j: int) -> tuple[Tensor, Tensor]:
+def _fresh(run: Run, j: int) -> tuple[Tensor, Tensor]:
     """FRESH batches of a probing stream, others for every j."""
     stream = probe.PROBE_STREAM + run.config.seed
     numbers = range(1000 + j * FRESH, 1000 + (j + 1) * FRESH)
     return run.dataset.batches(numbers, run.config.batch_size, stream)
 
 
-def _noise(net: FlatModel, weights: np.ndarray, V: np.ndarray, x: Tensor, y: Tensor) -> np.ndarray:
-    """Variance over batches of their gradients along V (k, P): (k,)."""
-    return np.var([V @ g for g in derivatives.each_gradient(net, weights, x, y)], axis=0, ddof=1)
-
-
 def curvatures_met(m: Modes, n_iterates: int = 3) -> np.ndarray:
     """Curvature along the directions at iterates, mean over them, with weight decay: (k,)."""
     net, X, c = m.run.network(), m.window, m.run.config
     at = np.linspace(0, len(X) - 1, n_iterates).astype(int)
-    found = [
-        hessian.curvatures(net, X[i], m.directions, *_fresh_batches(m.run, j))
-        for j, i in enumerate(at)
-    ]
+    V = m.directions
+    found = [hessian.curvatures(net, X[i], V, *_fresh(m.run, j)) for j, i in enumerate(at)]
     return np.mean(found, axis=0) + c.weight_decay
 
 
-def measure(measured: Sequence[Modes], met: Sequence[np.ndarray]) -> pd.DataFrame:
+@tabulated
+def measure(measured: Sequence[Modes], met: Sequence[np.ndarray]) -> Iterator[dict]:
     """The model's prediction and what the trajectory does, a row per run and stable direction.
 
-    `met` are each run's curvatures at iterates. Columns lr, norm, seed, direction, curvature and
-    curvature_met; rho (autocorrelation at lag 1), rho_model and rho_met, its predictions from
-    these; v (variance, in squared weights), v_model (noise at the average), v_met (noise at the
-    iterates) and v_walk, that of a random walk of the same noise.
+    `met` are each run's curvatures at iterates. Columns seed, direction, curvature, curvature_met;
+    rho (autocorrelation at lag 1), rho_model and rho_met, its predictions from these; v (variance,
+    in squared weights), v_met, its prediction from the noise at iterates, and v_walk, that of a
+    random walk of the same noise.
     """
-    tables = []
     for m, h_met in zip(measured, met, strict=True):
         c, keep = m.run.config, m.stable
         inside = np.clip(c.lr * h_met[keep], 1e-9, 2 * (1 + c.momentum) - 1e-9)
         walk = (c.lr / (1 - c.momentum)) ** 2 * len(m.projected) / 6
         y = m.projected[:, keep]
-        columns = {
-            "lr": c.lr,
-            "norm": c.norm,
+        yield {
             "seed": c.seed,
             "direction": np.flatnonzero(keep),
             "curvature": m.h[keep],
@@ -122,13 +109,10 @@ def measure(measured: Sequence[Modes], met: Sequence[np.ndarray]) -> pd.DataFram
             "rho_model": quadratic.autocorrelation(c.lr * m.h[keep], 2, c.momentum)[:, 1],
             "rho_met": quadratic.autocorrelation(inside, 2, c.momentum)[:, 1],
             "rho": autocorrelation(y, [1])[0],
-            "v_model": m.spectrum(met=False).variances(c.lr, c.momentum),
-            "v_met": m.spectrum().variances(c.lr, c.momentum),
-            "v_walk": walk * m.noise_met[keep],
+            "v_met": m.spectrum.variances(c.lr, c.momentum),
+            "v_walk": walk * m.noise[keep],
             "v": y.var(0),
         }
-        tables.append(pd.DataFrame(columns))
-    return pd.concat(tables, ignore_index=True)
 
 
 def autocorrelation(y: np.ndarray, lags: Sequence[int]) -> np.ndarray:
@@ -138,7 +122,8 @@ def autocorrelation(y: np.ndarray, lags: Sequence[int]) -> np.ndarray:
     return np.stack([(z[: n - k] * z[k:]).mean(0) for k in lags]) / (z * z).mean(0)
 
 
-def forgetting(m: Modes, chosen: Sequence[int], n_lags: int = 16) -> pd.DataFrame:
+@tabulated
+def forgetting(m: Modes, chosen: Sequence[int], n_lags: int = 16) -> Iterator[dict]:
     """Autocorrelation functions along some of the stable directions, a row per direction and lag.
 
     Columns direction (its number among the stable ones), lag, rho, rho_model.
@@ -146,11 +131,8 @@ def forgetting(m: Modes, chosen: Sequence[int], n_lags: int = 16) -> pd.DataFram
     lags, eta = np.arange(n_lags), m.run.config.lr * m.h[m.stable]
     rho = autocorrelation(m.projected[:, m.stable], lags)
     model = quadratic.autocorrelation(eta, n_lags, m.run.config.momentum)
-    tables = [
-        pd.DataFrame({"direction": i, "lag": lags, "rho": rho[:, i], "rho_model": model[i]})
-        for i in chosen
-    ]
-    return pd.concat(tables)
+    for i in chosen:
+        yield {"direction": i, "lag": lags, "rho": rho[:, i], "rho_model": model[i]}
 
 
 def agreement(table: pd.DataFrame) -> pd.DataFrame:
@@ -159,8 +141,8 @@ def agreement(table: pd.DataFrame) -> pd.DataFrame:
     Of the lag-1 autocorrelations: bias (measured - predicted) and rms of the difference with the
     curvature at the average; bias_met, rms_met with that at iterates; matched, rms_met over the
     same with directions paired at random (its root mean square), and reversed, with the steepest
-    paired with the least steep. v_ratio, v_met_ratio, v_walk_ratio: geometric means over
-    directions of measured / predicted variance.
+    paired with the least steep. v_met_ratio, v_walk_ratio: geometric means over directions of
+    measured / predicted variance.
     """
     rows = {}
     for seed, t in table.groupby("seed"):
@@ -175,7 +157,7 @@ def agreement(table: pd.DataFrame) -> pd.DataFrame:
             "rms_met": rms,
             "matched": rms / paired,
             "reversed": np.sqrt(np.mean((t.rho - turned) ** 2)) / paired,
-            **{f"{v}_ratio": np.exp(np.log(t.v / t[f"v_{k}"]).mean()) for v, k in RATIOS.items()},
+            **{f"{v}_ratio": np.exp(np.log(t.v / t[v]).mean()) for v in ("v_met", "v_walk")},
         }
     return pd.DataFrame(rows).T
 
@@ -187,8 +169,8 @@ def two_point_fall(
 
     Columns seed, lag, and in nats, means over n_pairs pairs: `full`, of the average itself;
     `steep`, when only the components along the measured directions are averaged; `random`, the same
-    along as many random ones; `model`, what the measured spectrum predicts for steep,
-    sum h v (1 - rho_lag) / 4. Raises ConfigError for lags that the window does not hold.
+    along as many random ones; `model`, predicted for steep: sum h v (1 - rho_lag) / 4. ConfigError
+    for lags that the window does not hold.
     """
     c, X, V = m.run.config, m.window, m.directions[m.stable]
     allowed = f"they must lie in 1..{len(X) - 1}"
@@ -204,7 +186,6 @@ def two_point_fall(
         moves = {"full": back, "steep": back @ V.T @ V, "random": back @ other.T @ other}
         after = {name: probe.losses(net, X[ends] + d, *batches).mean() for name, d in moves.items()}
         rows.append({"seed": c.seed, "lag": lag, **{name: single - after[name] for name in after}})
-    spectrum = m.spectrum()
     averages = [vectors.two_point(lag + 1, lag) for lag in lags]
-    left = np.array([spectrum.averaged_loss(a, c.lr, c.momentum) for a in averages])
-    return pd.DataFrame(rows).assign(model=spectrum.excess(c.lr, c.momentum).sum() - left)
+    left = np.array([m.spectrum.averaged_loss(a, c.lr, c.momentum) for a in averages])
+    return pd.DataFrame(rows).assign(model=m.spectrum.excess(c.lr, c.momentum).sum() - left)

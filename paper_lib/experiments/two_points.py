@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 
 import numpy as np
 import pandas as pd
@@ -11,6 +11,7 @@ from tqdm import tqdm
 
 from paper_lib.averaging import vectors
 from paper_lib.errors import require
+from paper_lib.experiments.tables import tabulated
 from paper_lib.probing import derivatives, hessian, probe
 from paper_lib.probing.evaluation import Evaluator
 from paper_lib.runs import Run
@@ -35,31 +36,31 @@ def average_at(run: Run, name: str, end: int) -> np.ndarray:
     return vectors.average(a, run.window(run.config.start, end))
 
 
+@tabulated
 def measure(
     runs: Sequence[Run],
     evaluate: Mapping[int, Evaluator],
     averages: Mapping[str, str],
     stale: bool = False,
-) -> pd.DataFrame:
+) -> Iterator[dict]:
     """Evaluate averages of runs at `ends`: `averages` has their names (`vectors.named`) by label.
 
     BatchNorm statistics are recomputed at the weights or, if `stale`, the last iterate's own.
     Columns: method (the label), seed, end and those of `Evaluator`. SnapshotError for iterates
     that a run did not keep.
     """
-    rows = []
     jobs = [(run, end, label) for run in runs for end in ends(run) for label in averages]
     for run, end, label in tqdm(jobs, desc="averages"):
         kept = np.array(run.buffers[run.rows(end)[0]]) if stale else None
         weights = average_at(run, averages[label], end)
         row = {"method": label, "seed": run.config.seed, "end": end}
-        rows.append(row | evaluate[run.config.seed](weights, kept))
-    return pd.DataFrame(rows)
+        yield row | evaluate[run.config.seed](weights, kept)
 
 
+@tabulated
 def chords(
     runs: Sequence[Run], evaluate: Mapping[int, Evaluator], lags: Sequence[int], n_ends: int = 3
-) -> pd.DataFrame:
+) -> Iterator[dict]:
     """What the middle of a chord d = x_t - x_(t-L) gains, and what its ends predict.
 
     `gain` = mean loss of the ends - loss of the middle (nats), with batch statistics, on the
@@ -68,7 +69,6 @@ def chords(
     curvatures with the right weights. `squared` = |d|^2 mixes them with the wrong ones. One row per
     seed, end (n_ends of them, see `ends`) and lag.
     """
-    rows = []
     for run in tqdm(runs, desc="chords"):
         seed = run.config.seed
         net, images = evaluate[seed].net, evaluate[seed].train
@@ -77,21 +77,24 @@ def chords(
             g = np.stack([derivatives.mean_gradient(net, row, *images) for row in x])
             points = np.concatenate([x, (x[:1] + x[1:]) / 2])
             loss = probe.losses(net, points, *images).mean(1)
-            middle, d = loss[len(x) :], np.float64(x[:1]) - x[1:]
-            table = {"seed": seed, "end": end, "lag": lags}
-            table["gain"] = (loss[0] + loss[1 : len(x)]) / 2 - middle
-            table["predicted"] = np.einsum("lp,lp->l", d, g[:1] - g[1:]) / 8
-            rows.append(pd.DataFrame({**table, "squared": np.square(d).sum(1)}))
-    return pd.concat(rows, ignore_index=True)
+            d = np.float64(x[:1]) - x[1:]
+            yield {
+                "seed": seed,
+                "end": end,
+                "lag": lags,
+                "gain": (loss[0] + loss[1 : len(x)]) / 2 - loss[len(x) :],
+                "predicted": np.einsum("lp,lp->l", d, g[:1] - g[1:]) / 8,
+                "squared": np.square(d).sum(1),
+            }
 
 
-def steepest(runs: Sequence[Run], lags: Sequence[int], n_batches: int = 8) -> pd.DataFrame:
+@tabulated
+def steepest(runs: Sequence[Run], lags: Sequence[int], n_batches: int = 8) -> Iterator[dict]:
     """`gain` of chords along each run's steepest direction alone, over its curvature / 8.
 
     That is the mean over the run of (y_t - y_(t-L))^2, in squared weights: the direction is that of
     the Hessian on n_batches batches at the average of the run. Columns seed, lag, gain.
     """
-    tables = []
     for run in tqdm(runs, desc="steepest directions"):
         X = run.window(run.config.start, run.config.steps)
         center = vectors.center(X)
@@ -99,8 +102,7 @@ def steepest(runs: Sequence[Run], lags: Sequence[int], n_batches: int = 8) -> pd
         _, (direction,) = hessian.top_directions(run.network(), center, *batches, n=1)
         y = X @ direction - center @ direction
         gain = [np.mean((y[lag:] - y[:-lag]) ** 2) for lag in lags]
-        tables.append(pd.DataFrame({"seed": run.config.seed, "lag": lags, "gain": gain}))
-    return pd.concat(tables, ignore_index=True)
+        yield {"seed": run.config.seed, "lag": lags, "gain": gain}
 
 
 def one_rate(lags: np.ndarray, gains: np.ndarray) -> tuple[float, float]:

@@ -6,7 +6,6 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 import numpy as np
-import pandas as pd
 import torch
 from tqdm import tqdm
 
@@ -14,24 +13,21 @@ from paper_lib.averaging.monitor import MEMORIES, Averages, Monitor
 from paper_lib.config import RunConfig, Study
 from paper_lib.data import Dataset
 from paper_lib.errors import require
+from paper_lib.experiments.tables import tabulated
 from paper_lib.probing import probe
 from paper_lib.runs import Run, load_dataset
 from paper_lib.training import loop
 from paper_lib.training.flat import FlatModel, exact_float32, forked_rng, threads
 
-# --- lowering the learning rate at every alarm ----------------------------------------------------
-
 
 @dataclass(frozen=True, eq=False)
 class Watched:
-    """A run that was watched: weights (P,) at its end, loss and lr (n_steps,) of every step, and
-    the steps at which it was found stationary.
-    """
+    """A run that was watched."""
 
-    weights: np.ndarray
-    loss: np.ndarray
-    lr: np.ndarray
-    alarms: list[int]
+    weights: np.ndarray  # at its end, (P,)
+    loss: np.ndarray  # of every step, (n_steps,)
+    lr: np.ndarray  # of every step, (n_steps,)
+    alarms: list[int]  # steps at which it was found stationary
 
 
 def watch(
@@ -40,8 +36,8 @@ def watch(
     """Train on the batches of `config`, multiplying the learning rate by `factor` at every alarm.
 
     With `factor` = 1 this is the run of `config` at its constant learning rate, to the same bits.
-    Raises ConfigError unless `config` starts from an unperturbed initialization and has a constant
-    learning rate, and where the run diverges.
+    ConfigError for a branch, a schedule, a perturbed start, threads or compilation, and where the
+    run diverges.
     """
     velocity, lr = torch.zeros_like(net.weights), config.lr
     losses, rates, alarms = [], [], []
@@ -69,10 +65,7 @@ def watch_all(study: Study, memory: float, factor: float) -> list[Watched]:
 
 
 def _losses(config: RunConfig, dataset: Dataset, net: FlatModel) -> Iterator[float]:
-    """Leave the gradient of each batch of a new run in net.grad, and yield the batch's loss.
-
-    Raises ConfigError for a branch, a schedule, a perturbed start, threads, or compilation.
-    """
+    """Leave the gradient of each batch of a new run in net.grad, and yield the batch's loss."""
     require(config.start == 0, "start", config.start, "watching begins at the initialization")
     allowed = {"schedule": "constant", "perturbation": 0, "threads": 1, "compile": False}
     for name, value in allowed.items():
@@ -81,9 +74,6 @@ def _losses(config: RunConfig, dataset: Dataset, net: FlatModel) -> Iterator[flo
     net.module.train()
     for step, x, y in loop.batches(config, dataset):
         yield float(loop.backward(net, step, x, y, config))
-
-
-# --- what gradients say, on recorded runs -------------------------------------------------------
 
 
 def observed(run: Run, memories: Sequence[float] = MEMORIES) -> Averages:
@@ -96,6 +86,7 @@ def observed(run: Run, memories: Sequence[float] = MEMORIES) -> Averages:
     return averages
 
 
+@tabulated
 def measure_gains(
     runs: Sequence[Run],
     first: int,
@@ -103,7 +94,7 @@ def measure_gains(
     n_points: int = 8,
     n_batches: int = 8,
     shift: int = 50,
-) -> pd.DataFrame:
+) -> Iterator[dict]:
     """What averages save: predicted from the gradients used, measured on held-out batches.
 
     Averages begin at step `first` of a run; its second half from there counts. One row per seed and
@@ -112,7 +103,6 @@ def measure_gains(
     steep directions; `measured`, the mean of the loss at x_t minus that at a_t over n_points steps,
     with batch statistics and weight decay, as the gradients have it.
     """
-    tables = []
     for run in runs:
         c = run.config
         predicted, shifted, points = _averages(run, first, memories, n_points, shift)
@@ -121,9 +111,7 @@ def measure_gains(
         losses = losses + c.weight_decay / 2 * np.square(points).sum(1)
         losses = losses.reshape(n_points, 1 + len(memories))
         found = {"seed": c.seed, "memory": memories, "predicted": predicted, "shifted": shifted}
-        found["measured"] = (losses[:, :1] - losses[:, 1:]).mean(0)
-        tables.append(pd.DataFrame(found))
-    return pd.concat(tables, ignore_index=True)
+        yield found | {"measured": (losses[:, :1] - losses[:, 1:]).mean(0)}
 
 
 def _averages(

@@ -7,8 +7,8 @@ from functools import partial
 from typing import Any
 
 import numpy as np
-import torch.nn.functional as F
 from torch import Tensor
+from torch.nn.attention import SDPBackend, sdpa_kernel
 from tqdm import tqdm
 
 from paper_lib.probing import probe
@@ -36,10 +36,10 @@ def mean_gradient(
 ) -> Array:
     """Mean of the batches' gradients, (P,): several batches to a pass."""
 
-    def derivative(logits: Tensor, labels: Tensor) -> Tensor:
-        return _gradient(net, F.cross_entropy(logits, labels, reduction="sum"))
+    def derivative(losses: Tensor) -> Tensor:
+        return _gradient(net, losses.sum())
 
-    return (_sum_over_passes(net, weights, x, y, buffers, derivative) / y.numel()).cpu().numpy()
+    return (_sum_over_passes(net, weights, x, y, buffers, derivative) / len(x)).cpu().numpy()
 
 
 def curvature(
@@ -64,9 +64,9 @@ def mean_hessian_product(
     """Mean of what `hessian_vector_products` gives, (P,) float64: several batches to a pass."""
     vector = probe.tensor(direction)
 
-    def derivative(logits: Tensor, labels: Tensor) -> Array:
-        product = net.hessian_product(F.cross_entropy(logits, labels), vector).cpu().numpy()
-        return (product * (len(labels) / y.numel())).astype(np.float64)
+    def derivative(losses: Tensor) -> Array:
+        product = net.hessian_product(losses.mean(), vector).cpu().numpy()
+        return (product * (len(losses) / len(x))).astype(np.float64)
 
     return _sum_over_passes(net, weights, x, y, buffers, derivative)
 
@@ -98,12 +98,14 @@ def _each_batch(
     buffers: Buffers,
     derivative: Callable[[Tensor], Tensor],
 ) -> Iterator[Array]:
-    """Yield derivative(loss) of each batch; between two the network is as it was."""
+    """Yield derivative(loss) of each batch; between two the network is as it was.
+
+    Fused attention has no second derivative, plain kernels have.
+    """
     probe.check_batches(x, y)
     for xs, ys in zip(x, y, strict=True):
-        with probe.probing_at(net, weights, buffers):
-            loss = F.cross_entropy(net.forward(xs).float(), ys)
-            found = derivative(loss).cpu().numpy().copy()
+        with sdpa_kernel(SDPBackend.MATH), probe.probing_at(net, weights, buffers):
+            found = derivative(net.loss(net.forward(xs), ys)).cpu().numpy().copy()
         yield found
 
 
@@ -113,9 +115,11 @@ def _sum_over_passes(
     x: Tensor,
     y: Tensor,
     buffers: Buffers,
-    derivative: Callable[[Tensor, Tensor], Any],
+    derivative: Callable[[Tensor], Any],
 ) -> Any:
-    """Sum of derivative(logits, labels) over passes, in the precision that it has."""
+    """Sum over passes of derivative(losses of its batches), in the precision that it has."""
     probe.check_batches(x, y)
-    with probe.probing_at(net, weights, buffers):
-        return sum(derivative(*piece) for piece in probe.passes(net, x, y))
+    with sdpa_kernel(SDPBackend.MATH):
+        at_once = probe.batches_at_once(net, x, buffers, kept=True)
+        with probe.probing_at(net, weights, buffers):
+            return sum(map(derivative, probe.passes(net, x, y, at_once)))

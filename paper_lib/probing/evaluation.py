@@ -21,7 +21,7 @@ class Evaluator:
 
     BatchNorm statistics are recomputed at the given weights from CHUNK training images, for
     averages and for the iterates that they are compared with alike; then the loss is taken in
-    evaluation mode, in nats, on n_images training images (augmented as in training, from a stream
+    evaluation mode, on n_images training images (augmented as in training, from a stream
     that no run uses) and up to n_images test images.
     """
 
@@ -44,7 +44,8 @@ class Evaluator:
         found: dict[str, float] = {}
         for split, chunks in ("train", zip(*self.train, strict=True)), ("test", self.test):
             loss, accuracy = probe.evaluate(self.net, weights, buffers, chunks)
-            found |= {f"{split}_loss": loss, f"{split}_accuracy": accuracy}
+            found |= {f"{split}_loss": loss}
+            found |= {f"{split}_accuracy": accuracy} if self.net.loss.counts else {}
         return found
 
     def table(

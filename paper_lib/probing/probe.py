@@ -16,28 +16,34 @@ from __future__ import annotations
 import collections
 import contextlib
 import copy
+import math
+import os
+import re
+import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor, as_completed
+from typing import Any
 
 import numpy as np
 import pandas as pd
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 from tqdm import tqdm
 
 from paper_lib.averaging.batchnorm import layers, recompute_statistics
 from paper_lib.data import Dataset
 from paper_lib.errors import require
-from paper_lib.probing.batchnorm import batchwise_statistics
+from paper_lib.files import say
+from paper_lib.probing.batchnorm import batchwise_statistics, separable
 from paper_lib.runs import Run
-from paper_lib.training.flat import FlatModel, threads
+from paper_lib.training.flat import FlatModel, forked_rng, threads
 
 # Samples in a forward pass: what fits a core's cache; what fills a GPU.
 SAMPLES_AT_ONCE = {"cpu": 256, "cuda": 4096}
 # Pixels per pass on a GPU, for about 16 GB: up to 1 kB each for losses alone; where activations are
 # kept to be differentiated twice, up to 14 kB (a ResNet-18 without stem; a ResNet-50 takes 5).
 PIXELS_AT_ONCE, PIXELS_KEPT = 2**22, 2**20
+TOLD_FROM_S = 60  # a probe that takes longer says so beforehand
 PROBE_STREAM = 1_000_000  # seeds of probing streams start here; runs use small seeds
 
 Array = np.ndarray
@@ -58,6 +64,7 @@ def losses(
     """
     rows = np.atleast_2d(weights)
     check_batches(x, y)
+    at_once = batches_at_once(net, x, buffers, kept=False)
     found = np.empty((len(rows), len(x)), np.float32)
     per_row = buffers if buffers is not None and buffers.ndim == 2 else [buffers] * len(rows)
     bar = tqdm(total=len(rows), desc=progress, disable=not progress)
@@ -66,8 +73,7 @@ def losses(
         with probing(own, buffers), torch.no_grad():
             for i in turns:
                 load(own, rows[i], per_row[i])
-                parts = [F.cross_entropy(*piece, reduction="none") for piece in passes(own, x, y)]
-                found[i] = torch.cat(parts).view(y.shape).mean(1).cpu().numpy()
+                found[i] = torch.cat(list(passes(own, x, y, at_once))).cpu().numpy()
                 bar.update()
 
     with bar:
@@ -86,7 +92,10 @@ def _in_threads(
     turns = iter(tasks)  # taking from one iterator is atomic, so threads share it
     if n_threads == 1:
         return work(net, turns)
-    copies = [FlatModel(copy.deepcopy(net.module)) for _ in range(n_threads)]
+    try:
+        copies = [FlatModel(copy.deepcopy(net.module), loss=net.loss) for _ in range(n_threads)]
+    except (RuntimeError, TypeError):  # a tensor with a past, an open file: it cannot be copied
+        return work(net, turns)
     pool = ThreadPoolExecutor(n_threads, initializer=torch.set_num_threads, initargs=(1,))
     with threads(1), pool:
         try:
@@ -97,13 +106,25 @@ def _in_threads(
             raise
 
 
-def passes(net: FlatModel, x: Tensor, y: Tensor) -> Iterator[tuple[Tensor, Tensor]]:
-    """Yield logits (n, classes) and labels (n,) of several batches to a forward pass."""
-    at_once = _batches_at_once(net.device.type, x.shape, torch.is_grad_enabled())
+def passes(net: FlatModel, x: Any, y: Tensor, at_once: int) -> Iterator[Tensor]:
+    """Yield the losses (k,) of the k <= at_once batches of each pass, see `batches_at_once`."""
     for xs, ys in zip(x.split(at_once), y.split(at_once), strict=True):
-        with batchwise_statistics(net.module, len(xs)):
-            logits = net.forward(xs.flatten(0, 1))
-        yield logits.float(), ys.flatten()
+        with batchwise_statistics(net.module, len(xs)), forked_rng(net.device):
+            output = net.loss.chosen(net.forward(xs.flatten(0, 1)))
+        outputs = [output] if at_once == 1 else output.unflatten(0, xs.shape[:2])
+        yield torch.stack([net.loss.of(*pair) for pair in zip(outputs, ys, strict=True)])
+
+
+def batches_at_once(net: FlatModel, x: Any, buffers: Buffers, kept: bool) -> int:
+    """How many batches of x share a pass; one where they would not come out as they do alone.
+
+    `kept`: activations are, to be differentiated. A loss of the user's own takes whole batches.
+    """
+    n = min(len(x), _batches_at_once(net.device.type, x.shape, kept))
+    if net.loss.function is not None or not isinstance(x, Tensor):
+        return 1
+    with probing(net, buffers):
+        return n if all(separable(net, x[:k], kept) for k in {n, len(x) % n} - {0, 1}) else 1
 
 
 def _batches_at_once(device: str, shape: torch.Size, kept: bool) -> int:
@@ -117,8 +138,10 @@ def _batches_at_once(device: str, shape: torch.Size, kept: bool) -> int:
 @contextlib.contextmanager
 def probing(net: FlatModel, buffers: Buffers) -> Iterator[None]:
     """Evaluation mode, but for BatchNorm where there are no buffers; leaves no trace."""
-    with net.preserved(train=False):
-        for layer in layers(net.module):
+    with net.preserved(train=True):
+        batchwise = [layer for layer in layers(net.module) if layer.training]  # none kept frozen
+        net.module.eval()
+        for layer in batchwise:
             layer.training = buffers is None
         try:
             yield
@@ -173,16 +196,20 @@ def statistics(net: FlatModel, weights: Array, x: Tensor) -> Array:
 def evaluate(
     net: FlatModel, weights: Array, buffers: Array, chunks: Iterable[tuple[Tensor, Tensor]]
 ) -> tuple[float, float]:
-    """Mean loss and accuracy over chunks (x, y) of samples, in evaluation mode with `buffers`."""
+    """Mean loss and accuracy over chunks (x, y) of samples, in evaluation mode with `buffers`.
+
+    The accuracy is NaN where the loss does not tell right answers from wrong ones.
+    """
     loss, correct, n = 0.0, 0, 0
     with probing_at(net, weights, buffers), torch.no_grad():
         for x, y in chunks:
-            logits = net.forward(x).float()
-            loss += F.cross_entropy(logits, y, reduction="sum").item()
-            correct += int((logits.argmax(1) == y).sum())
-            n += len(y)
+            output = net.forward(x)
+            n_here = net.loss.counted(y)
+            loss += net.loss(output, y).item() * n_here
+            correct += net.loss.right(output, y) if net.loss.counts else 0
+            n += n_here
     require(n > 0, "chunks", "none", "an evaluation needs at least one sample")
-    return loss / n, correct / n
+    return loss / n, correct / n if net.loss.counts else math.nan
 
 
 def per_run(
@@ -191,17 +218,43 @@ def per_run(
     measure: Callable[[Run, FlatModel, int], pd.DataFrame | dict],
     progress: str,
 ) -> pd.DataFrame:
-    """Rows, or row, measure(run, network, step) of each run and step, with `seed` and `step`."""
-    tables = []
-    with tqdm(total=len(runs) * len(at), desc=progress) as bar:
+    """Rows, or row, measure(run, network, step) of each run and step, with `seed` and `step`.
+
+    The first is timed: where all would take longer than $PAPER_MINUTES, if that is set, fewer steps
+    are measured, spread as the others, and a line says so.
+    """
+
+    def one(run: Run, net: FlatModel, step: int) -> pd.DataFrame:
+        found = measure(run, net, step)
+        table = pd.DataFrame([found]) if isinstance(found, dict) else found
+        return table.assign(seed=run.config.seed, step=step)
+
+    steps, began = [int(step) for step in at], time.monotonic()
+    tables = [one(runs[0], runs[0].network(), steps[0])]
+    steps = _affordable(steps, len(runs), time.monotonic() - began, progress)
+    with tqdm(total=len(runs) * len(steps), initial=1, desc=progress) as bar:
         for run in runs:
             net = run.network()
-            for step in map(int, at):
-                found = measure(run, net, step)
-                table = pd.DataFrame([found]) if isinstance(found, dict) else found
-                tables.append(table.assign(seed=run.config.seed, step=step))
+            for step in steps[1:] if run is runs[0] else steps:
+                tables.append(one(run, net, step))
                 bar.update()
     return pd.concat(tables, ignore_index=True)
+
+
+def _affordable(steps: list[int], n_runs: int, seconds: float, progress: str) -> list[int]:
+    """Those steps for which $PAPER_MINUTES last, at `seconds` for each; the first and last stay."""
+    needed = n_runs * len(steps) * seconds
+    minutes = os.environ.get("PAPER_MINUTES") or "inf"
+    is_number = re.fullmatch(r"inf|\d+\.?\d*", minutes) is not None
+    require(is_number, "PAPER_MINUTES", minutes, "write a number, such as 5")
+    allowed = 60 * float(minutes)
+    if needed > min(allowed, TOLD_FROM_S):
+        say(f"{progress}: {n_runs} x {len(steps)} at {seconds:.1f} s, {needed / 60:.0f} min")
+    if needed <= allowed:
+        return steps
+    n = max(2, int(allowed / (n_runs * seconds)))
+    say(f"{progress}: {n} of {len(steps)} steps within PAPER_MINUTES={minutes}")
+    return [steps[i] for i in np.unique(np.linspace(0, len(steps) - 1, n).round().astype(int))]
 
 
 def fixed_batches(
@@ -218,6 +271,7 @@ def tensor(row: Array) -> Tensor:
 
 def check_batches(x: Tensor, y: Tensor) -> None:
     """ConfigError unless x and y are stacked batches."""
-    stacked, batches = x.ndim >= 2 and len(x) > 0, tuple(x.shape[:2])
-    require(stacked, "x", tuple(x.shape), "batches are stacked as (K, B, ...), K at least 1")
-    require(y.shape == batches, "y", tuple(y.shape), f"labels must be (K, B) = {batches}")
+    stacked, batches = x.ndim >= 2 and x.shape[0] * x.shape[1] > 0, tuple(x.shape[:2])
+    require(stacked, "x", tuple(x.shape), "batches are stacked as (K, B, ...), K and B at least 1")
+    fits = y.shape[:2] == batches
+    require(fits, "y", tuple(y.shape), f"targets must be (K, B, ...) with (K, B) = {batches}")

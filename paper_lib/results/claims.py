@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import html
+import io
 import math
 import re
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -36,14 +38,14 @@ ROLES = {
 }
 CONFIDENCE = 0.95  # of the two-sided t interval over seeds that decides
 Bound = float | tuple[float, float]
-COLUMNS = (
-    "claim role quantity predicted measured spread seeds low high criterion verdict notebook "
-    "network reason"
-).split()
+NUMBERS = "predicted measured spread seeds low high".split()
+COLUMNS = ["claim", "role", "quantity", *NUMBERS]
+COLUMNS += ["criterion", "verdict", "notebook", "network", "reason"]
+VERDICTS = ["holds", "fails", "undecided"]
 
 
 class LedgerError(ValueError):
-    """Claims stated or measured in the wrong order, twice, or not at all."""
+    """Claims stated or measured in the wrong order, twice, or not at all, or a damaged file."""
 
 
 # How each kind of criterion reads. The interval over seeds is that of the mean; of the difference
@@ -80,9 +82,7 @@ class Criterion:
 
         Where it does not fail, a criterion that holds proves nothing and is undecided.
         """
-        settings = {"predict": self.predict, "_ledger": self._ledger}
-        bounds = {"kind": self.kind, "low": self.low, "high": self.high}
-        other = Criterion(self.claim, "control", quantity, **bounds, **settings)
+        other = replace(self, role="control", quantity=quantity, controls=[])
         self._ledger.add(other)
         self.controls.append(other)
         return other
@@ -110,8 +110,7 @@ class Criterion:
     @property
     def sentence(self) -> str:
         """The criterion in words."""
-        words = KINDS[self.kind]
-        return words.format(low=self.low, high=self.high, percent=100 * self.high)
+        return KINDS[self.kind].format(low=self.low, high=self.high, percent=100 * self.high)
 
     @property
     def values(self) -> np.ndarray:
@@ -128,16 +127,14 @@ class Criterion:
 
     def own_verdict(self) -> str:
         """holds, fails or undecided, whatever its controls say."""
-        low, high = self.low, self.high
-        if self.kind == "within":
-            low = -high
-        if self.kind == "rel":
-            low, high = 1 - high, 1 + high
+        relative = {"within": (-self.high, self.high), "rel": (1 - self.high, 1 + self.high)}
+        low, high = relative.get(self.kind, (self.low, self.high))
         return judge(self.interval(), low, high, strict=self.kind in ("below", "above"))
 
     def verdict(self) -> tuple[str, str]:
         """The verdict and, where it does not hold, the reason."""
-        verdict, passing = self.own_verdict(), [c for c in self.controls if not c.fails()]
+        verdict = self.own_verdict()
+        passing = [other for other in self.controls if other.own_verdict() != "fails"]
         if not (self.values.size and np.isfinite(self.values).all()):
             return verdict, f"not measurable: values {self.values.tolist()}"
         if verdict == "holds" and passing:
@@ -145,10 +142,6 @@ class Criterion:
         if verdict == "fails" and self.role != "control":
             return verdict, self.reason or "reason not known"
         return verdict, ""
-
-    def fails(self) -> bool:
-        """Whether the interval over seeds lies beyond the bounds."""
-        return self.own_verdict() == "fails"
 
 
 def t_interval(values: np.ndarray) -> tuple[float, float]:
@@ -321,14 +314,10 @@ def by_claim(rows: pd.DataFrame) -> list[ClaimVerdict]:
     network = judged.groupby("claim").network.any()
     for claim in sorted(judged.claim.unique(), key=lambda name: int(name[1:])):
         verdicts = judged[judged.claim == claim].verdict.tolist()
-        counts = {name: verdicts.count(name) for name in ("holds", "fails", "undecided")}
-        if counts["holds"] == len(verdicts):
-            verdict = "holds"
-        elif counts["fails"] == len(verdicts):
-            verdict = "fails"
-        else:
-            both = counts["holds"] and counts["fails"]
-            verdict = "holds in part" if both else "undecided"
+        counts = {name: verdicts.count(name) for name in VERDICTS}
+        verdict = "holds in part" if counts["holds"] and counts["fails"] else "undecided"
+        if len(set(verdicts)) == 1:
+            verdict = verdicts[0]
         said = f"{counts['holds']} of {len(verdicts)} criteria hold"
         said += f", {counts['fails']} fail{'s' * (counts['fails'] == 1)}" * bool(counts["fails"])
         said += f", {counts['undecided']} undecided" * bool(counts["undecided"])
@@ -337,9 +326,19 @@ def by_claim(rows: pd.DataFrame) -> list[ClaimVerdict]:
     return found
 
 
-def read(path: Path) -> pd.DataFrame:
-    """Return the claims of one notebook's file, as it states them."""
-    return pd.read_csv(path, dtype={"reason": str}).fillna({"reason": ""})
+def read(content: bytes, path: Path) -> pd.DataFrame:
+    """Return the claims that one notebook's file states; LedgerError where it is damaged."""
+    types: dict[str, Any] = dict.fromkeys(COLUMNS, str) | dict.fromkeys(NUMBERS, float)
+    types |= {"seeds": int, "network": bool}
+    try:
+        rows = pd.read_csv(io.BytesIO(content), dtype=types).fillna({"reason": ""})
+        said = {"claim": CLAIMS, "role": ROLES, "verdict": VERDICTS, "notebook": [path.stem]}
+        whole = list(rows) == COLUMNS and rows[["quantity", "criterion"]].notna().all(axis=None)
+        whole = whole and all(rows[name].isin(known).all() for name, known in said.items())
+    except ValueError:  # of this pandas has several kinds
+        whole = False
+    _require(whole, f"{path} is damaged: `make figures` makes it again")
+    return rows
 
 
 def table(results: Path | str) -> pd.DataFrame:
@@ -347,7 +346,7 @@ def table(results: Path | str) -> pd.DataFrame:
     files = sorted(Path(results).glob("claims/*.csv"))
     if not files:
         raise FileNotFoundError(f"no claims in {results}: `make figures` measures them")
-    rows = pd.concat(map(read, files), ignore_index=True)
+    rows = pd.concat([read(file.read_bytes(), file) for file in files], ignore_index=True)
     numbers = rows.claim.str[1:].astype(int)
     return rows.iloc[numbers.argsort(kind="stable")].reset_index(drop=True)
 
@@ -366,20 +365,23 @@ def markdown(rows: pd.DataFrame) -> str:
         predicted = "" if math.isnan(row.predicted) else f"{row.predicted:.3g}"
         measured = f"{with_spread(row.measured, row.spread)} (n = {row.seeds})"
         criterion = re.sub(r"\d+\.\d{4,}", lambda n: f"{float(n[0]):.3g}", row.criterion)
-        if row.role == "control":
-            verdict = {"fails": "fails, as it must"}.get(row.verdict, f"**{row.verdict}**")
-        else:
-            verdict = row.verdict if row.verdict == "holds" else f"**{row.verdict}**"
+        right = {"fails": "fails, as it must"} if row.role == "control" else {"holds": "holds"}
+        verdict = right.get(row.verdict, f"**{row.verdict}**")
         verdict += f": {row.reason}" if row.reason else ""
-        said = [row.claim, row.role, row.quantity, predicted, measured, criterion, verdict]
-        lines.append(said)
+        lines.append([row.claim, row.role, row.quantity, predicted, measured, criterion, verdict])
     return pipes(lines)
 
 
 def pipes(lines: Sequence[Sequence[str]]) -> str:
     """Write a Markdown table without padding, which long sentences would spread to all rows."""
-    escaped = ([str(cell).replace("|", "\\|") for cell in line] for line in lines)
+    escaped = ([plain(str(cell)).replace("|", "\\|") for cell in line] for line in lines)
     return "".join(f"| {' | '.join(line)} |\n" for line in escaped)
+
+
+def plain(text: str) -> str:
+    """A text on one line of Markdown, in which nothing is HTML; "0 < a" stays as it is."""
+    one_line = " ".join(text.split())
+    return re.sub(r"<(?=[\w/!?])|&(?=[\w#])", lambda sign: html.escape(sign[0]), one_line)
 
 
 def with_spread(mean: float, spread: float) -> str:

@@ -57,10 +57,9 @@ def save(fig: Figure, results: Path | str, name: str, data: pd.DataFrame) -> Non
     The same figure gives the same bytes. Raises ValueError for no data, a name that is not letters,
     digits, "-" and "_", or a figure too wide for its tick labels to be read in the README.
     """
+    allowed = "use letters, digits, '-' and '_' only, without a suffix"
     if not re.fullmatch(r"[\w-]+", name):
-        raise ValueError(
-            f"figure name {name!r}: use letters, digits, '-' and '_' only, without a suffix"
-        )
+        raise ValueError(f"figure name {name!r}: {allowed}")
     if data.empty:
         raise ValueError(f"figure {name!r} has no data: pass the numbers that it shows")
     _require_legible(fig, name)
@@ -68,10 +67,7 @@ def save(fig: Figure, results: Path | str, name: str, data: pd.DataFrame) -> Non
     stem = Path(results) / "figures" / name
     # A fixed salt and no date make the SVG's ids and header reproducible; text can be searched.
     with mpl.rc_context({"svg.hashsalt": name, "svg.fonttype": "none"}):
-        no_date: dict[str, dict[str, None]] = {
-            ".png": {"Software": None},
-            ".svg": {"Date": None, "Creator": None},
-        }
+        no_date = {".png": {"Software": None}, ".svg": {"Date": None, "Creator": None}}
         for suffix, metadata in no_date.items():
             with replacing(stem.with_name(name + suffix)) as temporary:
                 fig.savefig(temporary, metadata=metadata)
@@ -127,10 +123,8 @@ def band(
         shown = shown.assign(**{y: np.log(shown[y])})
     back = np.exp if log else np.asarray
     summary = summarize(shown, y, [x] if hue is None else [hue, x])
-    groups = (
-        [(line.pop("label", None), summary)] if hue is None else summary.groupby(hue, sort=False)
-    )
-    for label, group in groups:
+    single = [(line.pop("label", None), summary)]
+    for label, group in single if hue is None else summary.groupby(hue, sort=False):
         at, mean, spread = (group[column].to_numpy() for column in (x, "mean", "spread"))
         (drawn,) = ax.plot(at, back(mean), label=label, **line)
         if np.isfinite(spread).any():
@@ -146,17 +140,6 @@ def predicted(
     ax.plot(x, y, **{**PREDICTION, "label": label, **line})
 
 
-def equality(ax: Axes, data: pd.DataFrame, x: str, y: str, hue: str | None = None) -> None:
-    """Draw `y` against `x`, a dot a row, a colour a value of `hue`, on the line of equality."""
-    groups = [(None, data)] if hue is None else data.groupby(hue, sort=False)
-    for label, group in groups:
-        style = {"s": 45, "alpha": 0.8, "edgecolor": "white", "linewidth": 0.5}
-        ax.scatter(group[x], group[y], label=label, **style)
-    both = data[[x, y]].to_numpy()
-    ends = np.array([np.nanmin(both), np.nanmax(both)])
-    predicted(ax, ends, ends, label="equality")
-
-
 def dots(ax: Axes, data: pd.DataFrame, value: str, rows: str, hue: str | None = None) -> None:
     """Draw `value` as a dot a seed and a bar for the mean, one line per value of `rows`.
 
@@ -170,22 +153,14 @@ def dots(ax: Axes, data: pd.DataFrame, value: str, rows: str, hue: str | None = 
         at = group[rows].map(names.index) + aside
         found = ax.scatter(group[value], at, color=f"C{i}", s=45, alpha=0.8, label=label)
         for height, mean in group.groupby(at)[value].mean().items():
-            ax.plot(
-                [mean, mean], [height - 0.12, height + 0.12], color="black", zorder=found.zorder + 1
-            )
+            ends = [height - 0.12, height + 0.12]
+            ax.plot([mean, mean], ends, color="black", zorder=found.zorder + 1)
     ax.set(yticks=range(len(names)), yticklabels=names, ylim=(len(names) - 0.5, -0.5))
 
 
-def annotate_n(ax: Axes, n: int, of: str = "seeds", log: bool = False) -> None:
-    """Say in the corner what bands are and how many repetitions have; `log` as for `band`."""
-    ax.annotate(
-        f"mean ± s.d.{' of the logarithm' if log else ''}, n = {n} {of}",
-        xy=(1, 0),
-        xycoords="axes fraction",
-        xytext=(-4, 4),
-        textcoords="offset points",
-        ha="right",
-        va="bottom",
-        fontsize="small",
-        color="0.35",
-    )
+def annotate_n(ax: Axes, n: int, log: bool = False) -> None:
+    """Say in the corner what bands are, over n seeds; `log` as for `band`."""
+    said = f"mean ± s.d.{' of the logarithm' if log else ''}, n = {n} seeds"
+    place = {"xycoords": "axes fraction", "xytext": (-4, 4), "textcoords": "offset points"}
+    text = {"ha": "right", "va": "bottom", "fontsize": "small", "color": "0.35"}
+    ax.annotate(said, (1, 0), **place, **text)

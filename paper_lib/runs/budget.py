@@ -71,7 +71,7 @@ def table(study: Study, images_per_second: float | None = None) -> pd.DataFrame:
     one run), hours, weights. Hours need a rate, of all devices together, as the progress bar of
     `train` shows. The classes of a tree of images are assumed, see TREES.
     """
-    n_weights, n_buffers = _size(study)
+    n_weights, n_buffers = size(study)
     rows, seeds = [], len(study.seeds)
     for name, run in shared_runs(study).items():
         steps = run.steps - run.start
@@ -86,8 +86,8 @@ def table(study: Study, images_per_second: float | None = None) -> pd.DataFrame:
     return pd.DataFrame(rows).assign(weights=n_weights)
 
 
-def _size(study: Study) -> tuple[int, int]:
-    """Numbers of weights and of floating-point buffers of a study's network."""
+def size(study: Study) -> tuple[int, int]:
+    """Numbers of weights and of floating-point buffers of a study's network; takes no memory."""
     run, own = study.run, study.dataset
     channels = 1 if run.data == "digits" else 3
     classes = CLASSES.get(run.data) or TREES.get(run.image_size, 10)

@@ -9,11 +9,19 @@ training/ (comments, docstrings and layout left out).
 from __future__ import annotations
 
 import ast
+import contextlib
+import copyreg
+import dis
 import functools
 import hashlib
-import inspect
+import itertools
 import json
-from collections.abc import Mapping
+import pickle
+import random
+import sys
+import types
+import weakref
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -24,12 +32,12 @@ from torch import Tensor, nn
 from paper_lib.averaging import schedules, vectors
 from paper_lib.config import RunConfig
 from paper_lib.data import Dataset
-from paper_lib.errors import ConfigError
+from paper_lib.errors import ConfigError, brief, require
 from paper_lib.training.flat import NetFactory
 from paper_lib.training.loop import initial_model
 
 PACKAGE = Path(__file__).parents[1]
-FORMAT = 2  # of the files in a run's folder
+FORMAT = 3  # of the files in a run's folder
 
 
 def run_key(config: RunConfig, dataset: Dataset, net: NetFactory | None) -> str:
@@ -40,7 +48,8 @@ def run_key(config: RunConfig, dataset: Dataset, net: NetFactory | None) -> str:
             _hash(numbers) for numbers in (learning_rates(config), average_vectors(config))
         ],
         "data": dataset.fingerprint,
-        "network": None if net is None else of_network(initial_model(config, dataset, net).module),
+        "loss": of_network(dataset.loss),
+        "network": None if net is None else of_factory(config, dataset, net),
         "source": SOURCE,
         "format": FORMAT,
     }
@@ -106,89 +115,222 @@ SOURCE = of_source(PACKAGE / "data", PACKAGE / "training")
 
 # --- a user's own network -----------------------------------------------------------------------
 
+NAMED = {"torch", "torchvision", "numpy", *sys.stdlib_module_names}
+INSTALLED = {"site-packages", "dist-packages"}
+# That everyone draws from: what they have come to says nothing of a network.
+GENERATORS: dict[str, Any] = {"random": random._inst, "numpy.random": np.random.mtrand._rand}
+WRAPPERS = property, staticmethod, classmethod, functools.cached_property, type(functools.cache(id))
 
-def of_network(net: nn.Module) -> str:
-    """Hash of a network as it begins, the same every time.
+Items = Iterable[tuple[str, Any]]  # what a value is made of, and what each adds to its path
 
-    It takes the network's text form, the values of its tensors and which of them are trained, and
-    of each module of the user's: the source of its class, its hooks, and plain attributes. Not
-    seen are functions and variables outside the classes that their methods use.
+_repeatable: weakref.WeakValueDictionary[int, Any] = weakref.WeakValueDictionary()
+
+
+def of_network(net: Any) -> str:
+    """Hash of a network as it begins, or a loss, in every process of one minor version of Python.
+
+    It takes all that can be reached from the module: tensors, which of them are shared or trained,
+    buffers of every kind, submodules and their training modes, hooks, attributes, and of classes
+    and functions of the user's the bytecode, constants, defaults, closures, and global variables
+    that they name. Comments and layout count nowhere. A class or function of an installed package
+    counts by its name and file, one of Python, NumPy, torch and torchvision by its name.
+
+    Not seen: what is imported inside a function, found by a computed name (`getattr`), reached
+    through two modules (`a.b.c`), or read from files and the environment while training. A module
+    of the user's own that a function names counts by its file.
+    Raises ConfigError for what cannot be told from another of its kind, such as an open file.
     """
-    tensors = [*net.named_parameters(), *net.named_buffers()]
-    parts = [repr(net), [(name, t.requires_grad, _of_tensor(t)) for name, t in tensors]]
-    parts += [(name, _of_module(module)) for name, module in net.named_modules()]
-    return hashlib.sha256(repr(parts).encode()).hexdigest()
+    return hashlib.sha256(repr([text for _, text in describe(net)]).encode()).hexdigest()
 
 
-def _of_module(module: nn.Module) -> list[Any]:
-    """Sources of its class and hooks, and its own attributes (of torch's, the latter two)."""
-    bookkeeping = vars(nn.Module())  # some of it counts what happened in this process
-    own = {k: _plain(v) for k, v in vars(module).items() if k not in bookkeeping}
-    hooks = [
-        _plain(list(hooks.values()))
-        for name, hooks in vars(module).items()
-        if name.endswith("_hooks") and hooks
+def of_factory(config: RunConfig, dataset: Dataset, net: NetFactory) -> str:
+    """Hash of what a factory makes; ConfigError with the cause where two calls make two things."""
+    one = initial_model(config, dataset, net).module
+    if _repeatable.get(id(net)) is not net:
+        _require_same(one, config, dataset, net)
+        with contextlib.suppress(TypeError):  # one without weak references is tried each time
+            _repeatable[id(net)] = net
+    return of_network(one)
+
+
+def _require_same(one: nn.Module, config: RunConfig, dataset: Dataset, net: NetFactory) -> None:
+    """ConfigError with the cause unless a factory makes its first network `one` anew."""
+    states = {name: pickle.dumps(generator) for name, generator in GENERATORS.items()}
+    other = initial_model(config, dataset, net).module
+    drawn = [
+        name for name, generator in GENERATORS.items() if states[name] != pickle.dumps(generator)
     ]
-    return [[_of_class(cls) for cls in type(module).__mro__], own, hooks]
+    old = {id(tensor) for tensor in [*one.parameters(), *one.buffers()]}
+    named = [*other.named_parameters(), *other.named_buffers()]
+    shared = [name for name, tensor in named if id(tensor) in old][:3]
+    allowed = f"two calls share {shared}: make new modules in each, by copy.deepcopy if need be"
+    require(not shared, "net", net, allowed)
+    pairs = itertools.zip_longest(describe(one), describe(other), fillvalue=("its size", ""))
+    differing = next((a[0] for a, b in pairs if a[1] != b[1]), "")
+    cause = " and ".join(drawn) or "something that torch.manual_seed does not seed"
+    allowed = (
+        f"two calls differ at {differing}, which depends on {cause}: draw by torch's generator"
+    )
+    require(not differing, "net", net, f"{allowed}, or seed the other inside the function")
 
 
-def _of_class(cls: type) -> list[Any]:
-    """Name of a class and, unless it is a library's, its methods and constants."""
-    name = f"{cls.__module__}.{cls.__qualname__}"
-    if _of_library(cls):
-        return [name]
-    # Python's own attributes, such as the number of a class's first line, say nothing of what it
-    # does. Sorted, as a class is that was sent to another process.
-    own = sorted(vars(cls).items())
-    kept = {k: v for k, v in own if inspect.isfunction(v) or not k.startswith("__")}
-    return [cls.__qualname__, _plain(kept)]
+def describe(
+    value: Any, path: str = "", seen: dict[int, tuple[int, Any]] | None = None
+) -> Iterator[tuple[str, str]]:
+    """Yield what a network (or other value) is made of: the path of each part, and a text for it.
+
+    `seen` numbers what came before, of which the number alone is said.
+    """
+    path, seen = path or type(value).__name__, {} if seen is None else seen
+    plain = type(value) in (type(None), type(...), bool, int, float, complex, str, bytes)
+    if text := repr(value) if plain else _name(value):
+        yield path, text
+    elif id(value) in seen:
+        yield path, f"as {seen[id(value)][0]}"
+    else:
+        if type(value) not in (tuple, frozenset):  # equal constants may be one object, or two
+            seen[id(value)] = len(seen), value  # kept alive, or another would get its number
+        items = list(_items(value, path))
+        yield path, f"{type(value).__qualname__} of {len(items)}"
+        for name, item in items:
+            yield from describe(item, path + name, seen)
 
 
-def _of_library(thing: Any) -> bool:
-    module = getattr(thing, "__module__", None) or "builtins"
-    return module.partition(".")[0] in ("builtins", "torch", "torchvision")
+def _name(value: Any) -> str:
+    """Name of a module, or of a library's class or function; "" for other things."""
+    if isinstance(value, types.ModuleType):
+        return _module(value.__name__)
+    if any(value is generator for generator in GENERATORS.values()):
+        return type(value).__name__
+    if isinstance(value, type):
+        libraries = [_library(cls.__module__) for cls in value.__mro__]
+        return f"{libraries[0]}.{value.__qualname__}" if all(libraries) else ""
+    if isinstance(value, types.FunctionType):
+        library = "" if value.__closure__ else _library(value.__globals__.get("__name__"))
+        return f"{library}.{value.__qualname__}" if library else ""
+    return ""
 
 
-def _source(function: Any) -> str:
-    """Source of a function; ConfigError where Python does not know it."""
-    try:
-        return inspect.getsource(function)
-    except (OSError, TypeError) as error:
-        raise ConfigError(
-            f"the source of {function.__qualname__} is not known, and a run is found again by it: "
-            "define it in a file or in a notebook's cell"
-        ) from error
+def _library(module: str | None) -> str:
+    """What stands for a module of Python's or an installed one; "" for those of the user."""
+    known = module is None or module.partition(".")[0] in NAMED
+    file = Path(getattr(sys.modules.get(str(module)), "__file__", None) or "")
+    installed = module != "__main__" and INSTALLED.intersection(file.parts)
+    return _module(str(module)) if known or installed else ""
 
 
-def _of_tensor(tensor: Tensor) -> tuple[str, list[int], str]:
-    data = tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy()
-    return str(tensor.dtype), list(tensor.shape), hashlib.sha256(data).hexdigest()
+@functools.cache  # as it was imported, not as it is after an edit
+def _module(name: str) -> str:
+    """Name of a module and, but for Python's, NumPy's and torch's, a hash of its file."""
+    file = Path(getattr(sys.modules.get(name), "__file__", None) or "")
+    known = name.partition(".")[0] in NAMED or not file.is_file()
+    return name if known else f"{name} {hashlib.sha256(file.read_bytes()).hexdigest()}"
 
 
-def _plain(value: Any) -> Any:
-    """A value as text without addresses; of objects that it cannot look into, the type."""
+def _items(value: Any, path: str) -> Items:
+    """What a value is made of; ConfigError where only its address tells it from another."""
+    if isinstance(value, nn.Module):
+        return _of_module(value)
     if isinstance(value, Tensor):
         return _of_tensor(value)
-    if isinstance(value, Mapping):
-        return [(_plain(key), _plain(item)) for key, item in value.items()]
-    if isinstance(value, list | tuple):
-        return [_plain(item) for item in value]
-    if isinstance(value, set | frozenset):
-        return sorted((_plain(item) for item in value), key=repr)
-    if value is None or isinstance(value, bool | int | float | complex | str | bytes):
-        return repr(value)
-    if isinstance(value, torch.dtype | torch.device):
-        return repr(value)
-    if isinstance(value, functools.partial):
-        return [_plain(part) for part in (value.func, value.args, value.keywords)]
-    if isinstance(value, property):
-        return [_plain(value.fget), _plain(value.fset)]
-    value = inspect.unwrap(getattr(value, "__func__", value))  # what a decorator or a method wraps
-    if inspect.isbuiltin(value) or isinstance(value, type) or _of_library(value):
-        return f"{value.__module__}.{value.__qualname__}"
-    if not inspect.isfunction(value):
-        return type(value).__qualname__
-    # Two lambdas may share a line, and with it their source.
-    code = value.__code__
-    apart = [code.co_names, [c for c in code.co_consts if isinstance(c, int | float | str)]]
-    return [_source(value), apart] if value.__name__ == "<lambda>" else _source(value)
+    if isinstance(value, type):
+        return _of_class(value)
+    if isinstance(value, types.FunctionType):
+        return _of_function(value)
+    if isinstance(value, types.CodeType):
+        return _of_code(value)
+    if type(value) is dict:
+        return [pair for k, v in value.items() for pair in ((" key", k), (f"[{k!r}]", v))]
+    if type(value) in (list, tuple):
+        return [(f"[{i}]", item) for i, item in enumerate(value)]
+    if type(value) in (set, frozenset):
+        return [("", text) for text in sorted(repr([*describe(item)]) for item in value)]
+    if isinstance(value, WRAPPERS):
+        names = ("fget", "fset", "func", "__wrapped__")
+        return [(f".{name}", getattr(value, name, None)) for name in names]
+    return _of_object(value, path)
+
+
+def _of_module(module: nn.Module) -> Items:
+    yield "", type(module)
+    usual = vars(nn.Module())  # empty unless used, and another torch may have more
+    for name, value in vars(module).items():
+        if name not in usual:
+            yield f".{name}", value
+        elif value and "_hooks" in name:  # whose keys count the hooks of this process
+            yield f".{name}", list(value.values())
+        elif value:
+            yield from ((f".{key}", held) for key, held in _pairs(value))
+
+
+def _of_tensor(tensor: Tensor) -> Items:
+    dense = tensor.detach().to_dense() if tensor.layout != torch.strided else tensor.detach()
+    data = dense.cpu().contiguous().reshape(-1).view(torch.uint8).numpy()
+    yield "", f"{tensor.dtype} {list(tensor.shape)} {tensor.requires_grad}"
+    yield "", hashlib.sha256(data).hexdigest()
+    for hooks in (tensor._backward_hooks, tensor._post_accumulate_grad_hooks):
+        yield " hooks", list((hooks or {}).values())
+
+
+def _of_class(cls: type) -> Items:
+    """Bases and, unless it is a library's, methods and constants."""
+    yield from ((" base", base) for base in cls.__bases__)
+    # Sorted, as a class is that was sent to another process. Of Python's own attributes, most say
+    # nothing of what it does, such as the number of its first line.
+    for name, value in sorted(vars(cls).items() if not _library(cls.__module__) else ()):
+        special = name.startswith("__") and not isinstance(value, types.FunctionType | classmethod)
+        slot = isinstance(value, types.MemberDescriptorType)
+        if not (special or slot or name == "_abc_impl"):
+            yield f".{name}", value
+
+
+def _of_function(function: types.FunctionType) -> Items:
+    """Code, defaults, closure, global variables and own attributes of a function."""
+    library = _library(function.__globals__.get("__name__"))
+    yield "", f"{library}.{function.__qualname__}" if library else function.__code__
+    names = zip(function.__code__.co_freevars, function.__closure__ or (), strict=True)
+    for name, cell in names:
+        with contextlib.suppress(ValueError):  # one that is still empty
+            yield f" {name}", cell.cell_contents
+    if library:
+        return
+    yield " defaults", (function.__defaults__, function.__kwdefaults__, vars(function))
+    for name in sorted(_global_names(function.__code__) & set(function.__globals__)):
+        yield f" {name}", function.__globals__[name]
+
+
+def _global_names(code: types.CodeType) -> set[str]:
+    loads = ("LOAD_GLOBAL", "LOAD_NAME")
+    names = {one.argval for one in dis.get_instructions(code) if one.opname in loads}
+    inner = [const for const in code.co_consts if isinstance(const, types.CodeType)]
+    return names.union(*map(_global_names, inner))
+
+
+def _of_code(code: types.CodeType) -> Items:
+    counts = code.co_argcount, code.co_posonlyargcount, code.co_kwonlyargcount, code.co_flags
+    names = code.co_names, code.co_varnames, code.co_cellvars, code.co_freevars
+    yield "", repr((code.co_code, code.co_exceptiontable, counts, names))
+    yield " constants", code.co_consts
+
+
+def _of_object(value: Any, path: str) -> Items:
+    """What pickle would keep of an object."""
+    try:
+        reduce = copyreg.dispatch_table.get(type(value))
+        reduced = reduce(value) if reduce else value.__reduce_ex__(4)
+    except Exception as error:  # of the object's own
+        allowed = "nothing tells it from another: make it inside `forward`, or leave it out"
+        raise ConfigError(f"{path} = {brief(value)} is not allowed: {allowed} ({error})") from error
+    if isinstance(reduced, str):
+        return [("", f"{type(value).__qualname__} {reduced}")]
+    function, arguments, state, items, pairs = (*reduced, None, None, None)[:5]
+    if isinstance(state, tuple) and len(state) == 2 and isinstance(state[1], dict):
+        state = {**(state[0] or {}), **state[1]}  # of attributes and slots, which workers mix
+    state = [(f".{k}", v) for k, v in _pairs(state)]
+    return [("", (function, arguments)), *state, ("", [*(items or ())]), ("", [*(pairs or ())])]
+
+
+def _pairs(value: Any) -> Items:
+    """The items of a dictionary with text as keys, or any other value under no name."""
+    named = isinstance(value, dict) and all(isinstance(key, str) for key in value)
+    return list(value.items()) if named else [("", value)]

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import contextlib
 import functools
+import os
 import warnings
 from collections.abc import Iterator, Sequence
 from pathlib import Path
@@ -19,7 +20,8 @@ from paper_lib import data, files
 from paper_lib.config import RunConfig, Study, check_seeds
 from paper_lib.data import Dataset
 from paper_lib.errors import ConfigError, require
-from paper_lib.runs import budget, parallel
+from paper_lib.runs import budget, checksums, parallel
+from paper_lib.runs.finished import parts
 from paper_lib.runs.identity import average_vectors, learning_rates, run_key
 from paper_lib.runs.store import Recorder, Run
 from paper_lib.training import distributed, loop
@@ -28,7 +30,12 @@ from paper_lib.training.loop import Report, State
 
 
 def train(study: Study, config: RunConfig, progress: bool = True) -> list[Run]:
-    """The runs of a config for every seed of a study, on its own data and network if any."""
+    """The runs of a config for every seed of a study, on its own data and network if any.
+
+    Of a study of finished runs they are stretches of these; ConfigError where that is not in them.
+    """
+    if study.finished:
+        return parts(study, config)
     return train_seeds(config, study.seeds, study.dataset, study.net, progress)
 
 
@@ -66,7 +73,7 @@ def train_all(
         return _run(config, dataset, net)
 
     def absent(some: Sequence[RunConfig]) -> list[RunConfig]:
-        return distributed.share([c for c in some if not run(c).folder.exists()])
+        return [c for c in some if not _is_there(run(c))]
 
     for generation in _generations(absent(configs)):
         missing = absent(generation)
@@ -138,22 +145,47 @@ def obtain(
 ) -> Run:
     """Load one run, or train it in this process (its parents first) while others wait for it.
 
+    Its files are held against their checksums when a process first asks for it. A run that is
+    damaged is moved to <folder>.damaged and trained again.
+
     Processes that torchrun started train it together; the first one looks for the run, waits for
     others, and writes. Raises MemoryError with what to lower where memory does not suffice.
     """
     run = _run(config, dataset, net)
-    if distributed.share(run.folder.exists()):
+    if _is_there(run):
         return run
     with files.lock(run.folder) if distributed.first() else contextlib.nullcontext():
-        if distributed.share(run.folder.exists()):
+        if _is_there(run, set_aside=True):
             return run
         _train(run, config, _begin(config, dataset, net), report)
         distributed.share(None)  # the others go on when it is there
     return run
 
 
+def _is_there(run: Run, set_aside: bool = False) -> bool:
+    """Whether a run is there and undamaged; the first process looks.
+
+    `set_aside`: move a damaged one out of the way, which takes the run's lock.
+    """
+    there = distributed.first() and os.path.lexists(run.folder)
+    try:
+        if there:
+            checksums.check(run.folder)
+    except checksums.DamagedError as error:
+        there = False
+        if set_aside:
+            aside = run.folder.with_name(f"{run.folder.name}.damaged")
+            files.remove(aside)  # an earlier one
+            os.rename(run.folder, aside)
+            files.say(f"{error}: the run is now {aside.name}, and is trained again")
+    return distributed.share(there)
+
+
 def _train(run: Run, config: RunConfig, begin: State | None, report: Report) -> None:
     """Train a run and record it, in the process that writes."""
+    if run.net is None:  # before it is built, which may take too much as well
+        n_weights, _ = budget.size(Study(preset="any", run=config, dataset=run.dataset))
+        budget.require_memory(config, n_weights, run.dataset.device)
     model = loop.initial_model(config, run.dataset, run.net)
     budget.require_memory(config, model.weights.numel(), model.device)
     sizes = model.weights.numel(), model.buffers.numel()
@@ -192,17 +224,15 @@ def run_folder(
     config: RunConfig, dataset: Dataset | None = None, net: NetFactory | None = None
 ) -> Path:
     """The folder of a run, whether it exists or not."""
-    dataset = dataset or load_dataset(config)
-    _check_network(dataset, net)
-    name = "own" if net is not None else config.model
-    key = run_key(config, dataset, net)
-    return files.folder("runs") / f"{dataset.name}-{name}-{key}"
+    return _run(config, dataset, net).folder
 
 
 def _run(config: RunConfig, dataset: Dataset | None, net: NetFactory | None) -> Run:
     """A run by its settings, whether it exists or not."""
     dataset = dataset or load_dataset(config)
-    return Run(run_folder(config, dataset, net), dataset, net)
+    _check_network(dataset, net)
+    name, key = config.model if net is None else "own", run_key(config, dataset, net)
+    return Run(files.folder("runs") / f"{dataset.name}-{name}-{key}", dataset, net)
 
 
 def _check_network(dataset: Dataset, net: NetFactory | None) -> None:
@@ -227,8 +257,6 @@ def load_dataset(config: RunConfig) -> Dataset:
     except data.DataError as error:
         remedy = "name the folder of the data with DATA=... (make) or PAPER_DATA; see the README"
         raise ConfigError(f"{error}; {remedy}") from error
-    except ValueError as error:
-        raise ConfigError(str(error)) from error
 
 
 def _is_registered(dataset: Dataset, configs: Sequence[RunConfig]) -> bool:

@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import contextlib
 import functools
-import linecache
 import os
 import pickle
 import signal
@@ -37,7 +36,7 @@ from paper_lib.training.loop import Report
 RUNS_PER_GPU = 3  # of small networks, whose steps are too short to keep a GPU busy
 SMALL = ("resnet8", "resnet14", "resnet20")
 IDLE_S = 600.0  # after which a worker ends
-LOOK_S = 0.25  # between messages of a worker, and between looks at them
+LOOK_S = 0.25  # between looks at what workers report
 
 _OWN = ("CUDA_VISIBLE_DEVICES", "OMP_NUM_THREADS")  # variables that a worker has for itself
 _pool: ProcessPoolExecutor | None = None  # between calls
@@ -75,12 +74,12 @@ def side_by_side(
     here, WorkerError where a worker was killed; on that, or an interrupt, all workers end at once.
     """
     with tempfile.TemporaryDirectory(prefix="paper-lib-") as folder, _workers(gpus) as pool:
-        call, logs = Path(folder, "call"), [Path(folder, str(i)) for i in range(len(jobs))]
+        call, log = Path(folder, "call"), Path(folder, "log")
         _carry(function, call)
+        log.touch()
         with _without_interrupts():
-            pairs = zip(jobs, logs, strict=True)
-            futures = [pool.submit(_work, call, job, log) for job, log in pairs]
-        _follow(futures, [_Messages(log, report) for log in logs])
+            futures = [pool.submit(_work, call, job, log) for job in jobs]
+        _follow(futures, log, report)
         return [future.result() for future in futures]
 
 
@@ -126,8 +125,7 @@ def end_workers() -> None:
 
 
 def _carry(function: Callable, path: Path) -> None:
-    """Write what workers need of the caller: the function, and where and how it was defined."""
-    cells = {name: entry for name, entry in linecache.cache.items() if entry[1:2] == (None,)}
+    """Write what workers need of the caller: the function, and where it was defined."""
     try:
         carried = cloudpickle.dumps(function)
     except Exception as error:
@@ -136,16 +134,13 @@ def _carry(function: Callable, path: Path) -> None:
             "without open files, locks and the like, or train one seed at a time"
         ) from error
     with path.open("wb") as file:
-        pickle.dump((os.getcwd(), dict(os.environ), sys.path, cells), file)
+        pickle.dump((os.getcwd(), dict(os.environ), sys.path), file)
         file.write(carried)
 
 
 @contextlib.contextmanager
 def _without_interrupts() -> Iterator[None]:
     """Hold back SIGINT; workers and threads that are started meanwhile never see one."""
-    if not hasattr(signal, "pthread_sigmask"):
-        yield
-        return
     before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
     try:
         yield
@@ -153,31 +148,17 @@ def _without_interrupts() -> Iterator[None]:
         signal.pthread_sigmask(signal.SIG_SETMASK, before)
 
 
-class _Messages:
-    """Hands on the reports that a worker writes into a file, a line each."""
-
-    def __init__(self, path: Path, report: Report):
-        self.path, self.report, self.read = path, report, 0
-
-    def hand_on(self) -> None:
-        """Report what was written since the last time."""
-        text = self.path.read_text() if self.path.exists() else ""
-        lines = text.splitlines()[: text.count("\n")]
-        for line in lines[self.read :]:
-            steps, loss, lr = line.split()
-            self.report(int(steps), float(loss), float(lr))
-        self.read = len(lines)
-
-
-def _follow(futures: Sequence[Future], messages: Sequence[_Messages]) -> None:
-    """Wait for all results, handing on messages; raise the first error."""
-    left = set(futures)
-    while left:
-        done, left = wait(left, timeout=LOOK_S, return_when=FIRST_COMPLETED)
-        for one in messages:
-            one.hand_on()
-        for future in done:
-            _check(future)
+def _follow(futures: Sequence[Future], log: Path, report: Report) -> None:
+    """Wait for all results, handing on what workers write into the log; raise the first error."""
+    left, rest = set(futures), ""
+    with log.open() as written:
+        while left:
+            done, left = wait(left, timeout=LOOK_S, return_when=FIRST_COMPLETED)
+            *lines, rest = (rest + written.read()).split("\n")
+            for steps, loss, lr in map(str.split, lines):
+                report(int(steps), float(loss), float(lr))
+            for future in done:
+                _check(future)
 
 
 def _check(future: Future) -> None:
@@ -228,50 +209,25 @@ _held: list[FileLock] = []  # a lock that is collected is released
 
 def _work(call: Path, job: Any, log: Path) -> Any:
     """Carry out one job, as the caller would; it can be sent back, as can an error."""
-    function, own = _received(call), _Reporter(log)
     try:
-        result = function(job, own.report)
+        with log.open("a", buffering=1) as lines:
+            return _received(call)(job, lambda *report: print(*report, file=lines))
     except Exception as error:
         try:
             pickle.loads(pickle.dumps(error))
         except Exception:
             raise WorkerError(f"{type(error).__name__}: {error}") from error
         raise
-    finally:
-        own.write()
-    return result
 
 
 @functools.lru_cache(maxsize=1)
 def _received(call: Path) -> Callable[[Any, Report], Any]:
     """The function of a call, after taking on its caller's folder, variables and sources."""
     with call.open("rb") as file:
-        folder, variables, sys.path[:], cells = pickle.load(file)
+        folder, variables, sys.path[:] = pickle.load(file)
         os.chdir(folder)
         for name in {*os.environ, *variables}.difference(_OWN):
             os.environ.pop(name, None)
             if name in variables:
                 os.environ[name] = variables[name]
-        linecache.cache.update(cells)
         return pickle.load(file)
-
-
-class _Reporter:
-    """Writes reports into a file, a line each, a few times a second."""
-
-    def __init__(self, path: Path):
-        self.path, self.steps, self.last = path, 0, (0.0, 0.0)
-        self.due = time.monotonic() + LOOK_S
-
-    def report(self, steps: int, loss: float, lr: float) -> None:
-        """Note steps done since the last report, the latest loss, the learning rate."""
-        self.steps, self.last = self.steps + steps, (loss, lr)
-        if time.monotonic() >= self.due:
-            self.write()
-
-    def write(self) -> None:
-        """Write what was noted and not yet written."""
-        if self.steps:
-            with self.path.open("a") as file:
-                file.write(f"{self.steps} {self.last[0]} {self.last[1]}\n")
-        self.steps, self.due = 0, time.monotonic() + LOOK_S

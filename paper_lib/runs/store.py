@@ -3,21 +3,20 @@
 A run's folder holds config.json, status.json, steps.npy (n,), weights.npy (n, P) float32,
 buffers.npy (n, Q), log.npy (n_steps, 2) with the loss of batch t at x_t and the learning rate of
 step t, averages.npy (k, P) float32 with the averages that were accumulated, and state-<step>.npz
-(weights, buffers, momentum). While it is being trained the folder is called <name>.part and also
-holds resume.npz, what a killed run goes on from.
+(weights, buffers, momentum), and checksums.txt. While it is being trained the folder is called
+<name>.part and holds resume-<step>.npz, what a killed run goes on from, and resume.txt, the
+checksums of what was written until then.
 """
 
 from __future__ import annotations
 
 import json
 import os
-import shutil
-import zipfile
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import numpy as np
 from torch import Tensor
@@ -27,7 +26,8 @@ from paper_lib.averaging import vectors
 from paper_lib.config import RunConfig, describe
 from paper_lib.data import Dataset
 from paper_lib.errors import require
-from paper_lib.runs import budget
+from paper_lib.runs import budget, checksums
+from paper_lib.runs.checksums import Sum
 from paper_lib.training import loop
 from paper_lib.training.flat import FlatModel, NetFactory
 from paper_lib.training.loop import State
@@ -141,8 +141,8 @@ class Run:
 
     def at(self, step: int) -> np.ndarray:
         """Weights x_step, (P,), from a snapshot or a kept state."""
-        path = self.folder / f"state-{step}.npz"
-        return self.state(step)["weights"] if path.exists() else self.weights[self.rows(step)[0]]
+        kept = self._has_state(step)
+        return self.state(step)["weights"] if kept else self.weights[self.rows(step)[0]]
 
     def window(self, first: int, last: int) -> np.ndarray:
         """Every iterate x_first..x_last, (last - first + 1, P), without copying."""
@@ -194,18 +194,29 @@ class Run:
         """
         step = self.config.steps if step is None else step
         self._require_before_divergence(step)
-        path = self.folder / f"state-{step}.npz"
-        if path.exists():
-            with np.load(path, allow_pickle=False) as stored:
-                return dict(stored)
-        if self.config.momentum > 0:
+        if self._has_state(step):
+            return _load(self.folder / f"state-{step}.npz")
+        if self.config.momentum > 0 or self._counts:
+            what = "momentum" if self.config.momentum > 0 else "integer buffer"
             raise SnapshotError(
-                f"no momentum was kept at step {step} of {self.folder.name}: "
+                f"no {what} was kept at step {step} of {self.folder.name}: "
                 f"add {step} to `checkpoints`"
             )
         row = self.rows(step)[0]
         none = np.zeros(0, np.float32)
         return {"weights": self.weights[row], "buffers": self.buffers[row], "momentum": none}
+
+    def _has_state(self, step: int) -> bool:
+        config = self.config
+        return step > config.start and step in (*config.checkpoints, config.steps)
+
+    @cached_property
+    def _counts(self) -> bool:
+        """Whether integer buffers of the network changed (perhaps, where their end is unknown)."""
+        begin = self.network().integers.cpu().numpy()
+        if not begin.size:
+            return False
+        return self.diverged or not np.array_equal(begin, self.state()["integers"])
 
     def _require_before_divergence(self, step: int) -> None:
         if self.diverged and step >= self.status["diverged_at"]:
@@ -221,6 +232,11 @@ class Run:
             f"{have}. Record it by adding e.g. '{steps[0]}-{steps[-1]}' to the run's `record` "
             "(an average over such steps can be named in its `averages` instead)"
         )
+
+
+def _load(path: Path) -> State:
+    with np.load(path, allow_pickle=False) as stored:
+        return dict(stored)
 
 
 class Recorder:
@@ -239,68 +255,97 @@ class Recorder:
             "averages": (len(config.averages), n_weights),
             "log": (config.steps - config.start, 2),
         }
-        self.resumed = self._resume(shapes)
+        self.sums: dict[str, Sum] = {}  # of what was written, by file
+        self.resumed = self._resume()
         if self.resumed is None:
             self._create(shapes)
-        self.weights, self.buffers, self.averages, self.log = (self._map(name) for name in shapes)
+        self.arrays = {name: np.load(self.part / f"{name}.npy", mmap_mode="r+") for name in shapes}
 
-    def _map(self, name: str, mode: Literal["r", "r+"] = "r+") -> np.memmap:
-        return np.load(self.part / f"{name}.npy", mmap_mode=mode)
-
-    def _resume(self, shapes: dict[str, tuple[int, ...]]) -> State | None:
-        """The state that a killed run saved, if all that it left can be read."""
-        try:
-            with np.load(self.part / "resume.npz", allow_pickle=False) as stored:
-                state = dict(stored)
-            # Read-only: mapped to be written, a file that was cut short would be filled with zeros.
-            whole = all(self._map(name, "r").shape == shape for name, shape in shapes.items())
-            return state if whole else None
-        except (OSError, ValueError, EOFError, zipfile.BadZipFile):
+    def _resume(self) -> State | None:
+        """The state that a killed run saved, if all that it wrote until then is what it was."""
+        if not os.path.lexists(self.part):
             return None
+        try:
+            sums = checksums.verified(self.part, checksums.HALF)
+        except checksums.DamagedError as error:
+            files.say(f"{error}: the run starts again")
+            return None
+        for path in self.part.iterdir():  # what it wrote later, or had not yet finished
+            if path.name not in {*sums, checksums.HALF}:
+                files.remove(path)
+        (name,) = (name for name in sums if name.startswith("resume-"))
+        state = _load(self.part / name)
+        files.say(f"going on from step {state['step']} of {self.config.steps}: {self.part}")
+        self.sums = {file: one for file, one in sums.items() if file != name}
+        return state
 
     def _create(self, shapes: dict[str, tuple[int, ...]]) -> None:
-        shutil.rmtree(self.part, ignore_errors=True)
+        files.remove(self.part)
         n_weights, n_buffers = shapes["weights"][1], shapes["buffers"][1]
         what = f"recording {len(self.steps)} snapshots of {n_weights:,} weights (4 bytes each)"
         needed = budget.disk_bytes(self.config, n_weights, n_buffers)
         files.require_space(self.part.parent, needed, what)
         self.part.mkdir(parents=True)
         for name, shape in shapes.items():
-            dtype = "float64" if name == "log" else "float32"
-            files.allocate(self.part / f"{name}.npy", shape, dtype)
+            dtype, path = "float64" if name == "log" else "float32", self.part / f"{name}.npy"
+            header = files.allocate(path, shape, dtype).offset
+            self.sums[path.name] = checksums.of(path, header)
+        text = json.dumps(self.config.to_dict(), indent=1) + "\n"
+        self._replace("config.json", lambda path: path.write_text(text))
+
+    def _replace(self, name: str, write: Callable[[Path], Any]) -> None:
+        with files.replacing(self.part / name) as path:
+            write(path)
+        self.sums[name] = checksums.of(self.part / name)
+
+    def _write_rows(self, name: str, first: int, rows: np.ndarray) -> None:
+        """Write rows (n, ...) that come right behind those written before."""
+        array = self.arrays[name]
+        array[first : first + len(rows)] = rows
+        file, written = f"{name}.npy", np.ascontiguousarray(rows, array.dtype)
+        self.sums[file] = self.sums[file].then(written)
 
     def write_log(self, first: int, losses: np.ndarray, lrs: np.ndarray) -> None:
         """Note losses and learning rates of the steps first, first + 1, ..."""
-        begin = first - self.config.start
-        self.log[begin : begin + len(losses)] = np.stack([losses, lrs], axis=1)
+        self._write_rows("log", first - self.config.start, np.stack([losses, lrs], axis=1))
 
     def snapshot(self, step: int, weights: np.ndarray, buffers: np.ndarray) -> None:
         """Record x_step, which belongs to a window."""
-        row = np.searchsorted(self.steps, step)
-        self.weights[row], self.buffers[row] = weights, buffers
+        row = int(np.searchsorted(self.steps, step))
+        self._write_rows("weights", row, weights[None])
+        self._write_rows("buffers", row, buffers[None])
 
     def save_state(self, step: int, state: State) -> None:
         """Keep a full state to branch from."""
-        with files.replacing(self.part / f"state-{step}.npz") as path:
-            np.savez(path, **state)
+        self._replace(f"state-{step}.npz", lambda path: np.savez(path, **state))
+
+    def _flush(self) -> None:
+        for array in self.arrays.values():
+            array.flush()
 
     def save_resume(self, step: int, wall_s: float, state: State) -> None:
         """Make everything up to `step` durable: a killed run goes on from here."""
-        for array in (self.weights, self.buffers, self.log):
-            array.flush()
-        with files.replacing(self.part / "resume.npz") as path:
-            np.savez(path, step=step, wall_s=wall_s, **state)
+        self._flush()
+        name = f"resume-{step}.npz"
+        self._replace(name, lambda path: np.savez(path, step=step, wall_s=wall_s, **state))
+        checksums.write(self.part / checksums.HALF, self.final.name, self.sums)
+        del self.sums[name]
+        for path in self.part.glob("resume-*"):
+            if path.name != name:
+                path.unlink()
 
     def finish(self, status: dict[str, Any], averages: np.ndarray) -> None:
         """Describe the run, forget what a diverged one did not reach, and move it into place."""
         end = self.config.steps if status["diverged_at"] is None else status["diverged_at"]
-        self.averages[:] = averages
-        for array in (self.weights, self.buffers, self.averages, self.log):
-            array.flush()
-        with files.replacing(self.part / "steps.npy") as path:
-            np.save(path, self.steps[self.steps <= end])
-        for name, values in (("config", self.config.to_dict()), ("status", status)):
-            with files.replacing(self.part / f"{name}.json") as path:
-                path.write_text(json.dumps(values, indent=1) + "\n")
+        self.arrays["averages"][:] = averages
+        self._flush()
+        steps, text = self.steps[self.steps <= end], json.dumps(status, indent=1) + "\n"
+        self._replace("steps.npy", lambda path: np.save(path, steps))
+        self._replace("status.json", lambda path: path.write_text(text))
+        for name, one in self.sums.items():
+            if one.n != one.size:  # of all others it is known, from what was meant to be written
+                self.sums[name] = checksums.of(self.part / name)
+        checksums.write(self.part / checksums.FINISHED, self.final.name, self.sums)
         os.rename(self.part, self.final)  # the moment at which the run exists
-        (self.final / "resume.npz").unlink(missing_ok=True)
+        for path in self.final.glob("resume*"):
+            path.unlink()

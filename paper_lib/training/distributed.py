@@ -7,26 +7,24 @@ on its own is the first, has the whole batch, and sharing does nothing.
 from __future__ import annotations
 
 import contextlib
-import gc
 import importlib
-import inspect
 import os
 from collections.abc import Callable, Iterator
 from datetime import timedelta
+from functools import partial
 from typing import Any, TypeVar
 
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
-from torch.nn.parallel import DistributedDataParallel
 
 from paper_lib.data import Dataset
-from paper_lib.errors import require
-from paper_lib.training.flat import FlatModel
+from paper_lib.errors import ConfigError, require
 
 T = TypeVar("T")
 
+MEETING = timedelta(minutes=5)  # in which all processes must have started
 PATIENCE = timedelta(days=7)  # while the first process waits for a lock, or writes
 
 # On the CPU, for decisions; tensors go through the default group.
@@ -37,7 +35,8 @@ _control: Any = None
 def processes() -> Iterator[None]:
     """Join the processes that torchrun started, if it did; each takes the GPU of its local rank.
 
-    They part together. One that fails ends at once, and torchrun then ends the others.
+    They part together. One that fails ends at once, and torchrun then ends the others. Raises
+    ConfigError for variables that torchrun would not set, or where not all processes come.
     """
     if "LOCAL_RANK" not in os.environ:
         yield
@@ -55,13 +54,36 @@ def processes() -> Iterator[None]:
 
 def _join() -> None:
     global _control
-    # DistributedDataParallel imports it, and where a group exists its functions' defaults hold it.
+    # torch.compile imports it, and where a group exists its functions' defaults hold it.
     importlib.import_module("torch.distributed.nn.functional")
-    cuda = torch.cuda.is_available()
-    if cuda:
-        torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
-    dist.init_process_group("nccl" if cuda else "gloo", timeout=PATIENCE)
+    local_rank, place = _variables()
+    n_gpus = torch.cuda.device_count()
+    if n_gpus:
+        allowed = f"this machine has {n_gpus} GPUs: start at most as many processes on it"
+        require(local_rank < n_gpus, "LOCAL_RANK", local_rank, allowed)
+        torch.cuda.set_device(local_rank)
+    try:
+        store, rank, world = next(dist.rendezvous("env://", timeout=MEETING))
+    except dist.DistError as error:
+        allowed = f"not all processes came there within {MEETING}, or another program uses it"
+        raise ConfigError(f"MASTER_ADDR, MASTER_PORT = {place} failed: {allowed}") from error
+    group = {"store": store, "rank": rank, "world_size": world, "timeout": PATIENCE}
+    dist.init_process_group("nccl" if n_gpus else "gloo", **group)
     _control = dist.new_group(backend="gloo", timeout=PATIENCE)
+
+
+def _variables() -> tuple[int, str]:
+    """Local rank, and where processes meet; ConfigError for variables that cannot be torchrun's."""
+    names = ("LOCAL_RANK", "RANK", "WORLD_SIZE", "MASTER_PORT", "MASTER_ADDR")
+    texts = {name: os.environ.get(name) for name in names}
+    for name, text in texts.items():
+        usable = bool(text) and (name == "MASTER_ADDR" or str(text).isdecimal())
+        allowed = "start processes by torchrun, which sets it, or unset LOCAL_RANK"
+        require(usable, name, text, allowed)
+    local_rank, rank, world, port = (int(str(texts[name])) for name in names[:4])
+    require(rank < world, "RANK", rank, f"it must be less than WORLD_SIZE = {world}")
+    require(0 < port < 2**16, "MASTER_PORT", port, "it must be from 1 to 65535")
+    return local_rank, f"{texts['MASTER_ADDR']}, {port}"
 
 
 def _part() -> None:
@@ -74,7 +96,6 @@ def _part() -> None:
     global _control
     dist.barrier(_control)
     _control = None
-    gc.collect()  # DistributedDataParallel is part of a cycle, and it holds the default group
     dist.destroy_process_group()
 
 
@@ -166,35 +187,17 @@ def mean(tensor: Tensor) -> Tensor:
     return tensor
 
 
-@contextlib.contextmanager
-def together(net: FlatModel) -> Iterator[None]:
-    """Average gradients over the processes, and let BatchNorm normalize whole batches.
-
-    torch's SyncBatchNorm does the latter on GPUs only; this serves, and is tested on, every device.
-    """
-    if not active():
-        yield
-        return
-    module = net.module
-    synchronize(module)
-    device = [torch.cuda.current_device()] if net.device.type == "cuda" else None
-    known = inspect.signature(DistributedDataParallel).parameters
-    name = "forward_sync_buffers" if "forward_sync_buffers" in known else "broadcast_buffers"
-    net.module = DistributedDataParallel(module, device_ids=device, **{name: False})
-    try:
-        yield
-    finally:
-        net.module = module
-
-
 # --- BatchNorm ----------------------------------------------------------------------------------
 
 
 def synchronize(module: nn.Module) -> None:
-    """Let BatchNorm in training mode normalize by statistics of the parts of all processes."""
+    """Let BatchNorm in training mode normalize by statistics of the parts of all processes.
+
+    torch's SyncBatchNorm does so on GPUs only; this serves, and is tested on, every device.
+    """
     for layer in module.modules():
         if isinstance(layer, _BatchNorm):
-            layer.forward = _SynchronizedNorm(layer)
+            layer.forward = partial(_normalized, layer)
 
 
 class _Sum(torch.autograd.Function):
@@ -211,28 +214,22 @@ class _Sum(torch.autograd.Function):
         return _Sum.forward(ctx, gradient)
 
 
-class _SynchronizedNorm:
+def _normalized(layer: _BatchNorm, x: Tensor) -> Tensor:
     """Forward pass of one BatchNorm layer over a batch of which every process has an equal part."""
-
-    def __init__(self, layer: _BatchNorm):
-        self.layer = layer
-
-    def __call__(self, x: Tensor) -> Tensor:
-        layer = self.layer
-        if not (layer.training or layer.running_mean is None):
-            return type(layer).forward(layer, x)
-        others = [d for d in range(x.ndim) if d != 1]
-        shape = [-1 if d == 1 else 1 for d in range(x.ndim)]
-        n = dist.get_world_size() * x.numel() // x.shape[1]
-        values = x.float()  # under autocast too, as in torch's
-        mean = _Sum.apply(values.sum(others)) / n
-        centered = values - mean.view(shape)
-        variance = _Sum.apply(centered.square().sum(others)) / n
-        if layer.running_mean is not None and layer.running_var is not None:
-            with torch.no_grad():
-                layer.running_mean.lerp_(mean, layer.momentum)
-                layer.running_var.lerp_(variance * (n / (n - 1)), layer.momentum)
-        out = centered * (variance + layer.eps).rsqrt().view(shape)
-        if layer.affine:
-            out = out * layer.weight.view(shape) + layer.bias.view(shape)
-        return out.to(x.dtype)
+    if not (layer.training or layer.running_mean is None):
+        return type(layer).forward(layer, x)
+    others = [d for d in range(x.ndim) if d != 1]
+    shape = [-1 if d == 1 else 1 for d in range(x.ndim)]
+    n = dist.get_world_size() * x.numel() // x.shape[1]
+    values = x.float()  # under autocast too, as in torch's
+    mean = _Sum.apply(values.sum(others)) / n
+    centered = values - mean.view(shape)
+    variance = _Sum.apply(centered.square().sum(others)) / n
+    if layer.running_mean is not None and layer.running_var is not None:
+        with torch.no_grad():
+            layer.running_mean.lerp_(mean, layer.momentum)
+            layer.running_var.lerp_(variance * (n / (n - 1)), layer.momentum)
+    out = centered * (variance + layer.eps).rsqrt().view(shape)
+    if layer.affine:
+        out = out * layer.weight.view(shape) + layer.bias.view(shape)
+    return out.to(x.dtype)

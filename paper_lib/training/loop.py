@@ -9,11 +9,11 @@ from typing import Any, Protocol
 
 import numpy as np
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 from paper_lib.config import RunConfig
 from paper_lib.data import Dataset
+from paper_lib.errors import require
 from paper_lib.training import distributed, networks
 from paper_lib.training.flat import FlatModel, NetFactory, exact_float32, forked_rng, threads
 
@@ -21,7 +21,8 @@ CHUNK = 25  # steps between looks at the loss, each of which waits for a GPU
 RESUME_EVERY_S = 10.0  # about this much work is lost when a run is killed,
 RESUME_SHARE = 0.05  # or more, where saving takes long: at most this share of the time goes into it
 
-State = dict[str, np.ndarray]  # weights (P,), buffers (Q,), momentum (P,) or (0,)
+# weights (P,), buffers (Q,), integers (R,) where they were kept, momentum (P,) or (0,)
+State = dict[str, np.ndarray]
 Report = Callable[
     [int, float, float], None
 ]  # steps done since the last report, loss, learning rate
@@ -65,7 +66,7 @@ def initial_model(config: RunConfig, dataset: Dataset, net: NetFactory | None = 
             )
         else:
             module = net()
-    return FlatModel(module, dataset.device)
+    return FlatModel(module, dataset.device, dataset.loss)
 
 
 def batches(
@@ -97,14 +98,14 @@ def sgd_step(net: FlatModel, velocity: Tensor, lr: float, config: RunConfig) -> 
 
 
 def batch_loss(net: FlatModel, x: Tensor, y: Tensor, config: RunConfig) -> Tensor:
-    """Mean cross-entropy of a batch under the run's precision, a scalar."""
+    """Mean loss of a batch under the run's precision, a scalar."""
     reduced = config.precision == "bfloat16"
     autocast = (
         torch.autocast(net.device.type, torch.bfloat16) if reduced else contextlib.nullcontext()
     )
     with autocast:
-        logits = net.forward(x)
-    return F.cross_entropy(logits.float(), y)
+        output = net.forward(x)
+    return net.loss(output, y)
 
 
 def _seed_step(device: torch.device, step: int, config: RunConfig) -> None:
@@ -124,8 +125,9 @@ def _seed_step(device: torch.device, step: int, config: RunConfig) -> None:
 
 def set_state(net: FlatModel, state: State) -> Tensor:
     """Put weights and buffers into the network; return the momentum, (P,), or zeros."""
-    net.weights.copy_(torch.from_numpy(np.array(state["weights"])))
-    net.buffers.copy_(torch.from_numpy(np.array(state["buffers"])))
+    vectors = {"weights": net.weights, "buffers": net.buffers, "integers": net.integers}
+    for name in vectors.keys() & state.keys():
+        vectors[name].copy_(torch.from_numpy(np.array(state[name])))
     if state["momentum"].size == 0:
         return torch.zeros_like(net.weights)
     return torch.from_numpy(state["momentum"]).to(net.device)
@@ -135,6 +137,7 @@ def get_state(net: FlatModel, momentum: Tensor | None) -> State:
     """Inverse of `set_state`, as NumPy copies; without momentum its vector is empty."""
     momentum = net.weights[:0] if momentum is None else momentum
     vectors = {"weights": net.weights, "buffers": net.buffers, "momentum": momentum}
+    vectors["integers"] = net.integers
     return {name: vector.cpu().numpy().copy() for name, vector in vectors.items()}
 
 
@@ -174,8 +177,9 @@ def train_run(
         if first > config.start:
             report(first - config.start, float("nan"), config.lr)
         clock = time.monotonic() - spent
-        with distributed.together(net):
-            diverged_at = training.take_steps(first, clock, report)
+        if distributed.active():
+            distributed.synchronize(net.module)
+        diverged_at = training.take_steps(first, clock, report)
     status = {
         "diverged_at": diverged_at,
         "parameters": net.weights.numel(),
@@ -251,7 +255,8 @@ class _Training:
         else:
             self.averages.sums.copy_(torch.from_numpy(resumed["averages"]))
             done = int(resumed["step"]), float(resumed["wall_s"])
-        distributed.share_(self.net.weights, self.net.buffers, self.velocity, self.averages.sums)
+        vectors = self.net.weights, self.net.buffers, self.net.integers
+        distributed.share_(*vectors, self.velocity, self.averages.sums)
         return distributed.share(done)
 
     def take_steps(self, first: int, clock: float, report: Report) -> int | None:
@@ -264,12 +269,16 @@ class _Training:
         for step, x, y in batches(config, self.dataset, first):
             self._keep(step, chunk)
             chunk.losses.append(backward(self.net, step, x, y, config))
+            distributed.mean(self.net.grad)
             sgd_step(self.net, self.velocity, self.lrs[step - start], config)
             if len(chunk.losses) == CHUNK or step + 1 == config.steps:
+                self.net.require_in_place()
                 if step + 1 == config.steps:
                     self._keep(step + 1, chunk)
                 loss = chunk.write(self.recorder, self.lrs[chunk.first - start : step + 1 - start])
                 if chunk.diverged_at is not None:
+                    advice = "look for NaN in inputs and initial weights, and for log and sqrt"
+                    require(chunk.diverged_at > 0, "loss before any step", loss, advice)
                     return chunk.diverged_at
                 report(len(chunk.losses), loss, self.lrs[step - start])
                 chunk = _Chunk(step + 1)

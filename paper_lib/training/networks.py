@@ -147,7 +147,7 @@ def build(
             in_channels == 3, "in_channels", in_channels, f"{name} is torchvision's and needs 3"
         )
         return _torchvision(name, n_classes, norm, activation)
-    match = re.fullmatch(r"resnet(\d+)", name)
+    match = re.fullmatch(r"resnet(\d{1,4})", name)
     allowed = (
         f"resnet8, resnet14, resnet20, ... (6n+2), resnet18_cifar, {', '.join(TORCHVISION_MODELS)}"
     )
