@@ -22,7 +22,7 @@ override CONFIG := $(basename $(notdir $(OWN)))
 endif
 PRESET := $(if $(OWN),$(call absolute,$(OWN)),$(CONFIG))
 export CONFIG PRESET SEEDS JOBS TODO
-WRONG := $(shell case $(call quoted,$(CONFIG)) in (''|[.-]*|*[/[:space:]]*) echo 'CONFIG: give the name of a preset' ;; esac; \
+WRONG := $(shell case $(call quoted,$(CONFIG)) in (''|[.-]*|*[/[:space:]]*) echo 'CONFIG: give the name of a preset; OWN: a Python file without spaces in its path' ;; esac; \
 	case $(call quoted,$(JOBS)) in (0*|*[!0-9]*) echo 'JOBS: give a number from 1' ;; esac)
 define newline
 
@@ -32,9 +32,9 @@ WRONG += $(if $(findstring $(newline),$(foreach v,$(SETTINGS),$(value $v)) $(MAK
 $(if $(strip $(WRONG)),$(error $(WRONG)))
 
 # What was made with uncommitted changes goes to a scratch folder, unless RESULTS or PAPER_RESULTS says where.
-# A checkout without git has nothing to differ from.
+# A checkout without git has nothing to differ from, and a run of one's own is nobody's committed result.
 ifeq ($(RESULTS)$(PAPER_RESULTS),)
-DIRTY := $(shell test -e .git && git status --porcelain -- . ':!results' 2>/dev/null | head -n 1)
+DIRTY := $(if $(OWN),,$(shell test -e .git && git status --porcelain -- . ':!results' 2>/dev/null | head -n 1))
 override RESULTS := $(if $(DIRTY),.build/dirty,results)
 $(if $(and $(DIRTY),$(RUNS_NOTEBOOKS),$(if $(MAKE_RESTARTS),,first)),$(info files outside results/ differ from the commit: results go to $(RESULTS)))
 endif

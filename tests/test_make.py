@@ -28,7 +28,7 @@ echo "$PAPER_DATA $PAPER_RESULTS $PAPER_RUNS"
 
 def run_make(folder, *words, **variables):
     """Run make with what it would have in a fresh shell."""
-    ours = ("MAKE", "MFLAGS", "PAPER", "CONFIG", "SEEDS", "PYTHONUNBUFFERED")
+    ours = ("MAKE", "MFLAGS", "PAPER", "CONFIG", "OWN", "SEEDS", "PYTHONUNBUFFERED")
     inherited = {key: value for key, value in os.environ.items() if not key.startswith(ours)}
     inherited["REAL_PYTHON"] = sys.executable
     command = ["make", *words, *(f"{key}={value}" for key, value in variables.items())]
@@ -64,6 +64,20 @@ def test_settings_and_absolute_folders_reach_python_as_they_are(make, tmp_path):
     assert folders == f"{ROOT}/d /r {ROOT}/s p"
     make("figures", CONFIG=f"$$(touch {there})`touch {there}`", SEEDS=f"'; touch {there}; '")
     assert not there.exists()
+
+
+def test_a_file_of_ones_own_stands_for_a_preset_and_names_its_results(make, tmp_path):
+    (tmp_path / "mine.py").write_text("")
+    for given, place in ((f"{tmp_path}/mine.py", tmp_path), ("examples/diabetes.py", ROOT)):
+        done = make("train", OWN=given)
+        path = place / given
+        asked, folders = done.stdout.splitlines()[-2:]
+        assert asked == f"-m paper_lib train --preset {path}"
+        assert folders.split()[1] == f"{ROOT}/results"  # whatever is not committed here
+    wanted = make("-n", "figures", OWN="examples/diabetes.py", JOBS="").stdout
+    assert "5 notebooks are up to date" in wanted and '"$PAPER_RESULTS/$CONFIG"' in wanted
+    refused = make("train", OWN="my run.py")
+    assert refused.returncode == 2 and "OWN: a Python file without spaces" in refused.stderr
 
 
 ODD = {
