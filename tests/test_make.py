@@ -26,14 +26,18 @@ echo "$PAPER_DATA $PAPER_RESULTS $PAPER_RUNS"
 """
 
 
-def run_make(folder, *words, **variables):
-    """Run make with what it would have in a fresh shell."""
+def fresh_shell():
+    """The environment that make would have in a fresh shell, not under another make."""
     ours = ("MAKE", "MFLAGS", "PAPER", "CONFIG", "OWN", "SEEDS", "PYTHONUNBUFFERED")
     inherited = {key: value for key, value in os.environ.items() if not key.startswith(ours)}
-    inherited["REAL_PYTHON"] = sys.executable
+    return {**inherited, "REAL_PYTHON": sys.executable}
+
+
+def run_make(folder, *words, **variables):
+    """Run make with what it would have in a fresh shell."""
     command = ["make", *words, *(f"{key}={value}" for key, value in variables.items())]
     return subprocess.run(
-        command, cwd=folder, env=inherited, capture_output=True, text=True, timeout=300
+        command, cwd=folder, env=fresh_shell(), capture_output=True, text=True, timeout=300
     )
 
 
@@ -427,4 +431,6 @@ def test_uncommitted_changes_write_elsewhere_and_a_copy_without_git_works(clone)
 
 def in_background(folder, *words):
     command = ["make", *words, "CONFIG=digits", f"PY={sys.executable}", f"DATA={ROOT}/data"]
-    return subprocess.Popen(command, cwd=folder, stdout=subprocess.PIPE, text=True)
+    return subprocess.Popen(
+        command, cwd=folder, env=fresh_shell(), stdout=subprocess.PIPE, text=True
+    )
