@@ -178,9 +178,7 @@ def own(dataset: Any, net: Any = None, *, lr: float, steps: int, **settings: Any
         "record": _spread(steps),
         "window": window,
         "decay": window,
-        "probe_batches": min(16, max(6, window // 25)),
-        "eval_batches": min(128, max(8, images // 64)),
-        "eval_images": min(2500, images),
+        **_probe_sizes(window, images),
     }
     given = {**defaults, "lr": lr, "steps": steps, **settings}
     base = Study(preset="own", run=RunConfig(), label="your network", dataset=dataset, net=net)
@@ -211,13 +209,7 @@ def finished(runs: Sequence[Any], label: str, **settings: Any) -> Study:
         schedule=tuple((lrs[:start] / lrs[start]).tolist()),
         record=describe(kept[kept <= start]),
     )
-    images = dataset.sizes["train"]
     window = last - start
-    defaults = {
-        "probe_batches": min(16, max(6, window // 25)),
-        "eval_batches": min(128, max(8, images // 64)),
-        "eval_images": min(2500, images),
-    }
     return Study(
         preset="finished",
         run=run,
@@ -229,8 +221,17 @@ def finished(runs: Sequence[Any], label: str, **settings: Any) -> Study:
         dataset=dataset,
         net=runs[0].net,
         finished=tuple(runs),
-        **{**defaults, **settings},
+        **{**_probe_sizes(window, dataset.sizes["train"]), **settings},
     )
+
+
+def _probe_sizes(window: int, images: int) -> dict[str, int]:
+    """Sizes of probes that suit a window of so many steps, on so many training images."""
+    return {
+        "probe_batches": min(16, max(6, window // 25)),
+        "eval_batches": min(128, max(8, images // 64)),
+        "eval_images": min(2500, images),
+    }
 
 
 def _by_name(settings: Any) -> dict[str, Any]:

@@ -26,6 +26,7 @@ import papermill
 from nbformat import NotebookNode
 from papermill import PapermillExecutionError
 
+from paper_lib.config import Study
 from paper_lib.errors import ConfigError, check_names, require
 from paper_lib.files import cpus, folder, lock, remove, replacing
 from paper_lib.presets import study
@@ -78,11 +79,8 @@ def without(notebook: NotebookNode, tags: Collection[str]) -> NotebookNode:
     return notebook
 
 
-def not_run(
-    preset: str, seeds: Sequence[int] = (), overrides: dict[str, Any] | str = "{}"
-) -> tuple[str, ...]:
-    """Tags of the cells that a study does not run; ConfigError for settings that cannot work."""
-    chosen = study(preset, overrides, seeds=list(seeds))
+def not_run(chosen: Study) -> tuple[str, ...]:
+    """Tags of the cells that a study does not run."""
     if chosen.finished:
         return LIMITS, MORE_RUNS
     return () if chosen.limits else (LIMITS,)
@@ -117,7 +115,8 @@ def run(name: str, preset: str, seeds: Sequence[int], stamp: Path, after: Sequen
     are. It is dated when the run began, since what changed meanwhile it may not have seen.
     """
     given = {"preset": preset, **({"seeds": list(seeds)} if seeds else {})}
-    left_out, place = not_run(**given), study(**given).preset
+    chosen = study(**given)  # of a file of one's own this may read all of its runs
+    left_out, place = not_run(chosen), chosen.preset
     draft, results = BUILD / "drafts" / place / name, folder("results").resolve()
     with lock(draft):
         newest = max(path.stat().st_mtime_ns for path in after)

@@ -371,7 +371,8 @@ def test_a_study_without_limits_leaves_their_cells_out(project, monkeypatch, lim
     monkeypatch.setattr(notebooks, "execute", lambda *args: given.append(args[3]) or execute(*args))
     run(project)
     assert given == [expected]
-    assert notebooks.not_run("digits", [0], json.dumps({"limits": limits})) == expected
+    chosen = presets.study("digits", json.dumps({"limits": limits}), seeds=[0])
+    assert notebooks.not_run(chosen) == expected
 
 
 # --- what is said -------------------------------------------------------------------------------

@@ -84,15 +84,13 @@ class Finished(Run):
     def gradients(self, first: int, last: int) -> tuple[np.ndarray, np.ndarray]:
         """Gradients g of the batches that steps first..last used, and velocities v, each (n, P).
 
-        v_t = (x_t - x_{t+1}) / lr_t. Of plain SGD, g is read off the iterates as well; of others it
-        is the gradient in training mode, of batches that must have been recorded.
+        Of plain SGD, g is read off the iterates as well; of others it is the gradient in training
+        mode, of batches that must have been recorded.
         """
         if self.optimizer == "SGD":
             return super().gradients(first, last)
-        begin, x = self.config.start, self.window(first, last + 1)
-        lr = self.lr[first - begin : last + 1 - begin].astype(np.float32)
-        v = (x[:-1] - x[1:]) / lr[:, None]
-        return np.stack([self._gradient(step) for step in range(first, last + 1)]), v
+        gradients = [self._gradient(step) for step in range(first, last + 1)]
+        return np.stack(gradients), self.velocities(first, last)
 
     def _has_state(self, step: int) -> bool:
         return False  # snapshots are all that was recorded

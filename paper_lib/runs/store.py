@@ -152,15 +152,18 @@ class Run:
     def gradients(self, first: int, last: int) -> tuple[np.ndarray, np.ndarray]:
         """Gradients g and velocities v of the steps first..last, each (last - first + 1, P).
 
-        Read off the iterates: v_t = (x_t - x_{t+1}) / lr_t and g_t = v_t - m v_{t-1}, which
-        includes weight decay; with momentum x_{first-1} is needed too. Raises SnapshotError where
-        an iterate was not kept.
+        Read off the iterates: g_t = v_t - m v_{t-1}, which includes weight decay; with momentum
+        x_{first-1} is needed too. Raises SnapshotError where an iterate was not kept.
         """
         momentum, before = self.config.momentum, 1 if self.config.momentum else 0
-        x = self.window(first - before, last + 1)
-        lr = self.lr[first - before - self.config.start : last + 1 - self.config.start]
-        v = (x[:-1] - x[1:]) / lr[:, None].astype(np.float32)
+        v = self.velocities(first - before, last)
         return v[before:] - momentum * v[: len(v) - before], v[before:]
+
+    def velocities(self, first: int, last: int) -> np.ndarray:
+        """v_t = (x_t - x_{t+1}) / lr_t of the steps first..last, (last - first + 1, P)."""
+        begin, x = self.config.start, self.window(first, last + 1)
+        lr = self.lr[first - begin : last + 1 - begin]
+        return (x[:-1] - x[1:]) / lr[:, None].astype(np.float32)
 
     def average(self, a: np.ndarray) -> np.ndarray:
         """The average a @ X over all iterates x_start..x_steps, a (steps - start + 1,), (P,)
